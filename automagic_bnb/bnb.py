@@ -1,0 +1,90 @@
+"""The only import of bitsandbytes, and what stands in when it is missing.
+
+Everything else asks this module: for the base class, the override manager, the code books and paged memory.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+try:
+    import bitsandbytes.functional as _functional
+    from bitsandbytes.optim.optimizer import GlobalOptimManager, Optimizer2State
+
+    BITSANDBYTES_AVAILABLE = True
+except Exception as e:  # a broken CUDA setup raises more than ImportError
+    BITSANDBYTES_AVAILABLE = False
+    IMPORT_ERROR: Exception | None = e
+else:
+    IMPORT_ERROR = None
+
+if not BITSANDBYTES_AVAILABLE and not TYPE_CHECKING:
+    GlobalOptimManager = None
+
+    class Optimizer2State(torch.optim.Optimizer):
+        """The part of bitsandbytes' base class that is used here, over plain torch, for 32-bit states."""
+
+        def __init__(self, optimizer_name, params, lr, betas, eps, weight_decay, optim_bits, args=None, **_):
+            self.is_paged = False
+            self.optimizer_name = optimizer_name
+            self.initialized = False
+            self.name2qmap = {}
+            self.non_castable_tensor_keys = set()
+            super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+
+MISSING_WARNING = (
+    "bitsandbytes could not be imported, so all optimizer state is kept in 32 bits. "
+    'For 8-bit states: pip install "bitsandbytes>=0.50,<0.51"'
+)
+
+
+def overrides_of(p: torch.Tensor) -> dict[str, Any]:
+    """What `GlobalOptimManager.override_config` says of this very parameter.
+
+    bitsandbytes also keys overrides by (group, index), for every optimizer of the process alike; those are not read.
+    """
+    if not BITSANDBYTES_AVAILABLE:
+        return {}
+    return GlobalOptimManager.get_instance().pid2config.get(id(p), {})
+
+
+def adopt_module_overrides(parameters: set[int]) -> None:
+    """Turn `register_module_override` entries (bnb.nn.StableEmbedding makes one) into overrides of our parameters.
+
+    Args:
+        parameters: the ids of the optimizer's parameters; entries of other modules are left alone.
+    """
+    if not BITSANDBYTES_AVAILABLE:
+        return
+    manager = GlobalOptimManager.get_instance()
+    for module, name, config in manager.module_weight_config_triple:
+        p = getattr(module, name, None)
+        if id(p) in parameters:
+            manager.pid2config[id(p)] = {**config, **manager.pid2config.get(id(p), {})}
+
+
+def restore_managers(optimizer: Any) -> None:
+    """Give an unpickled or copied optimizer its references to bitsandbytes' process-wide managers again."""
+    if BITSANDBYTES_AVAILABLE:
+        optimizer.mng = GlobalOptimManager.get_instance()
+        optimizer.page_mng = _functional.GlobalPageManager.get_instance()
+
+
+@functools.cache
+def code_book(signed: bool, device: torch.device) -> torch.Tensor:
+    """bitsandbytes' dynamic map, float32 [256], ascending: `qmap1` (signed) or `qmap2` (unsigned)."""
+    return _functional.create_dynamic_map(signed=signed).to(device)
+
+
+def empty_paged(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Uninitialised managed memory that the driver may page out to the host; contiguous."""
+    return _functional.get_paged(*shape, dtype=dtype, device=device)
+
+
+def prefetch(paged: torch.Tensor) -> None:
+    """Start moving a paged tensor to its device."""
+    _functional.prefetch_tensor(paged)

@@ -1,0 +1,286 @@
+"""Every option of the optimizer: its default, its legal range, its check, and the ready-made profiles.
+
+An option is written once, as a field of `AutomagicConfig` with the `Rule` that checks it. The constructor, parameter
+groups, `GlobalOptimManager` overrides and profiles all go through `check_option`.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+# Compared by identity: a config that still holds this very object was given no max_lr by the user, and then a larger
+# rate raises the bound to 10 × lr. A literal 1e-3 is another object, and is kept.
+DEFAULT_MAX_LR = float("1e-3")
+START_LR = 1e-6
+"""Where the rate starts when none is given."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one option is read: `parse` turns what the user wrote into the stored value, or raises."""
+
+    legal: str
+    parse: Callable[[Any], Any]
+    scope: str = "parameter"
+    """"parameter": may differ by group and by parameter; "optimizer": one value for all."""
+
+
+def _number(value: Any) -> float:
+    """A real number, or a string that spells one (trainers hand options through as text)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        # 0-d tensors and numpy scalars convert; lists, None and the rest do not.
+        if isinstance(value, bool) or not hasattr(value, "item") or getattr(value, "ndim", 0) != 0:
+            raise TypeError("not a number")
+        value = value.item()
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError as e:
+            raise TypeError("not a number") from e
+    if not math.isfinite(value):
+        raise ValueError("not finite")
+    return value
+
+
+def _real_rule(legal: str, low: float, high: float = math.inf, *, open_low: bool = False) -> Rule:
+    def parse(value: Any) -> float:
+        number = _number(value)
+        if number < low or number > high or (open_low and number == low):
+            raise ValueError("out of range")
+        return float(number)  # float() hands a float back as it is: DEFAULT_MAX_LR keeps its identity
+
+    return Rule(legal, parse)
+
+
+def _integer_rule(legal: str, low: int, high: float = math.inf, step: int = 1) -> Rule:
+    def parse(value: Any) -> int:
+        number = _number(value)
+        if number != int(number) or number < low or number > high or (number - low) % step:
+            raise ValueError("out of range")
+        return int(number)
+
+    return Rule(legal, parse)
+
+
+def _parse_bool(value: Any) -> bool:
+    if isinstance(value, str) and value.strip().lower() in ("true", "false"):
+        return value.strip().lower() == "true"
+    if not isinstance(value, bool):
+        raise TypeError("not a bool")
+    return value
+
+
+_BOOL = Rule("True or False", _parse_bool)
+_BOOL_ONCE = Rule("True or False", _parse_bool, "optimizer")
+
+
+def _or_none(rule: Rule) -> Rule:
+    def parse(value: Any) -> Any:
+        if value is None or (isinstance(value, str) and value.strip().lower() == "none"):
+            return None
+        return rule.parse(value)
+
+    return Rule(rule.legal + ", or None", parse, rule.scope)
+
+
+def _choice_rule(*names: str) -> Rule:
+    def parse(value: Any) -> str:
+        if not isinstance(value, str):
+            raise TypeError("not a string")
+        if value not in names:
+            raise ValueError("not a choice")
+        return value
+
+    return Rule("one of " + ", ".join(map(repr, names)), parse, "optimizer")
+
+
+def _sequence(value: Any) -> list[float]:
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError) as e:
+            raise TypeError("not a sequence of numbers") from e
+    if isinstance(value, (int, float)) or not isinstance(value, Iterable):
+        raise TypeError("not a sequence of numbers")
+    return [float(_number(x)) for x in value]
+
+
+def _parse_betas(value: Any) -> tuple[float, float, float]:
+    betas = _sequence(value)
+    if len(betas) == 2:  # Adam's pair: the confidence keeps its own decay
+        betas.append(0.999)
+    if len(betas) != 3 or not all(0 <= b < 1 for b in betas):
+        raise ValueError("out of range")
+    return betas[0], betas[1], betas[2]
+
+
+def _parse_eps(value: Any) -> tuple[float, float]:
+    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            scalar = float(_number(value))
+        except TypeError:
+            pass
+        else:  # Adam adds its eps beside sqrt(v); ours stands inside the root
+            value = (scalar**2, 1e-16)
+    eps = _sequence(value)
+    if len(eps) != 2 or not all(e >= 0 for e in eps):
+        raise ValueError("out of range")
+    return eps[0], eps[1]
+
+
+def _parse_block_wise(value: Any) -> bool:
+    if not _parse_bool(value):
+        raise ValueError("bitsandbytes 0.50 removed non-block-wise 8-bit states; leave block_wise=True")
+    return True
+
+
+def _opt(default: Any, rule: Rule) -> Any:
+    return field(default=default, metadata={"rule": rule})
+
+
+_NON_NEGATIVE = _real_rule("a number >= 0", 0)
+_UNIT = _real_rule("a number from 0 to 1", 0, 1)
+
+
+@dataclass
+class AutomagicConfig:
+    """All options with their defaults; `opt.config` shows the ones in force.
+
+    Attributes may be edited; they are checked when the config is handed to an optimizer, as `**config.__dict__`.
+    """
+
+    # Rates. `lr=None`: no rate given, so it starts at 1e-6 and finds its own.
+    lr: float | None = _opt(None, _or_none(_NON_NEGATIVE))
+    min_lr: float = _opt(1e-7, _NON_NEGATIVE)
+    max_lr: float = _opt(DEFAULT_MAX_LR, _real_rule("a number > 0", 0, open_low=True))
+    auto_lr: bool | None = _opt(None, _or_none(_BOOL))
+    weight_decay: float = _opt(5e-4, _NON_NEGATIVE)
+    warmup_steps: int = _opt(500, _integer_rule("a whole number >= 0", 0))
+    # Moments.
+    betas: tuple[float, float, float] = _opt(
+        (0.9, 0.99, 0.999), Rule("two or three numbers, each >= 0 and < 1", _parse_betas)
+    )
+    eps: tuple[float, float] = _opt((1e-30, 1e-16), Rule("two numbers >= 0, or Adam's single eps", _parse_eps))
+    clip_threshold: float = _opt(1.0, _real_rule("a number > 0", 0, open_low=True))
+    percentile_clipping: int = _opt(100, _integer_rule("a whole number from 1 to 100", 1, 100))
+    # Storage, in bitsandbytes' words.
+    optim_bits: int = _opt(8, _integer_rule("8 or 32", 8, 32, step=24))
+    min_8bit_size: int = _opt(4096, _integer_rule("a whole number >= 0", 0))
+    block_wise: bool = _opt(True, Rule("True (bitsandbytes 0.50 removed the other form)", _parse_block_wise))
+    stable_emb: bool = _opt(False, _BOOL)
+    force_8bit: bool = _opt(False, _BOOL)
+    factored: bool = _opt(False, _BOOL)
+    is_paged: bool = _opt(False, _BOOL_ONCE)
+    # Spatial part of the rule.
+    edge_suppression: bool = _opt(True, _BOOL)
+    edge_penalty: float = _opt(0.1, _NON_NEGATIVE)
+    edge_threshold: float = _opt(0.6, _NON_NEGATIVE)
+    frequency_penalty: float = _opt(0.05, _UNIT)
+    background_regularization: bool = _opt(True, _BOOL)
+    spatial_awareness: bool = _opt(True, _BOOL)
+    detail_preservation: float = _opt(0.8, _NON_NEGATIVE)
+    # LoRA. `lora=None`: told by the parameter's mark or name.
+    lora: bool | None = _opt(None, _or_none(_BOOL))
+    lora_rank_penalty: bool = _opt(True, _BOOL)
+    rank_penalty_strength: float = _opt(0.01, _NON_NEGATIVE)
+    low_rank_emphasis: float = _opt(1.2, _NON_NEGATIVE)
+    # Switches of the remaining parts.
+    torque: bool = _opt(True, _BOOL)
+    came: bool = _opt(True, _BOOL)
+    cautious: bool = _opt(True, _BOOL)
+    stochastic_rounding: bool = _opt(True, _BOOL)
+    # How it runs.
+    seed: int = _opt(0, _integer_rule("a whole number from 0 to 2**63 - 1", 0, 2**63 - 1))
+    backend: str | None = _opt(None, _or_none(_choice_rule("triton", "torch")))
+    profile: str | None = _opt(None, _or_none(_choice_rule("memory_optimized", "balanced", "quality_optimized")))
+    verbose: bool = _opt(False, _BOOL_ONCE)
+
+
+RULES: dict[str, Rule] = {f.name: f.metadata["rule"] for f in dataclasses.fields(AutomagicConfig)}
+GROUP_OPTIONS: tuple[str, ...] = tuple(name for name, rule in RULES.items() if rule.scope == "parameter")
+"""The options that a parameter group, or an override of one parameter, may set."""
+
+
+def unknown_option(name: str, where: str = "Automagic") -> TypeError:
+    """The error for an option nobody knows, with the nearest name."""
+    near = difflib.get_close_matches(name, RULES, n=1, cutoff=0.0)[0]
+    return TypeError(f"{where} has no option {name!r}; did you mean {near!r}?")
+
+
+def check_option(name: str, value: Any, where: str = "") -> Any:
+    """The value as it is stored.
+
+    Raises:
+        TypeError: an unknown option, or a value of the wrong type.
+        ValueError: a value outside the legal range. Both name the option, the value and what is legal.
+    """
+    if name not in RULES:
+        raise unknown_option(name)
+    rule = RULES[name]
+    try:
+        return rule.parse(value)
+    except (TypeError, ValueError) as e:
+        note = f" ({e})" if name == "block_wise" and isinstance(e, ValueError) else ""
+        raise type(e)(f"option {name}={value!r}{where}: must be {rule.legal}{note}") from None
+
+
+def make_config(**options: Any) -> AutomagicConfig:
+    """A checked config: the profile, if one is named, under the options given.
+
+    Raises:
+        TypeError, ValueError: as `check_option`; and where min_lr exceeds max_lr, or lr lies above a max_lr that the
+            user set.
+    """
+    for name in options:
+        if name not in RULES:
+            raise unknown_option(name)
+    profile = check_option("profile", options.get("profile"))
+    base = getattr(OptimizationProfiles, profile)() if profile else AutomagicConfig()
+    config = dataclasses.replace(base, **{k: check_option(k, v) for k, v in options.items()})
+    config.profile = profile
+    check_rates(vars(config))
+    return config
+
+
+def check_rates(options: dict[str, Any], where: str = "") -> None:
+    """Raise ValueError where the bounds contradict each other or the rate (shared by constructor and groups)."""
+    low, high, lr = options["min_lr"], options["max_lr"], options["lr"]
+    if low > high:
+        raise ValueError(f"option min_lr={low!r}{where}: must not exceed max_lr={high!r}")
+    if lr is not None and lr > high and high is not DEFAULT_MAX_LR:
+        raise ValueError(f"option lr={lr!r}{where}: lies above max_lr={high!r}; raise max_lr or leave it out")
+
+
+def resolve_rates(options: dict[str, Any]) -> None:
+    """Fill in place what depends on whether a rate was given: `auto_lr`, `lr`, `max_lr`."""
+    if options["auto_lr"] is None:
+        options["auto_lr"] = options["lr"] is None
+    if options["lr"] is None:
+        options["lr"] = START_LR
+    if options["max_lr"] is DEFAULT_MAX_LR:
+        options["max_lr"] = max(DEFAULT_MAX_LR, 10 * options["lr"])
+
+
+class OptimizationProfiles:
+    """Ready-made configs. Edit their attributes, then pass them on: `Automagic8bit(params, **config.__dict__)`."""
+
+    @staticmethod
+    def memory_optimized() -> AutomagicConfig:
+        """Factored second moments: about 2.1 bytes a parameter with every feature on."""
+        return AutomagicConfig(factored=True)
+
+    @staticmethod
+    def balanced() -> AutomagicConfig:
+        """The defaults: block-wise 8-bit states, about 4.1 bytes a parameter."""
+        return AutomagicConfig()
+
+    @staticmethod
+    def quality_optimized() -> AutomagicConfig:
+        """Block-wise states with stronger edge, frequency and rank penalties."""
+        return AutomagicConfig(edge_penalty=0.15, frequency_penalty=0.08, rank_penalty_strength=0.02)

@@ -1,0 +1,107 @@
+"""Block-wise 8-bit codes on bitsandbytes' code books, in torch: the definition that the kernels are held to.
+
+A tensor of n elements is cut into blocks of 256; each block is divided by its largest magnitude (`absmax`, float32)
+and each quotient becomes the index of a value of the code book. Dettmers et al., arXiv 2110.02861.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK = 256
+
+# Blocks below it share this absmax, so that quotients stay exact where float32 runs out of normal numbers.
+TINY_ABSMAX = 2.0**-120
+
+
+def decode(codes: Tensor, absmax: Tensor, code_book: Tensor) -> Tensor:
+    """float32 values [blocks, 256] of uint8 codes [blocks, 256] under absmax float32 [blocks]."""
+    return code_book[codes.long()] * absmax[:, None]
+
+
+def encode(values: Tensor, code_book: Tensor, uniform: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [blocks, 256] and absmax float32 [blocks] of float32 values [blocks, 256].
+
+    Args:
+        values: finite; for the unsigned code book, not negative.
+        code_book: float32 [256], ascending.
+        uniform: float32 [blocks, 256] in (0, 1). With it a quotient between two code values goes to the upper one
+            with the probability that makes the result unbiased; without it, to the nearer one.
+    """
+    absmax = values.abs().amax(dim=1).clamp_min(TINY_ABSMAX)
+    x = values / absmax[:, None]
+    # The signed book ends at -0.993 below but at 1 above: a quotient beyond its last value takes that value.
+    below = (torch.searchsorted(code_book, x, right=True) - 1).clamp_(0, 254)
+    low, high = code_book[below], code_book[below + 1]
+    # Of two values equally near, the upper: what floor(y + 1/2) gives in the kernels.
+    rise = ((x - low) / (high - low)).clamp_(0, 1) + (0.5 if uniform is None else uniform)
+    return (below + (rise >= 1)).to(torch.uint8), absmax
+
+
+def pack_mask(k: Tensor, polarity: Tensor) -> Tensor:
+    """One uint8 holding the learning-rate exponent k (whole, -32..31) and the gradient's last polarity (bool)."""
+    return ((k + 32) * 2 + polarity).to(torch.uint8)
+
+
+def unpack_mask(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """k as float32 and the polarity as bool."""
+    return (packed >> 1).float() - 32, (packed & 1).bool()
+
+
+_M32 = 0xFFFFFFFF
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A bijection of 32-bit words (held in int64) whose outputs look independent of each other."""
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & _M32
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B) & _M32
+    return x ^ (x >> 16)
+
+
+def mix_scalar(*words: int) -> int:
+    """One 32-bit key of several integers, for `random_words`."""
+    key = 0x9E3779B9
+    for word in words:
+        for part in (word & _M32, (word >> 32) & _M32):
+            x = (key ^ part) & _M32
+            x = ((x ^ (x >> 16)) * 0x7FEB352D) & _M32
+            x = ((x ^ (x >> 15)) * 0x846CA68B) & _M32
+            key = ((x ^ (x >> 16)) + 0x9E3779B9) & _M32
+    return key
+
+
+def random_words(key: int, shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Two 32-bit words (in int64) for each flat index of `shape`: a pure function of key and index.
+
+    No generator is touched: replicas draw the same bits, and so does a resumed run.
+    """
+    i = torch.arange(shape.numel(), device=device).view(shape)
+    # Beyond 2**32 elements the upper half of the index enters through the key; _mix(0) is 0.
+    first = _mix(((i & _M32) ^ key) ^ _mix(i >> 32))
+    second = (first * 0x9E3779B1 + 0x7F4A7C15) & _M32
+    second = ((second ^ (second >> 15)) * 0x2C1B3C6D) & _M32
+    return first, second ^ (second >> 16)
+
+
+def uniform_halves(word: Tensor) -> tuple[Tensor, Tensor]:
+    """Two float32 in (0, 1) of one 32-bit word: from its low and from its high 16 bits."""
+    return ((word & 0xFFFF).float() + 0.5) / 65536, ((word >> 16).float() + 0.5) / 65536
+
+
+def round_to(values: Tensor, dtype: torch.dtype, uniform: Tensor | None) -> Tensor:
+    """float32 values in a narrower dtype: to nearest, or stochastically (unbiased) where `uniform` is given.
+
+    bfloat16 and float16 round between their two neighbouring numbers and saturate; float32 passes through.
+    """
+    if uniform is None or dtype not in (torch.bfloat16, torch.float16):
+        return values.to(dtype)
+    bits, least = (8, -126) if dtype == torch.bfloat16 else (11, -14)
+    _, exponent = torch.frexp(values)  # |values| = f · 2^exponent with 1/2 <= f < 1
+    spacing = torch.ldexp(torch.ones_like(values), (exponent - 1).clamp_min(least) - (bits - 1))
+    steps = values.abs() / spacing
+    whole = steps.floor()
+    magnitude = (whole + (steps - whole + uniform >= 1)) * spacing
+    return torch.copysign(magnitude, values).clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)

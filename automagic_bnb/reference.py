@@ -1,0 +1,455 @@
+"""The update rule in plain PyTorch: the definition the kernels are held to, and the path for CPU tensors.
+
+One call updates one parameter. Everything is float32 over blocks, [blocks, 256] with the last block padded; θ, g, m, v,
+u, r, n, k, π, s, h, σ, W are the symbols of the rule as the docstrings use them. Sources: CAME (arXiv 2307.02047),
+Torque-Aware Momentum (2412.18790), Cautious Optimizers (2411.16085), the lagged second moment of ADOPT (2411.02853),
+the distance estimate of Prodigy (2306.06101), and Automagic's sign-agreement learning rates.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from automagic_bnb import quantization as q
+from automagic_bnb import state as st
+from automagic_bnb.low_rank import soft_threshold
+
+FLOAT_TINY = 1e-38
+STATISTIC_DECAY = 0.9
+"""Decay of the block statistics s, h and σ."""
+BACKGROUND_ACTIVITY = 0.1
+"""A block whose gradient energy is below this share of its own second moment counts as background."""
+MIN_RESIDUAL = 0.01
+MIN_CAUTIOUS_SHARE = 0.25
+K_MIN, K_MAX = -32.0, 31.0
+LOW_RANK_EVERY = 10
+LOW_RANK_MAX = 256
+RANK_STREAM = 1
+"""Which stream of random bits the low-rank step draws from; the main update draws from stream 0."""
+
+
+@dataclass(frozen=True)
+class Scalars:
+    """The numbers of one step of one parameter, worked out once in double precision; kernels take the same."""
+
+    beta1: float
+    beta2: float
+    beta3: float
+    correction1: float  # 1 - beta1**t
+    correction2: float  # 1 - beta2**t; with factored storage, t - 1
+    correction3: float
+    rate: float  # lr, or ρ = lr / base where auto_lr supplies d
+    low: float  # bounds of the per-element factor; where auto_lr supplies d, of d times that factor
+    high: float
+    kappa: float
+    adapt_variance: bool  # σ moves
+    adapt_mask: bool  # k moves
+    learn_polarity: bool  # π is recorded
+    rounding_key: int
+    probe_weight: float  # ω of auto_lr over d²: ρ / d0
+
+
+def base_rate(options: dict[str, Any]) -> float:
+    """The rate a schedule starts from: its `initial_lr`, else the group's constructor lr."""
+    return float(options.get("initial_lr", options["base_lr"]))
+
+
+def relative_rate(options: dict[str, Any]) -> float:
+    """ρ = lr / base."""
+    base = base_rate(options)
+    return float(options["lr"]) / base if base > 0 else 0.0
+
+
+def step_scalars(options: dict[str, Any], t: int, is_lora: bool, ordinal: int, factored: bool) -> Scalars:
+    """The scalars of step t (from 1) of the parameter with this ordinal.
+
+    Args:
+        options: the effective options of the parameter, with `lr`, `base_lr` (the group's constructor lr) and, where
+            a scheduler set one, `initial_lr`.
+    """
+    beta1, beta2, beta3 = options["betas"]
+    lag = t - 1 if factored else t
+    base, relative = base_rate(options), relative_rate(options)
+    automatic = options["auto_lr"]
+    warm = t <= options["warmup_steps"]
+    # A constant rate is clamped relative to its base, so that a schedule scales every element alike.
+    bounded = base > 0 and not automatic
+    return Scalars(
+        beta1=beta1,
+        beta2=beta2,
+        beta3=beta3,
+        correction1=1 - beta1**t,
+        correction2=1 - beta2**lag if lag else 1.0,
+        correction3=1 - beta3**lag if lag else 1.0,
+        rate=relative if automatic else float(options["lr"]),
+        low=options["min_lr"] / base if bounded else options["min_lr"] if automatic else 0.0,
+        high=options["max_lr"] / base if bounded else options["max_lr"] if automatic else math.inf,
+        kappa=options["low_rank_emphasis"] if is_lora else 1.0,
+        adapt_variance=warm,
+        adapt_mask=warm and t >= 2,
+        learn_polarity=warm,
+        rounding_key=q.mix_scalar(options["seed"], ordinal, t, 0),
+        probe_weight=relative / options["base_lr"] if automatic and options["base_lr"] > 0 else 0.0,
+    )
+
+
+class Blocks:
+    """A parameter cut into blocks: conversion, and sums over the real elements of each."""
+
+    def __init__(self, p: Tensor) -> None:
+        self.n = p.numel()
+        self.blocks = st.block_count(p)
+        self.padding = self.blocks * q.BLOCK - self.n
+        counts = torch.full((self.blocks, 1), float(q.BLOCK), device=p.device)
+        if self.padding:
+            counts[-1] -= self.padding
+        self.counts = counts
+
+    def cut(self, x: Tensor) -> Tensor:
+        """[blocks, 256] in x's dtype, zeros behind the end."""
+        flat = x.reshape(-1)
+        if self.padding:
+            flat = torch.nn.functional.pad(flat, (0, self.padding))
+        return flat.view(self.blocks, q.BLOCK)
+
+    def join(self, x: Tensor) -> Tensor:
+        """The flat [n] tensor of blocks."""
+        return x.reshape(-1)[: self.n]
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Per block, [blocks, 1]; x must be 0 behind the end."""
+        return x.sum(dim=1, keepdim=True) / self.counts
+
+
+def clip_scale(g: Tensor, gnorm_vec: Tensor, t: int, percentile: int) -> Tensor:
+    """percentile_clipping: the 0-d factor that brings this gradient's norm down to the percentile of the last ones.
+
+    Args:
+        g: the gradient with non-finite elements zeroed.
+        gnorm_vec: float32 [100], the last norms; this step's is written into it.
+        percentile: 1..99, by nearest rank (numpy's "inverted_cdf").
+    """
+    norm = g.square().sum().sqrt()
+    gnorm_vec[(t - 1) % st.NORM_WINDOW] = norm
+    seen = min(t, st.NORM_WINDOW)
+    limit = gnorm_vec[:seen].sort().values[-(-percentile * seen // 100) - 1]
+    return torch.where(norm > limit, limit / norm, torch.ones_like(norm))
+
+
+def laplacian(g: Tensor) -> Tensor:
+    """Five-point Laplacian of each [R, C] slice, shaped like g; neighbours outside contribute nothing.
+
+    Equals `scipy.ndimage.laplace(g, mode="nearest")` slice by slice.
+    """
+    x = g.reshape(-1, g.shape[-2], g.shape[-1])
+    lap = torch.zeros_like(x)
+    down = x[:, 1:] - x[:, :-1]
+    lap[:, :-1] += down
+    lap[:, 1:] -= down
+    right = x[:, :, 1:] - x[:, :, :-1]
+    lap[:, :, :-1] += right
+    lap[:, :, 1:] -= right
+    return lap.view_as(g)
+
+
+def is_spatial(p: Tensor, options: dict[str, Any]) -> bool:
+    """Whether the spatial filter applies to this parameter under these options."""
+    wanted = options["edge_suppression"] or options["frequency_penalty"] > 0
+    return wanted and p.dim() >= 2 and p.shape[-2] > 2 and p.shape[-1] > 2
+
+
+def spatial_filter(g: Tensor, lap: Tensor, edge_history: Tensor, blocks: Blocks, options: dict[str, Any]) -> Tensor:
+    """Step 1, g̃ of g: the frequency filter, then the edge penalty.
+
+    Args:
+        g, lap: [blocks, 256], 0 where the gradient is skipped or padding.
+        edge_history: h, [blocks, 1], updated in place where edge_suppression is on.
+    """
+    filtered = g + (options["frequency_penalty"] / 8) * lap
+    if options["edge_suppression"]:
+        rms = blocks.mean(g.square()).sqrt()
+        e = lap.abs() / (math.sqrt(20) * rms + 1e-30)
+        e = torch.where(e > options["edge_threshold"], e, 0.0)
+        edge_history.lerp_(blocks.mean(e), 1 - STATISTIC_DECAY)
+        filtered = filtered * (1 - options["edge_penalty"] * edge_history * e).clamp(0.1, 1)
+    return filtered
+
+
+class Moments:
+    """v and r of element-wise storage: what the rule asks of them, whichever way they are kept."""
+
+    def __init__(self, state: st.State, blocks: Blocks, keep: Tensor) -> None:
+        self.state, self.blocks, self.keep = state, blocks, keep
+        self.new: dict[int, Tensor] = {}
+
+    def read(self, number: int) -> Tensor:
+        values = self.blocks.cut(self.state[f"state{number}"])
+        if values.dtype != torch.uint8:
+            return values
+        book = self.state["qmap1" if number == 1 else "qmap2"]
+        return self.blocks.cut(self.blocks.join(q.decode(values, self.state[f"absmax{number}"], book)))
+
+    def write(self, number: int, values: Tensor, uniform: Tensor | None) -> None:
+        target = self.state[f"state{number}"]
+        if target.dtype != torch.uint8:
+            target.view(-1).copy_(self.blocks.join(values))
+            return
+        codes, absmax = q.encode(values, self.state["qmap1" if number == 1 else "qmap2"], uniform)
+        # A block in which every gradient was skipped keeps its very codes.
+        changed = self.keep.any(dim=1, keepdim=True)
+        codes = torch.where(changed, codes, self.blocks.cut(target))
+        target.view(-1).copy_(self.blocks.join(codes))
+        held = self.state[f"absmax{number}"]
+        held.copy_(torch.where(changed[:, 0], absmax, held))
+
+    def second(self, x: Tensor, s: Scalars, eps: float) -> Tensor:
+        """v ← β2 v + (1 - β2)(x + eps1) and its bias-corrected value, [blocks, 256]; x = g̃²."""
+        return self._ema(2, x + eps, s.beta2) / s.correction2
+
+    def residual(self, x: Tensor, s: Scalars, eps: float) -> Tensor:
+        """r ← β3 r + (1 - β3)(x + eps2) and its bias-corrected value; x = (u - m)²."""
+        return self._ema(3, x + eps, s.beta3) / s.correction3
+
+    def _ema(self, number: int, x: Tensor, beta: float) -> Tensor:
+        old = self.read(number)
+        new = torch.where(self.keep, beta * old + (1 - beta) * x, old)
+        self.new[number] = new
+        return new
+
+    def store(self, m: Tensor, v_uniform: Tensor | None, r_uniform: Tensor | None) -> None:
+        self.write(1, m, None)
+        for number, uniform in ((2, v_uniform), (3, r_uniform)):
+            if number in self.new:
+                self.write(number, self.new[number], uniform)
+
+
+class FactoredMoments(Moments):
+    """v and r as row and column means, one step behind: V̂_ij = row_i · col_j / mean(row).
+
+    The eps are added where the estimate is used, not to the means: means of exactly zero tell that nothing has been
+    seen yet.
+    """
+
+    def __init__(self, state: st.State, blocks: Blocks, keep: Tensor, p: Tensor) -> None:
+        super().__init__(state, blocks, keep)
+        self.matrix = st.matrix_shape(p)
+
+    def second(self, x: Tensor, s: Scalars, eps: float) -> Tensor:
+        # Before anything is held: rms_b(g̃), so that u = g̃ / rms_b(g̃).
+        return self._lagged("exp_avg_sq", st.ROW_MEAN, x, s.beta2, s.correction2, self.blocks.mean(x)) + eps
+
+    def residual(self, x: Tensor, s: Scalars, eps: float) -> Tensor:
+        one = torch.ones_like(x[:, :1])
+        return self._lagged("exp_avg_res", st.RES_ROW_MEAN, x, s.beta3, s.correction3, one) + eps
+
+    def _lagged(self, name: str, slot: int, x: Tensor, beta: float, correction: float, empty: Tensor) -> Tensor:
+        row, col = self.state[f"{name}_row"], self.state[f"{name}_col"]
+        mean = self.state["tensor_stats"][slot]
+        held = mean > 0
+        estimate = self.blocks.cut(torch.outer(row, col) / torch.where(held, mean, 1.0))
+        # A skipped element stands in with its own estimate, which leaves the means where they are.
+        seen = self.blocks.join(torch.where(self.keep, x, estimate)).view(self.matrix)
+        row.mul_(beta).add_(seen.mean(dim=1), alpha=1 - beta)
+        col.mul_(beta).add_(seen.mean(dim=0), alpha=1 - beta)
+        result = torch.where(held, estimate / correction, empty)
+        mean.copy_(row.mean())
+        return result
+
+
+def update_parameter(
+    p: Tensor,
+    grad: Tensor,
+    state: st.State,
+    options: dict[str, Any],
+    s: Scalars,
+    d: Tensor | None = None,
+) -> None:
+    """One step of one parameter, in place: p and its state. `state["step"]` already counts this step.
+
+    Args:
+        p: floating point, contiguous, any shape.
+        grad: shaped like p, any floating dtype; NaN and infinite elements are skipped.
+        d: with auto_lr, the 0-d float32 rate found so far.
+    """
+    blocks = Blocks(p)
+    stats = state["tensor_stats"]
+    keep_flat = torch.isfinite(grad)
+    g_shaped = torch.where(keep_flat, grad.float(), 0.0)
+    if options["percentile_clipping"] < 100:
+        g_shaped = g_shaped * clip_scale(g_shaped, state["gnorm_vec"], state["step"], options["percentile_clipping"])
+    keep = blocks.cut(keep_flat)
+    stats[st.SKIPPED] += blocks.n - keep.sum()
+    g = blocks.cut(g_shaped)
+    factored = st.storage_held(state) == "factored"
+    moments = FactoredMoments(state, blocks, keep, p) if factored else Moments(state, blocks, keep)
+    words = q.random_words(s.rounding_key, keep.shape, p.device)
+    (theta_u, v_u), (r_u, k_u) = q.uniform_halves(words[0]), q.uniform_halves(words[1])
+
+    # 1. Spatial filter.
+    filtered = g
+    if is_spatial(p, options):
+        lap = torch.where(keep, blocks.cut(laplacian(g_shaped)), 0.0)
+        filtered = spatial_filter(g, lap, state["edge_history"].view(-1, 1), blocks, options)
+
+    # 2. Second moment, activity, clipping.
+    v_hat = moments.second(filtered.square(), s, options["eps"][0])
+    u = filtered / v_hat.sqrt().clamp_min(1e-19)
+    activity = blocks.mean(u.square())
+    u = u * (options["clip_threshold"] / activity.sqrt().clamp_min(FLOAT_TINY)).clamp_max(1)
+
+    # 3. Torque.
+    old_m = moments.read(1)
+    damping = torque_factor(old_m, u, state["torque"].view(-1, 1), s.kappa) if options["torque"] else 1.0
+    m = torch.where(keep, s.beta1 * old_m + (1 - s.beta1) * damping * u, old_m)
+
+    # 4. Confidence.
+    n = m / s.correction1
+    if options["came"]:
+        r_hat = moments.residual((u - m).square(), s, options["eps"][1])
+        n = n / r_hat.clamp_min(MIN_RESIDUAL).sqrt()
+
+    # 5. Cautious.
+    if options["cautious"]:
+        agrees = ((n > 0) & (g > 0)) | ((n < 0) & (g < 0))
+        n = n * agrees / blocks.mean(agrees.float()).clamp_min(MIN_CAUTIOUS_SHARE)
+
+    # 6. Background.
+    if options["background_regularization"]:
+        n = torch.where(activity < BACKGROUND_ACTIVITY, n / 2, n)
+
+    # 7. Learning-rate mask.
+    k = update_mask(g, u, keep, state, blocks, options, s, k_u)
+    lr_i = element_rates(k, stats[st.MASK_MEAN], s, d)
+
+    # 8. Update.
+    theta = blocks.cut(p.detach())
+    if d is not None:
+        update_probes(p, grad=g, state=state, s=s, d=d)
+    old_theta = theta.float()
+    new_theta = old_theta - lr_i * (n + options["weight_decay"] * old_theta)
+    rounded = q.round_to(new_theta, p.dtype, theta_u if options["stochastic_rounding"] else None)
+    p.view(-1).copy_(blocks.join(torch.where(keep, rounded, theta)))
+    moments.store(m, v_u, r_u)
+    if s.adapt_mask:
+        stats[st.MASK_MEAN] = torch.exp2(blocks.join(read_mask(state, blocks)[0]) / 16).mean()
+
+
+def torque_factor(m: Tensor, u: Tensor, torque: Tensor, kappa: float) -> Tensor:
+    """Step 3: d, [blocks, 1]; the running alignment s ([blocks, 1]) of momentum and update moves in place."""
+    norms = (m.square().sum(1, keepdim=True) * u.square().sum(1, keepdim=True) + 1e-30).sqrt()
+    torque.lerp_((m * u).sum(1, keepdim=True) / norms, 1 - STATISTIC_DECAY)
+    return 1 + (kappa * torque).clamp(-1, 1)
+
+
+def read_mask(state: st.State, blocks: Blocks) -> tuple[Tensor, Tensor]:
+    """k float32 and π bool, [blocks, 256]."""
+    packed = blocks.cut(state["lr_mask"])
+    if packed.dtype == torch.uint8:
+        return q.unpack_mask(packed)
+    return packed, blocks.cut(state["last_polarity"]).bool()
+
+
+def update_mask(
+    g: Tensor,
+    u: Tensor,
+    keep: Tensor,
+    state: st.State,
+    blocks: Blocks,
+    options: dict[str, Any],
+    s: Scalars,
+    uniform: Tensor,
+) -> Tensor:
+    """Step 7: k as this step uses it, [blocks, 256]; σ, k and π move during warm-up and are only read after."""
+    k, polarity = read_mask(state, blocks)
+    if not s.learn_polarity:
+        return k
+    variance = state["spatial_variance"].view(-1, 1)
+    # var(u) = mean(u²) - mean(u)², exact enough at |u| ~ 1 and never below 0 by more than rounding
+    variance.lerp_((blocks.mean(u.square()) - blocks.mean(u).square()).clamp_min(0), 1 - STATISTIC_DECAY)
+    positive = g > 0
+    if s.adapt_mask:
+        f = (options["detail_preservation"] * variance).clamp(0.5, 1.5) if options["spatial_awareness"] else 1.0
+        moved = (k + torch.where(positive == polarity, f, -1.0 * f)).clamp(K_MIN, K_MAX)
+        if state["lr_mask"].dtype == torch.uint8:
+            # (k + U ≥ ⌊k⌋ + 1) rounds up with the probability of k's fraction.
+            whole = moved.floor()
+            moved = whole + (moved - whole + uniform >= 1)
+        k = torch.where(keep, moved, k)
+    polarity = torch.where(keep, positive, polarity)
+    if state["lr_mask"].dtype == torch.uint8:
+        state["lr_mask"].view(-1).copy_(blocks.join(q.pack_mask(k, polarity)))
+    else:
+        state["lr_mask"].view(-1).copy_(blocks.join(k))
+        state["last_polarity"].view(-1).copy_(blocks.join(polarity))
+    return k
+
+
+def element_rates(k: Tensor, mask_mean: Tensor, s: Scalars, d: Tensor | None) -> Tensor:
+    """lr_i of exponents k, given the mask's mean W of the previous step."""
+    factor = torch.exp2(k / 16) / mask_mean
+    if d is None:
+        return s.rate * factor.clamp(s.low, s.high)
+    return s.rate * (d * factor).clamp(s.low, s.high)
+
+
+def update_probes(p: Tensor, grad: Tensor, state: st.State, s: Scalars, d: Tensor) -> None:
+    """auto_lr's sums of this parameter: num ← √β2 num + ω Σ g (θ0 - θ), z ← √β2 z + ω g with ω = d² ρ / d0.
+
+    Args:
+        p: θ before the update.
+        grad: g as [blocks, 256], skipped elements 0.
+    """
+    decay = math.sqrt(s.beta2)
+    weight = d.square() * s.probe_weight
+    g = grad[:: st.PROBE_STRIDE]
+    moved = state["probe_start"].float() - st.probe_blocks(p.detach().reshape(-1)).float()
+    stats, z = state["tensor_stats"], state["probe_sum"]
+    stats[st.LR_NUMERATOR] = decay * stats[st.LR_NUMERATOR] + weight * (g * moved).sum()
+    z.mul_(decay).add_(weight * g)
+    stats[st.LR_DENOMINATOR] = z.abs().sum()
+
+
+def find_rate(d: Tensor, stats: list[Tensor], low: float, high: float) -> None:
+    """auto_lr, in place: d ← clamp(max(d, Σ num / Σ|z|), low, high) over the `tensor_stats` of a group."""
+    if not stats:
+        return
+    sums = torch.stack(stats).sum(dim=0)
+    estimate = sums[st.LR_NUMERATOR] / sums[st.LR_DENOMINATOR].clamp_min(FLOAT_TINY)
+    d.copy_(torch.maximum(d, estimate).clamp(low, high))
+
+
+def shrinks_rank(p: Tensor, t: int, is_lora: bool, options: dict[str, Any]) -> bool:
+    """Whether step 9 is due for this parameter."""
+    return (
+        is_lora
+        and options["lora_rank_penalty"]
+        and p.dim() == 2
+        and min(p.shape) <= LOW_RANK_MAX
+        and t % LOW_RANK_EVERY == 0
+    )
+
+
+def rank_strength(options: dict[str, Any]) -> float:
+    """The threshold of step 9 over lr."""
+    return LOW_RANK_EVERY * options["rank_penalty_strength"]
+
+
+def rank_key(options: dict[str, Any], ordinal: int, t: int) -> int:
+    """The key of the random bits of step 9."""
+    return q.mix_scalar(options["seed"], ordinal, t, RANK_STREAM)
+
+
+def shrink_rank(parameters: list[Tensor], thresholds: list[Tensor | float], keys: list[int], stochastic: bool) -> None:
+    """Step 9, in place, for 2-D parameters of one shape and dtype: σ_j ← max(σ_j - threshold, 0)."""
+    stacked = torch.stack([p.detach().float() for p in parameters])
+    limits = torch.stack([torch.as_tensor(x, device=stacked.device, dtype=torch.float32) for x in thresholds])
+    for p, shrunk, key in zip(parameters, soft_threshold(stacked, limits), keys, strict=True):
+        uniform = None
+        if stochastic and p.dtype != torch.float32:
+            uniform = q.uniform_halves(q.random_words(key, p.shape, p.device)[0])[0]
+        p.copy_(q.round_to(shrunk, p.dtype, uniform))

@@ -1,0 +1,228 @@
+"""What one parameter stores: names, shapes, dtypes, the choice of storage, allocation.
+
+| key | symbol | 32-bit | 8-bit | factored |
+|---|---|---|---|---|
+| `state1` | m, first moment | float32 [shape] | uint8 [shape] + `absmax1` | as 8-bit |
+| `state2` | v, second moment | float32 [shape] | uint8 [shape] + `absmax2` | `exp_avg_sq_row`, `exp_avg_sq_col` |
+| `state3` | r, confidence residual | float32 [shape] | uint8 [shape] + `absmax3` | `exp_avg_res_row`, `exp_avg_res_col` |
+| `lr_mask` | k (and π) | float32 [shape] | uint8 [shape], π in bit 0 | as 8-bit |
+| `last_polarity` | π | uint8 [shape] | – | – |
+| `torque`, `edge_history`, `spatial_variance` | s, h, σ | float32 [blocks] | same | same |
+| `tensor_stats` | see `STATS` | float32 [6] | same | same |
+| `gnorm_vec` | last 100 gradient norms | float32 [100], with percentile_clipping < 100 | same | same |
+| `probe_start`, `probe_sum` | θ0, z of auto_lr | [probes, 256], θ's dtype and float32 | same | same |
+
+`qmap1`, `qmap2` are bitsandbytes' code books, one tensor for all parameters of a device; `step` is an int. A block is
+256 consecutive elements of the contiguous parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from automagic_bnb import bnb
+from automagic_bnb.quantization import BLOCK
+
+State = dict[str, Any]
+
+MASK_MEAN, ROW_MEAN, RES_ROW_MEAN, LR_NUMERATOR, LR_DENOMINATOR, SKIPPED = range(6)
+STATS = (
+    "W: mean of 2^(k/16) over the tensor",
+    "mean of exp_avg_sq_row",
+    "mean of exp_avg_res_row",
+    "auto_lr's numerator",
+    "auto_lr's Σ|z|",
+    "elements skipped so far because their gradient was not finite",
+)
+EMPTY_MASK = 64
+"""The byte of k = 0 and π = 0: see `quantization.pack_mask`."""
+PROBE_STRIDE = 16
+"""auto_lr watches every 16th block."""
+NORM_WINDOW = 100
+"""Gradient norms remembered by percentile_clipping, as in bitsandbytes."""
+PAGED_MIN_SIZE = 100_000
+"""Elements from which a paged optimizer pages a state, as in bitsandbytes."""
+
+
+def matrix_shape(p: Tensor) -> tuple[int, int]:
+    """The view under which second moments are factored: (shape[0], n / shape[0])."""
+    rows = p.shape[0] if p.dim() else 1
+    return rows, p.numel() // max(rows, 1)
+
+
+def block_count(p: Tensor) -> int:
+    return -(-p.numel() // BLOCK)
+
+
+def probe_count(p: Tensor) -> int:
+    return -(-block_count(p) // PROBE_STRIDE)
+
+
+def factors_well(p: Tensor) -> bool:
+    """Whether row and column means cost less than 8-bit codes and fit the grid of blocks.
+
+    Two float32 vectors of rows + columns must stay below the one byte an element that codes take, with some margin,
+    and a block must hold either whole rows or parts of at most two: columns >= 256, or a divisor of 256.
+    """
+    rows, columns = matrix_shape(p)
+    aligned = columns >= BLOCK or (columns > 0 and BLOCK % columns == 0)
+    return p.dim() >= 2 and min(rows, columns) >= 8 and aligned and 4 * (rows + columns) <= 0.75 * p.numel()
+
+
+def storage_of(p: Tensor, options: dict[str, Any], embedding: bool = False) -> str:
+    """ "32bit", "8bit" or "factored": how this parameter's moments are kept under these options."""
+    small = p.numel() < options["min_8bit_size"]
+    stable = options["stable_emb"] and embedding
+    if not bnb.BITSANDBYTES_AVAILABLE or options["optim_bits"] == 32:
+        return "32bit"
+    if (small or stable) and not options["force_8bit"]:
+        return "32bit"
+    return "factored" if options["factored"] and factors_well(p) else "8bit"
+
+
+def storage_held(state: State) -> str:
+    """The storage that existing tensors are in."""
+    if "exp_avg_sq_row" in state:
+        return "factored"
+    return "8bit" if state["state1"].dtype == torch.uint8 else "32bit"
+
+
+def empty_element_state(p: Tensor, dtype: torch.dtype, paged: bool) -> Tensor:
+    """An uninitialised contiguous tensor shaped like p; in managed memory if `paged` and large and on CUDA."""
+    if paged and p.device.type == "cuda" and p.numel() >= PAGED_MIN_SIZE:
+        return bnb.empty_paged(p.shape, dtype, p.device)
+    return torch.empty(p.shape, dtype=dtype, device=p.device)
+
+
+def _element_state(p: Tensor, dtype: torch.dtype, fill: int, paged: bool) -> Tensor:
+    tensor = empty_element_state(p, dtype, paged)
+    if getattr(tensor, "is_paged", False):
+        bnb.prefetch(tensor)
+    return tensor.fill_(fill)
+
+
+Recipes = dict[str, Callable[[], Tensor]]
+
+
+def recipes(p: Tensor, storage: str, options: dict[str, Any], paged: bool = False) -> Recipes:
+    """How to make each tensor this parameter needs, at its starting value. Nothing larger is made on the way."""
+    blocks, device = block_count(p), p.device
+    made = _moment_recipes(p, storage, options, paged)
+    if storage == "32bit":
+        made["lr_mask"] = lambda: _element_state(p, torch.float32, 0, paged)
+        made["last_polarity"] = lambda: _element_state(p, torch.uint8, 0, paged)
+    else:
+        made["lr_mask"] = lambda: _element_state(p, torch.uint8, EMPTY_MASK, paged)
+    for name, start in (("torque", 0.0), ("edge_history", 0.0), ("spatial_variance", 1.0)):
+        made[name] = lambda start=start: torch.full((blocks,), start, device=device)
+    made["tensor_stats"] = lambda: torch.tensor([1.0] + [0.0] * (len(STATS) - 1), device=device)
+    if options["percentile_clipping"] < 100:
+        made["gnorm_vec"] = lambda: torch.zeros(NORM_WINDOW, device=device)
+    if options["auto_lr"]:
+        made["probe_start"] = lambda: probe_blocks(p.detach().reshape(-1)).clone()
+        made["probe_sum"] = lambda: torch.zeros(probe_count(p), BLOCK, device=device)
+    return made
+
+
+def _moment_recipes(p: Tensor, storage: str, options: dict[str, Any], paged: bool) -> Recipes:
+    blocks, device, (rows, columns) = block_count(p), p.device, matrix_shape(p)
+    numbers = [1, 2, 3] if options["came"] else [1, 2]
+    if storage == "32bit":
+        return {f"state{i}": lambda: _element_state(p, torch.float32, 0, paged) for i in numbers}
+    made: Recipes = {}
+    if storage == "factored":
+        for name in ("exp_avg_sq", "exp_avg_res")[: len(numbers) - 1]:
+            made[f"{name}_row"] = lambda: torch.zeros(rows, device=device)
+            made[f"{name}_col"] = lambda: torch.zeros(columns, device=device)
+        numbers = [1]
+    for i in numbers:
+        made[f"state{i}"] = lambda: _element_state(p, torch.uint8, 0, paged)
+        made[f"absmax{i}"] = lambda: torch.zeros(blocks, device=device)
+    made["qmap1"] = lambda: bnb.code_book(True, device)
+    made["qmap2"] = lambda: bnb.code_book(False, device)
+    return made
+
+
+def complete(state: State, p: Tensor, storage: str, options: dict[str, Any], paged: bool = False) -> State:
+    """Add to a state what it lacks under these options, at its starting value; a new state starts from {}."""
+    for name, make in recipes(p, storage, options, paged).items():
+        if name not in state:
+            state[name] = make()
+    state.setdefault("step", 0)
+    return state
+
+
+def is_complete(state: State, options: dict[str, Any]) -> bool:
+    """Whether a state once completed still has all it needs, options having changed since."""
+    return (
+        "tensor_stats" in state
+        and (not options["came"] or "state3" in state or "exp_avg_res_row" in state)
+        and (options["percentile_clipping"] == 100 or "gnorm_vec" in state)
+        and (not options["auto_lr"] or "probe_sum" in state)
+    )
+
+
+def link_code_books(state: State, device: torch.device) -> None:
+    """Point `qmap1` and `qmap2` at the code books all parameters share."""
+    if storage_held(state) != "32bit":
+        state["qmap1"] = bnb.code_book(True, device)
+        state["qmap2"] = bnb.code_book(False, device)
+
+
+def probe_blocks(flat: Tensor) -> Tensor:
+    """Every 16th block of a flat tensor, [probes, 256], zeros beyond its end."""
+    n = flat.numel()
+    span = BLOCK * PROBE_STRIDE
+    whole = n // span
+    blocks = flat[: whole * span].view(whole, span)[:, :BLOCK]
+    rest = flat[whole * span :][:BLOCK]
+    if rest.numel():
+        rest = torch.nn.functional.pad(rest, (0, BLOCK - rest.numel()))
+        blocks = torch.cat([blocks, rest[None]])
+    return blocks
+
+
+def state_bytes(state: State) -> int:
+    """Bytes held for one parameter, the shared code books not counted."""
+    return sum(v.nbytes for k, v in state.items() if isinstance(v, Tensor) and not k.startswith("qmap"))
+
+
+def expected_shape(name: str, p: Tensor) -> tuple[int, ...]:
+    """The shape a tensor of this name has for parameter p; the check of a loaded checkpoint."""
+    rows, columns = matrix_shape(p)
+    if name in ELEMENT_KEYS:
+        return tuple(p.shape)
+    if name.endswith("_row"):
+        return (rows,)
+    if name.endswith("_col"):
+        return (columns,)
+    fixed = {"tensor_stats": len(STATS), "gnorm_vec": NORM_WINDOW, "qmap1": 256, "qmap2": 256}
+    if name in fixed:
+        return (fixed[name],)
+    if name.startswith("probe_"):
+        return (probe_count(p), BLOCK)
+    return (block_count(p),)
+
+
+ELEMENT_KEYS = frozenset(["state1", "state2", "state3", "lr_mask", "last_polarity"])
+"""The tensors shaped like the parameter: the ones that a paged optimizer pages."""
+TENSOR_KEYS = ELEMENT_KEYS | frozenset(
+    [
+        "absmax1",
+        "absmax2",
+        "absmax3",
+        "qmap1",
+        "qmap2",
+        "exp_avg_sq_row",
+        "exp_avg_sq_col",
+        "exp_avg_res_row",
+        "exp_avg_res_col",
+    ]
+    + ["torque", "edge_history", "spatial_variance", "tensor_stats", "gnorm_vec"]
+    + ["probe_start", "probe_sum"]
+)
+"""Every tensor that a parameter's state may hold."""
