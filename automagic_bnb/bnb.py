@@ -52,6 +52,11 @@ def overrides_of(p: torch.Tensor) -> dict[str, Any]:
     return GlobalOptimManager.get_instance().pid2config.get(id(p), {})
 
 
+def overridden_ids() -> tuple[int, ...]:
+    """The ids of all tensors with an override: differs when one is added."""
+    return tuple(GlobalOptimManager.get_instance().pid2config) if BITSANDBYTES_AVAILABLE else ()
+
+
 def adopt_module_overrides(parameters: set[int]) -> None:
     """Turn `register_module_override` entries (bnb.nn.StableEmbedding makes one) into overrides of our parameters.
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from automagic_bnb import config
+from automagic_bnb import bnb, config
 from automagic_bnb import state as st
 
 if TYPE_CHECKING:
@@ -18,6 +19,25 @@ WRAPPED = "__bnb_optimizer_quant_state__"
 """bitsandbytes moves block-wise tensors under this key, so that FSDP does not gather them."""
 IGNORED = frozenset(["unorm_vec", "max1", "max2", "new_max1", "new_max2"])
 """Keys of bitsandbytes' checkpoints that have no counterpart here."""
+OWN_GROUP_KEYS = ("base_lr", "warmup_steps")
+"""A saved group with neither is another optimizer's."""
+
+
+SHARDED_WARNING = (
+    "the state of a sharded parameter is this process's own part: save and load one file for each process. "
+    "torch.distributed.checkpoint would keep the part of one process only"
+)
+
+
+def shard_of(p: Any) -> int | None:
+    """Which part of a sharded DTensor lives here, counted over its mesh; None for a whole parameter."""
+    if not hasattr(p, "to_local"):
+        return None
+    number, parts, mesh = 0, 1, p.device_mesh
+    for placement, place, size in zip(p.placements, mesh.get_coordinate(), mesh.shape, strict=True):
+        if not placement.is_replicate():
+            number, parts = number * size + place, parts * size
+    return number if parts > 1 else None
 
 
 def parse(optimizer: Automagic, state_dict: dict[str, Any]) -> tuple[dict[Tensor, st.State], list[dict[str, Any]]]:
@@ -37,7 +57,7 @@ def parse(optimizer: Automagic, state_dict: dict[str, Any]) -> tuple[dict[Tensor
     old_ids = chain.from_iterable(g["params"] for g in saved_groups)
     owners = [(p, g) for g in groups for p in g["params"]]
     by_id = dict(zip(old_ids, owners, strict=True))
-    new_groups = [_parse_group(g, i) for i, g in enumerate(saved_groups)]
+    new_groups = [_parse_group(saved_groups[i], group, i) for i, group in enumerate(groups)]
     state: dict[Tensor, st.State] = {}
     for key, saved in state_dict["state"].items():
         if key in by_id and saved:
@@ -46,27 +66,33 @@ def parse(optimizer: Automagic, state_dict: dict[str, Any]) -> tuple[dict[Tensor
     return state, new_groups
 
 
-def _parse_group(saved: dict[str, Any], index: int) -> dict[str, Any]:
-    entries = {}
+def _parse_group(saved: dict[str, Any], group: dict[str, Any], index: int) -> dict[str, Any]:
+    """The entries to take over: none of another optimizer's, whose rate and decay mean something else."""
+    entries: dict[str, Any] = {}
+    if not any(name in saved for name in OWN_GROUP_KEYS):
+        return entries
+    device = group["params"][0].device if group["params"] else None
     for name, value in saved.items():
         if name == "params":
             continue
-        if name in config.GROUP_OPTIONS and not (name == "eps" and not isinstance(value, (tuple, list))):
-            value = config.check_option(name, value, f" in the checkpoint's group {index}")
+        if name in config.GROUP_OPTIONS:
+            entries[name] = config.check_option(name, value, f" in the checkpoint's group {index}")
         elif isinstance(value, Tensor):
-            value = value.detach().clone()
-        entries[name] = value
+            entries[name] = value.detach().to(device, copy=True)
+        else:
+            entries[name] = copy.deepcopy(value)
     return entries
 
 
 def _parse_parameter(
     optimizer: Automagic, p: Tensor, group: dict[str, Any], saved: dict[str, Any], where: str
 ) -> st.State:
-    from automagic_bnb.optimizer import local_tensor
-
     saved = {**saved, **saved.get(WRAPPED, {})}
     saved.pop(WRAPPED, None)
-    local = local_tensor(p)
+    local, shard = st.local_tensor(p), shard_of(p)
+    saved_shard = saved.pop("shard", shard)
+    if saved_shard != shard:
+        raise ValueError(f"{where}: the checkpoint holds shard {saved_shard}, here is {shard}; {SHARDED_WARNING}")
     unknown = sorted(k for k in saved if k not in st.TENSOR_KEYS and k != "step" and k not in IGNORED)
     if unknown or "state1" not in saved:
         raise ValueError(
@@ -74,13 +100,16 @@ def _parse_parameter(
             "start without it, or load one that this optimizer or a bitsandbytes Adam wrote"
         )
     state: st.State = {"step": int(saved.get("step", 0))}
+    if shard is not None:
+        state["shard"] = shard
     for name, value in saved.items():
         if name not in st.TENSOR_KEYS or name.startswith("qmap"):
             continue
         expected = st.expected_shape(name, local)
-        if tuple(value.shape) != expected:
+        shape = tuple(value.shape) if isinstance(value, Tensor) else f"none ({type(value).__name__})"
+        if shape != expected:
             raise ValueError(
-                f"{where}: the checkpoint's {name} has shape {tuple(value.shape)}, "
+                f"{where}: the checkpoint's {name} has shape {shape}, "
                 f"a parameter of shape {tuple(local.shape)} needs {expected}"
             )
         state[name] = _restored(name, value, local, optimizer.is_paged)
@@ -91,15 +120,21 @@ def _parse_parameter(
 def _restored(name: str, value: Tensor, p: Tensor, paged: bool) -> Tensor:
     if name in st.ELEMENT_KEYS:
         return st.empty_element_state(p, value.dtype, paged).copy_(value)
-    return value.detach().to(p.device, copy=True)
+    dtype = p.dtype if name == "probe_start" else value.dtype  # the parameter may be kept in another dtype by now
+    return value.detach().to(p.device, dtype, copy=True)
 
 
 def _check_storage(state: st.State, where: str) -> None:
+    held = state["state1"].dtype
+    if held not in (torch.uint8, torch.float32):
+        raise ValueError(f"{where}: the checkpoint's state1 is {held}; expected uint8 or float32")
+    if held == torch.uint8 and not bnb.BITSANDBYTES_AVAILABLE:
+        raise ValueError(f"{where}: the checkpoint's state is in 8 bits. {bnb.MISSING_WARNING}")
+    dtypes = {"state1": held, "state2": held, "state3": held, "lr_mask": held, "last_polarity": torch.uint8}
+    for name, value in state.items():
+        expected = dtypes.get(name, torch.float32)
+        if isinstance(value, Tensor) and name != "probe_start" and value.dtype != expected:
+            raise ValueError(f"{where}: the checkpoint's {name} is {value.dtype}; expected {expected}")
     for number in (1, 2, 3):
-        held = state.get(f"state{number}")
-        if held is None:
-            continue
-        if held.dtype not in (torch.uint8, torch.float32):
-            raise ValueError(f"{where}: the checkpoint's state{number} is {held.dtype}; expected uint8 or float32")
-        if held.dtype == torch.uint8 and f"absmax{number}" not in state:
+        if held == torch.uint8 and f"state{number}" in state and f"absmax{number}" not in state:
             raise ValueError(f"{where}: the checkpoint's state{number} is in 8 bits but absmax{number} is missing")

@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import difflib
 import math
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,19 +34,24 @@ class Rule:
 
 def _number(value: Any) -> float:
     """A real number, or a string that spells one (trainers hand options through as text)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        # 0-d tensors and numpy scalars convert; lists, None and the rest do not.
-        if isinstance(value, bool) or not hasattr(value, "item") or getattr(value, "ndim", 0) != 0:
-            raise TypeError("not a number")
-        value = value.item()
+    if not isinstance(value, (int, float, str)) and getattr(value, "ndim", None) == 0:
+        value = value.item()  # 0-d tensors and numpy scalars convert; lists, None and the rest do not
     if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError as e:
-            raise TypeError("not a number") from e
-    if not math.isfinite(value):
+        value = _spelled_number(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError("not a number")
+    if not -sys.float_info.max <= value <= sys.float_info.max:  # NaN and integers beyond any float, too
         raise ValueError("not finite")
     return value
+
+
+def _spelled_number(text: str) -> float:
+    for kind in (int, float):  # a whole number keeps all its digits
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    raise TypeError("not a number")
 
 
 def _real_rule(legal: str, low: float, high: float = math.inf, *, open_low: bool = False) -> Rule:
@@ -127,7 +133,7 @@ def _parse_eps(value: Any) -> tuple[float, float]:
         except TypeError:
             pass
         else:  # Adam adds its eps beside sqrt(v); ours stands inside the root
-            value = (scalar**2, 1e-16)
+            value = (math.copysign(scalar**2, scalar), 1e-16)
     eps = _sequence(value)
     if len(eps) != 2 or not all(e >= 0 for e in eps):
         raise ValueError("out of range")
@@ -172,7 +178,7 @@ class AutomagicConfig:
     # Storage, in bitsandbytes' words.
     optim_bits: int = _opt(8, _integer_rule("8 or 32", 8, 32, step=24))
     min_8bit_size: int = _opt(4096, _integer_rule("a whole number >= 0", 0))
-    block_wise: bool = _opt(True, Rule("True (bitsandbytes 0.50 removed the other form)", _parse_block_wise))
+    block_wise: bool = _opt(True, Rule("True", _parse_block_wise))
     stable_emb: bool = _opt(False, _BOOL)
     force_8bit: bool = _opt(False, _BOOL)
     factored: bool = _opt(False, _BOOL)
@@ -201,15 +207,26 @@ class AutomagicConfig:
     profile: str | None = _opt(None, _or_none(_choice_rule("memory_optimized", "balanced", "quality_optimized")))
     verbose: bool = _opt(False, _BOOL_ONCE)
 
+    # An unset max_lr is told by identity, which pickling would lose.
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if value is not DEFAULT_MAX_LR}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({"max_lr": DEFAULT_MAX_LR, **state})
+
 
 RULES: dict[str, Rule] = {f.name: f.metadata["rule"] for f in dataclasses.fields(AutomagicConfig)}
 GROUP_OPTIONS: tuple[str, ...] = tuple(name for name, rule in RULES.items() if rule.scope == "parameter")
 """The options that a parameter group, or an override of one parameter, may set."""
 
 
+OTHER_NAMES = {"learning_rate": "lr", "wd": "weight_decay", "beta1": "betas", "beta2": "betas", "bits": "optim_bits"}
+"""Other libraries' words, too far from ours to be found by their letters."""
+
+
 def unknown_option(name: str, where: str = "Automagic") -> TypeError:
     """The error for an option nobody knows, with the nearest name."""
-    near = difflib.get_close_matches(name, RULES, n=1, cutoff=0.0)[0]
+    near = OTHER_NAMES.get(name) or difflib.get_close_matches(name, RULES, n=1, cutoff=0.0)[0]
     return TypeError(f"{where} has no option {name!r}; did you mean {near!r}?")
 
 
@@ -228,6 +245,19 @@ def check_option(name: str, value: Any, where: str = "") -> Any:
     except (TypeError, ValueError) as e:
         note = f" ({e})" if name == "block_wise" and isinstance(e, ValueError) else ""
         raise type(e)(f"option {name}={value!r}{where}: must be {rule.legal}{note}") from None
+
+
+def check_parameter_option(name: str, value: Any, where: str = "") -> Any:
+    """`check_option` for what stands in a parameter group or in an override of one parameter."""
+    if name in RULES and name not in GROUP_OPTIONS:
+        raise TypeError(f"option {name}={value!r}{where}: holds for the whole optimizer; pass it to the constructor")
+    return check_option(name, value, where)
+
+
+def near_miss(key: str) -> str | None:
+    """The option that a key of a parameter group was probably meant to be; None where it is one, or is far from any."""
+    near = difflib.get_close_matches(key, GROUP_OPTIONS, n=1, cutoff=0.85)
+    return near[0] if near and near[0] != key else None
 
 
 def make_config(**options: Any) -> AutomagicConfig:

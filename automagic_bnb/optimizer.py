@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,9 @@ from torch import Tensor
 
 from automagic_bnb import bnb, checkpoint, config, reference
 from automagic_bnb import state as st
+from automagic_bnb.fused import FusedStep
+from automagic_bnb.notices import warn_once
+from automagic_bnb.state import checked_gradient, local_tensor
 
 logger = logging.getLogger("automagic_bnb")
 
@@ -23,13 +25,6 @@ FOREIGN_OVERRIDES = ("alpha", "t_alpha", "t_beta3", "max_unorm", "skip_zeros")
 """Keys that bitsandbytes' own optimizers read from an override and that say nothing to this one."""
 
 Group = dict[str, Any]
-_warned: set[str] = set()
-
-
-def _warn_once(message: str) -> None:
-    if message not in _warned:
-        _warned.add(message)
-        warnings.warn(message, stacklevel=3)
 
 
 @dataclass(frozen=True)
@@ -42,10 +37,9 @@ class Facts:
     is_embedding: bool
     name: str
 
-
-def local_tensor(p: Tensor) -> Tensor:
-    """The shard of a DTensor that lives here; any other tensor as it is."""
-    return p.to_local() if hasattr(p, "to_local") else p  # type: ignore[attr-defined]
+    def counts_as_lora(self, options: dict[str, Any]) -> bool:
+        """Whether the parameter is treated as LoRA's: as its group says, else as its mark or name do."""
+        return self.is_lora if options["lora"] is None else options["lora"]
 
 
 class Automagic(bnb.Optimizer2State):
@@ -70,18 +64,28 @@ class Automagic(bnb.Optimizer2State):
     """
 
     _class_options: dict[str, Any] = {"optim_bits": 32}
+    _fixed_options: tuple[str, ...] = ()
+    """Those of the class options that the class's name promises."""
 
     def __init__(self, params: Iterable[Any], lr: float | None = None, **options: Any) -> None:
         self.config = config.make_config(**{**self._class_options, "lr": lr, **options})
         c = self.config
+        for name in self._fixed_options:
+            value, promised = getattr(c, name), self._class_options[name]
+            if value != promised:
+                raise ValueError(
+                    f"option {name}={value!r}: {type(self).__name__} has {name}={promised!r} by its name; "
+                    "leave the option out, or use Automagic, which has no such fixed choice"
+                )
         if not bnb.BITSANDBYTES_AVAILABLE:
             if c.force_8bit:
                 raise ValueError(
                     f"option force_8bit=True: needs bitsandbytes, which failed to import ({bnb.IMPORT_ERROR})"
                 )
             if c.optim_bits == 8:
-                _warn_once(bnb.MISSING_WARNING)
+                warn_once(bnb.MISSING_WARNING)
         self._facts: dict[Tensor, Facts] = {}
+        self._fused = FusedStep(self)
         super().__init__(
             "automagic",
             params,
@@ -95,6 +99,7 @@ class Automagic(bnb.Optimizer2State):
         )
         self.defaults = {name: getattr(c, name) for name in config.GROUP_OPTIONS}
         self.non_castable_tensor_keys = set(st.TENSOR_KEYS)
+        self._check_embeddings()
         self._log_plan()
 
     # --- groups -------------------------------------------------------------------------------------------------
@@ -105,20 +110,29 @@ class Automagic(bnb.Optimizer2State):
         Raises:
             TypeError, ValueError: as the constructor.
         """
-        group = self._with_options(dict(param_group), where=f" in parameter group {len(self.param_groups)}")
+        count, defaults = len(self.param_groups), self.defaults
+        group = self._with_options(dict(param_group), where=f" in parameter group {count}")
         # bitsandbytes' base constructor sets defaults of other optimizers (alpha, t_alpha); a group takes none of them.
         self.defaults = {}
-        super().add_param_group(group)
-        for p in self.param_groups[-1]["params"]:
-            self._check_parameter(p)
+        try:
+            super().add_param_group(group)
+            for p in self.param_groups[-1]["params"]:
+                self._check_parameter(p)
+        except (TypeError, ValueError):
+            del self.param_groups[count:]
+            raise
+        finally:
+            self.defaults = defaults
         self._index_parameters()
 
     def _with_options(self, group: Group, where: str) -> Group:
         """The group with every option checked and filled in from the config, and the rates resolved."""
         options = {name: getattr(self.config, name) for name in config.GROUP_OPTIONS}
-        for name in config.GROUP_OPTIONS:
-            if name in group:
-                options[name] = config.check_option(name, group[name], where)
+        for name, value in group.items():
+            if name in config.RULES:
+                options[name] = config.check_parameter_option(name, value, where)
+            elif meant := config.near_miss(name):
+                warn_once(f"the key {name!r}{where} is no option and has no effect; did you mean {meant!r}?")
         if "lr" in group and "auto_lr" not in group and self.config.auto_lr is None:
             options["auto_lr"] = None  # a group with a rate of its own keeps it
         config.check_rates(options, where)
@@ -149,7 +163,22 @@ class Automagic(bnb.Optimizer2State):
                 self._facts[p] = known.get(p, Facts(ordinal, bool(marked), bool(embedding), name))
                 ordinal += 1
 
-    def _facts_of(self, p: Tensor) -> Facts:
+    def _check_embeddings(self) -> None:
+        """Warn where stable_emb was asked for and nothing tells which parameters are embeddings."""
+        groups = [g for g in self.param_groups if g["stable_emb"] and g["optim_bits"] == 8]
+        parameters = [p for g in groups for p in g["params"]]
+        bnb.adopt_module_overrides({id(p) for p in parameters})
+        told = any(
+            self._facts[p].name or self._facts[p].is_embedding or bnb.overrides_of(p).get("optim_bits") == 32
+            for p in parameters
+        )
+        if parameters and not told:
+            warn_once(
+                "stable_emb=True has no effect: no parameter can be told to be an embedding. Pass "
+                "model.named_parameters() in place of model.parameters(), or set _is_embedding = True on the weights"
+            )
+
+    def facts_of(self, p: Tensor) -> Facts:
         if p not in self._facts:  # a wrapper has put another tensor into the group
             self._index_parameters()
         return self._facts[p]
@@ -163,10 +192,18 @@ class Automagic(bnb.Optimizer2State):
         override = bnb.overrides_of(p)
         if not override:
             return group
-        checked = {k: config.check_option(k, v) for k, v in override.items() if k not in FOREIGN_OVERRIDES}
+        where = " in a GlobalOptimManager override"
+        ours = {name: value for name, value in override.items() if name not in FOREIGN_OVERRIDES}
+        checked = {name: config.check_parameter_option(name, value, where) for name, value in ours.items()}
         options = {**group, **checked}
         if "lr" in checked:  # bitsandbytes' meaning: this rate, whatever the group's
-            options.update(base_lr=checked["lr"], initial_lr=checked["lr"], auto_lr=checked.get("auto_lr", False))
+            options["auto_lr"] = checked.get("auto_lr")
+            if "max_lr" not in checked and group["max_lr"] == max(config.DEFAULT_MAX_LR, 10 * group["base_lr"]):
+                options["max_lr"] = config.DEFAULT_MAX_LR  # nobody set it, so it follows this rate
+        config.check_rates({**options, "lr": checked.get("lr")}, where)
+        if "lr" in checked:
+            config.resolve_rates(options)
+            options["base_lr"] = options["initial_lr"] = options["lr"]
         return options
 
     def get_config(self, gindex: int, pindex: int, group: Group) -> dict[str, Any]:
@@ -182,10 +219,19 @@ class Automagic(bnb.Optimizer2State):
         if "state1" in state:
             storage = st.storage_held(state)
         else:
-            storage = st.storage_of(local, options, self._facts_of(p).is_embedding)
+            storage = st.storage_of(local, options, self.facts_of(p).is_embedding)
         if self.is_paged and local.device.type == "cpu":
-            _warn_once("paged optimizer states exist on CUDA only; on the CPU they are ordinary memory")
+            warn_once("paged optimizer states exist on CUDA only; on the CPU they are ordinary memory")
         st.complete(state, local, storage, options, self.is_paged)
+        if (shard := checkpoint.shard_of(p)) is not None:
+            state["shard"] = shard  # lets a checkpoint of another process's part be told
+
+    def prepared_state(self, group: Group, p: Tensor, options: dict[str, Any]) -> st.State:
+        """The state of one parameter, with all that these options need."""
+        state = self.state[p]
+        if not st.is_complete(state, options):
+            self.init_state(group, p)
+        return state
 
     def _log_plan(self) -> None:
         if not self.config.verbose:
@@ -196,7 +242,7 @@ class Automagic(bnb.Optimizer2State):
         for index, group in enumerate(self.param_groups):
             kinds: dict[str, int] = {}
             for p in group["params"]:
-                facts = self._facts_of(p)
+                facts = self.facts_of(p)
                 kind = st.storage_of(local_tensor(p), self.effective_options(group, p), facts.is_embedding)
                 kinds[kind] = kinds.get(kind, 0) + p.numel()
             rate = "found during training" if group["auto_lr"] else f"{group['lr']:g}"
@@ -219,20 +265,19 @@ class Automagic(bnb.Optimizer2State):
             with torch.enable_grad():
                 loss = closure()
         self._adopt_overrides()
-        for gindex, group in enumerate(self.param_groups):
-            ready = [(i, p) for i, p in enumerate(group["params"]) if p.grad is not None]
-            shrinking = []
-            for pindex, p in ready:
-                shrinking += self._update(group, p, gindex, pindex)
-            self._shrink_ranks(shrinking)
+        tasks = []
+        for group, p in self._fused.run():
+            if p.grad is not None:
+                tasks += self._update(group, p)
+        reference.shrink_ranks(tasks)
         return loss
 
     @torch.no_grad()
     def step_parameter(self, p: Tensor, group: Group, i: int | None = None) -> None:
         """Update one parameter, for a backward pass that steps as gradients arrive; equals `step()` over all."""
         self._adopt_overrides()
-        if p.grad is not None:
-            self._shrink_ranks(self._update(group, p))
+        if p.grad is not None and not self._fused.run_one(group, p):
+            reference.shrink_ranks(self._update(group, p))
 
     def update_step(self, group: Group, p: Tensor, gindex: int, pindex: int) -> None:
         """bitsandbytes' name for `step_parameter`."""
@@ -247,65 +292,55 @@ class Automagic(bnb.Optimizer2State):
             bnb.adopt_module_overrides({id(p) for p in self._facts})
             self.initialized = True
 
-    def _update(self, group: Group, p: Tensor, gindex: int = 0, pindex: int = 0) -> list[RankTask]:
-        """The main update of one parameter; returns the low-rank step it is due, if any."""
-        grad = self._checked_gradient(p)
-        options, facts = self.effective_options(group, p), self._facts_of(p)
-        state = self.state[p]
-        if not st.is_complete(state, options):
-            self.init_state(group, p, gindex, pindex)
+    def _update(self, group: Group, p: Tensor) -> list[reference.RankTask]:
+        """The main update of one parameter in plain PyTorch; returns the low-rank step it is due, if any."""
+        grad = checked_gradient(p)
+        options, facts = self.effective_options(group, p), self.facts_of(p)
+        state = self.prepared_state(group, p, options)
         theta = local_tensor(p).detach()
         if theta.numel() == 0:
             return []
         state["step"] += 1
-        t = state["step"]
-        is_lora = facts.is_lora if options["lora"] is None else options["lora"]
+        t, is_lora = state["step"], facts.counts_as_lora(options)
         factored = st.storage_held(state) == "factored"
         scalars = reference.step_scalars(options, t, is_lora, facts.ordinal, factored)
-        d = self._found_rate(group, t, theta.device) if options["auto_lr"] else None
+        d = self.found_rate(group, t, theta.device) if options["auto_lr"] else None
         flat = theta.contiguous()
         reference.update_parameter(flat, grad.contiguous(), state, options, scalars, d)
         if flat is not theta:
             theta.copy_(flat)
-        if not reference.shrinks_rank(theta, t, is_lora, options):
-            return []
-        rate = scalars.rate if d is None else d * scalars.rate
-        key = reference.rank_key(options, facts.ordinal, t)
-        return [RankTask(theta, rate * reference.rank_strength(options), key, options["stochastic_rounding"])]
-
-    def _checked_gradient(self, p: Tensor) -> Tensor:
-        grad = local_tensor(p.grad)  # type: ignore[arg-type]
-        if grad.is_sparse:
-            raise RuntimeError(
-                f"the gradient of a parameter of shape {tuple(p.shape)} is sparse, which is not supported; "
-                "build the embedding with sparse=False"
-            )
-        return grad
-
-    @staticmethod
-    def _shrink_ranks(tasks: list[RankTask]) -> None:
-        """Step 9 for the tasks of a group, those of one shape together."""
-        batches: dict[Any, list[RankTask]] = {}
-        for task in tasks:
-            key = (task.theta.shape, task.theta.dtype, task.theta.device, task.stochastic)
-            batches.setdefault(key, []).append(task)
-        for batch in batches.values():
-            reference.shrink_rank(
-                [t.theta for t in batch], [t.threshold for t in batch], [t.key for t in batch], batch[0].stochastic
-            )
+        return reference.rank_tasks(theta, options, facts.ordinal, t, is_lora, d)
 
     # --- the rate found -------------------------------------------------------------------------------------------
 
-    def _found_rate(self, group: Group, t: int, device: torch.device) -> Tensor:
+    def found_rate(self, group: Group, t: int, device: torch.device) -> Tensor:
         """d for step t of this group, brought up to date from the last step's sums when a new step begins."""
-        d = group.get("auto_lr_rate")
-        if d is None:
-            d = group["auto_lr_rate"] = torch.tensor(group["base_lr"], dtype=torch.float32, device=device)
-        if t > group["auto_lr_step"]:
-            group["auto_lr_step"] = t
+        d = self.rate_tensor(group, device)
+        if self.begins_step(group, t):
             sums = [self.state[p]["tensor_stats"] for p in group["params"] if "probe_sum" in self.state.get(p, {})]
             reference.find_rate(d, [x.to(d.device) for x in sums], group["min_lr"], group["max_lr"])
+            self.publish_rate(group)
         return d.to(device)
+
+    @staticmethod
+    def rate_tensor(group: Group, device: torch.device) -> Tensor:
+        """d of a group, a 0-d float32 that lives in the group."""
+        if "auto_lr_rate" not in group:
+            group["auto_lr_rate"] = torch.tensor(group["base_lr"], dtype=torch.float32, device=device)
+        return group["auto_lr_rate"]
+
+    @staticmethod
+    def begins_step(group: Group, t: int) -> bool:
+        """Whether t is a step of the group that no parameter has reached before; notes it."""
+        if t <= group.get("auto_lr_step", 0):  # missing where only an override switches auto_lr on
+            return False
+        group["auto_lr_step"] = t
+        return True
+
+    @staticmethod
+    def publish_rate(group: Group) -> None:
+        """Put the rate found where some trainers look for it, in place of `lr`."""
+        group["effective_lr"] = group["auto_lr_rate"] * reference.relative_rate(group)
 
     def get_learning_rates(self) -> list[float | Tensor]:
         """Each group's mean learning rate: a float, or where it is being found a 0-d tensor (nothing synchronises)."""
@@ -322,6 +357,11 @@ class Automagic(bnb.Optimizer2State):
             return group["lr"]
         return group["auto_lr_rate"] * reference.relative_rate(group)
 
+    def _get_lr(self, group: Group, state: st.State) -> Tensor:
+        """The group's mean rate as a 0-d tensor on its parameters' device: the name that some trainers log from."""
+        device = local_tensor(group["params"][0]).device if group["params"] else None
+        return torch.as_tensor(self._group_rate(group), dtype=torch.float32, device=device)
+
     def element_learning_rates(self, p: Tensor) -> Tensor:
         """The rate of every element of p as the next step would use it, float32, shaped like p.
 
@@ -330,7 +370,7 @@ class Automagic(bnb.Optimizer2State):
         """
         group = next(g for g in self.param_groups if any(q is p for q in g["params"]))
         options, state, local = self.effective_options(group, p), self.state[p], local_tensor(p)
-        facts = self._facts_of(p)
+        facts = self.facts_of(p)
         scalars = reference.step_scalars(options, state["step"] + 1, facts.is_lora, facts.ordinal, False)
         blocks = reference.Blocks(local)
         k, _ = reference.read_mask(state, blocks)
@@ -339,6 +379,19 @@ class Automagic(bnb.Optimizer2State):
         return blocks.join(rates).view(local.shape)
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's form, one flat dict for each parameter, so that `torch.distributed.checkpoint` can flatten it.
+
+        bitsandbytes nests the quantized tensors, so that FSDP1 does not gather them: done for its parameters only.
+        """
+        if any(getattr(p, "_fsdp_flattened", False) for p in self._facts):
+            return super().state_dict()
+        if any("shard" in state for state in self.state.values()):
+            warn_once(checkpoint.SHARDED_WARNING)
+        state_dict = torch.optim.Optimizer.state_dict(self)
+        state_dict["state"] = {key: dict(state) for key, state in state_dict["state"].items()}
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
         """Load what `state_dict` returned; every dtype comes back exactly.
@@ -349,12 +402,16 @@ class Automagic(bnb.Optimizer2State):
         Raises:
             ValueError: groups, shapes or keys do not fit. The optimizer is then as it was.
         """
+        state_dict = dict(state_dict)  # hooks may write into it
         for hook in list(getattr(self, "_optimizer_load_state_dict_pre_hooks", {}).values()):
             state_dict = hook(self, state_dict) or state_dict
         state, groups = checkpoint.parse(self, state_dict)
         self.state.clear()
         self.state.update(state)
+        self._fused.forget()
         for group, saved in zip(self.param_groups, groups, strict=True):
+            for name in ("auto_lr_rate", "auto_lr_step", "effective_lr"):
+                group.pop(name, None)  # of the run that ends here; a checkpoint from before the first step has none
             group.update(saved)
         for hook in list(getattr(self, "_optimizer_load_state_dict_post_hooks", {}).values()):
             hook(self)
@@ -366,7 +423,7 @@ class Automagic(bnb.Optimizer2State):
             "is_paged": self.is_paged,
             "optimizer_name": self.optimizer_name,
             "args": getattr(self, "args", None),
-            "facts": list(self._facts.values()),
+            "facts": [self.facts_of(p) for group in self.param_groups for p in group["params"]],
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -376,21 +433,12 @@ class Automagic(bnb.Optimizer2State):
             return
         self.non_castable_tensor_keys = set(st.TENSOR_KEYS)
         self.name2qmap, self.initialized = {}, False
+        self._fused = FusedStep(self)
         bnb.restore_managers(self)
         parameters = [p for group in self.param_groups for p in group["params"]]
         self._facts = dict(zip(parameters, facts, strict=True))
         for p, values in self.state.items():
             st.link_code_books(values, local_tensor(p).device)
-
-
-@dataclass(frozen=True)
-class RankTask:
-    """One parameter whose singular values are to be lowered by `threshold`."""
-
-    theta: Tensor
-    threshold: float | Tensor
-    key: int
-    stochastic: bool
 
 
 class Automagic8bit(Automagic):
@@ -402,17 +450,21 @@ class Automagic8bit(Automagic):
 class Automagic32bit(Automagic):
     """`Automagic` with 32-bit states."""
 
+    _fixed_options = ("optim_bits",)
+
 
 class PagedAutomagic8bit(Automagic):
     """`Automagic8bit` whose large states the driver may page out to the host."""
 
     _class_options = {"optim_bits": 8, "is_paged": True}
+    _fixed_options = ("optim_bits", "is_paged")
 
 
 class PagedAutomagic32bit(Automagic):
     """`Automagic32bit` whose large states the driver may page out to the host."""
 
     _class_options = {"optim_bits": 32, "is_paged": True}
+    _fixed_options = ("optim_bits", "is_paged")
 
 
 # Names that code written for the earlier versions of this optimizer imports.

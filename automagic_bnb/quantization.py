@@ -6,6 +6,8 @@ and each quotient becomes the index of a value of the code book. Dettmers et al.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -61,8 +63,8 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def mix_scalar(*words: int) -> int:
-    """One 32-bit key of several integers, for `random_words`."""
+def mix_scalar(*words: Any) -> Any:
+    """One 32-bit key of several integers (or arrays of uint64), for `random_words`."""
     key = 0x9E3779B9
     for word in words:
         for part in (word & _M32, (word >> 32) & _M32):

@@ -19,7 +19,7 @@ from automagic_bnb import quantization as q
 from automagic_bnb import state as st
 from automagic_bnb.low_rank import soft_threshold
 
-FLOAT_TINY = 1e-38
+FLOAT_TINY = 1e-37
 STATISTIC_DECAY = 0.9
 """Decay of the block statistics s, h and σ."""
 BACKGROUND_ACTIVITY = 0.1
@@ -126,18 +126,23 @@ class Blocks:
         return x.sum(dim=1, keepdim=True) / self.counts
 
 
+def percentile_rank(percentile: int, seen: int) -> int:
+    """The index, among `seen` sorted norms, of the percentile by nearest rank (numpy's "inverted_cdf")."""
+    return -(-percentile * seen // 100) - 1
+
+
 def clip_scale(g: Tensor, gnorm_vec: Tensor, t: int, percentile: int) -> Tensor:
     """percentile_clipping: the 0-d factor that brings this gradient's norm down to the percentile of the last ones.
 
     Args:
         g: the gradient with non-finite elements zeroed.
         gnorm_vec: float32 [100], the last norms; this step's is written into it.
-        percentile: 1..99, by nearest rank (numpy's "inverted_cdf").
+        percentile: 1..99.
     """
     norm = g.square().sum().sqrt()
     gnorm_vec[(t - 1) % st.NORM_WINDOW] = norm
     seen = min(t, st.NORM_WINDOW)
-    limit = gnorm_vec[:seen].sort().values[-(-percentile * seen // 100) - 1]
+    limit = gnorm_vec[:seen].sort().values[percentile_rank(percentile, seen)]
     return torch.where(norm > limit, limit / norm, torch.ones_like(norm))
 
 
@@ -298,9 +303,9 @@ def update_parameter(
 
     # 2. Second moment, activity, clipping.
     v_hat = moments.second(filtered.square(), s, options["eps"][0])
-    u = filtered / v_hat.sqrt().clamp_min(1e-19)
+    u = filtered / v_hat.clamp_min(FLOAT_TINY).sqrt()
     activity = blocks.mean(u.square())
-    u = u * (options["clip_threshold"] / activity.sqrt().clamp_min(FLOAT_TINY)).clamp_max(1)
+    u = u * (options["clip_threshold"] / activity.clamp_min(FLOAT_TINY).sqrt()).clamp_max(1)
 
     # 3. Torque.
     old_m = moments.read(1)
@@ -423,6 +428,15 @@ def find_rate(d: Tensor, stats: list[Tensor], low: float, high: float) -> None:
     d.copy_(torch.maximum(d, estimate).clamp(low, high))
 
 
+def find_rate(d: Tensor, stats: list[Tensor], low: float, high: float) -> None:
+    """auto_lr, in place: d ← clamp(max(d, Σ num / Σ|z|), low, high) over the `tensor_stats` of a group."""
+    if not stats:
+        return
+    sums = torch.stack(stats).sum(dim=0)
+    estimate = sums[st.LR_NUMERATOR] / sums[st.LR_DENOMINATOR].clamp_min(FLOAT_TINY)
+    d.copy_(torch.maximum(d, estimate).clamp(low, high))
+
+
 def shrinks_rank(p: Tensor, t: int, is_lora: bool, options: dict[str, Any]) -> bool:
     """Whether step 9 is due for this parameter."""
     return (
@@ -434,22 +448,40 @@ def shrinks_rank(p: Tensor, t: int, is_lora: bool, options: dict[str, Any]) -> b
     )
 
 
-def rank_strength(options: dict[str, Any]) -> float:
-    """The threshold of step 9 over lr."""
-    return LOW_RANK_EVERY * options["rank_penalty_strength"]
+@dataclass(frozen=True)
+class RankTask:
+    """One 2-D parameter whose singular values are to be lowered by `threshold`."""
+
+    theta: Tensor
+    threshold: float | Tensor
+    key: int
+    stochastic: bool
 
 
-def rank_key(options: dict[str, Any], ordinal: int, t: int) -> int:
-    """The key of the random bits of step 9."""
-    return q.mix_scalar(options["seed"], ordinal, t, RANK_STREAM)
+def rank_tasks(
+    theta: Tensor, options: dict[str, Any], ordinal: int, t: int, is_lora: bool, d: Tensor | None
+) -> list[RankTask]:
+    """Step 9 of one parameter, where it is due: every 10th step, for LoRA matrices with a short side."""
+    wanted = is_lora and options["lora_rank_penalty"] and t % LOW_RANK_EVERY == 0
+    if not wanted or theta.dim() != 2 or min(theta.shape) > LOW_RANK_MAX:
+        return []
+    rate = float(options["lr"]) if d is None else d * relative_rate(options)
+    threshold = rate * (LOW_RANK_EVERY * options["rank_penalty_strength"])
+    key = q.mix_scalar(options["seed"], ordinal, t, RANK_STREAM)
+    return [RankTask(theta, threshold, key, options["stochastic_rounding"])]
 
 
-def shrink_rank(parameters: list[Tensor], thresholds: list[Tensor | float], keys: list[int], stochastic: bool) -> None:
-    """Step 9, in place, for 2-D parameters of one shape and dtype: σ_j ← max(σ_j - threshold, 0)."""
-    stacked = torch.stack([p.detach().float() for p in parameters])
-    limits = torch.stack([torch.as_tensor(x, device=stacked.device, dtype=torch.float32) for x in thresholds])
-    for p, shrunk, key in zip(parameters, soft_threshold(stacked, limits), keys, strict=True):
-        uniform = None
-        if stochastic and p.dtype != torch.float32:
-            uniform = q.uniform_halves(q.random_words(key, p.shape, p.device)[0])[0]
-        p.copy_(q.round_to(shrunk, p.dtype, uniform))
+def shrink_ranks(tasks: list[RankTask]) -> None:
+    """Step 9, in place, those of one shape and dtype together: σ_j ← max(σ_j - threshold, 0)."""
+    batches: dict[Any, list[RankTask]] = {}
+    for task in tasks:
+        batches.setdefault((task.theta.shape, task.theta.dtype, task.theta.device), []).append(task)
+    for batch in batches.values():
+        stacked = torch.stack([task.theta.float() for task in batch])
+        limits = [torch.as_tensor(task.threshold, dtype=torch.float32, device=stacked.device) for task in batch]
+        for task, shrunk in zip(batch, soft_threshold(stacked, torch.stack(limits)), strict=True):
+            uniform = None
+            if task.stochastic and task.theta.dtype != torch.float32:
+                words = q.random_words(task.key, shrunk.shape, shrunk.device)
+                uniform = q.uniform_halves(words[0])[0]
+            task.theta.copy_(q.round_to(shrunk, task.theta.dtype, uniform))

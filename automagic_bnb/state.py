@@ -48,6 +48,27 @@ PAGED_MIN_SIZE = 100_000
 """Elements from which a paged optimizer pages a state, as in bitsandbytes."""
 
 
+def local_tensor(p: Tensor) -> Tensor:
+    """The shard of a DTensor that lives here; any other tensor as it is."""
+    return p.to_local() if hasattr(p, "to_local") else p  # type: ignore[attr-defined]
+
+
+def checked_gradient(p: Tensor) -> Tensor:
+    """The (local) gradient of a parameter that has one.
+
+    Raises:
+        RuntimeError: it is sparse.
+    """
+    assert p.grad is not None
+    grad = local_tensor(p.grad)
+    if grad.is_sparse:
+        raise RuntimeError(
+            f"the gradient of a parameter of shape {tuple(p.shape)} is sparse, which is not supported; "
+            "build the embedding with sparse=False"
+        )
+    return grad
+
+
 def matrix_shape(p: Tensor) -> tuple[int, int]:
     """The view under which second moments are factored: (shape[0], n / shape[0])."""
     rows = p.shape[0] if p.dim() else 1

@@ -1,0 +1,281 @@
+"""Driving the Triton kernels: which parameters they take, and the plan that is kept from step to step.
+
+A plan holds the buckets of pointer tables. It is made anew when anything it rests on has moved: a parameter's or a
+state's memory, a gradient's dtype, an option, an override.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from automagic_bnb import bnb, config, reference
+from automagic_bnb import state as st
+from automagic_bnb.notices import warn_once
+
+if TYPE_CHECKING:
+    from automagic_bnb.kernels.tables import Bucket, Member
+    from automagic_bnb.optimizer import Automagic
+
+STRUCTURAL = tuple(
+    name for name in config.GROUP_OPTIONS if name not in ("lr", "min_lr", "max_lr", "weight_decay", "warmup_steps")
+)
+"""Options that a plan rests on; the others are read anew at each step."""
+
+
+def triton_missing() -> str:
+    """Why Triton cannot be used here, or the empty string."""
+    try:
+        import triton  # noqa: F401
+    except ImportError as e:
+        return f"Triton could not be imported ({e})"
+    return ""
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter is on, in which the kernels run on CPU tensors too."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def takes(p: Tensor, backend: str | None) -> bool:
+    """Whether the kernels update this (local) parameter.
+
+    Raises:
+        RuntimeError: backend="triton" was asked for and cannot run here.
+    """
+    if backend == "torch":
+        return False
+    missing = triton_missing()
+    if backend is None:
+        if p.device.type != "cuda":
+            return False
+        if missing:
+            warn_once(f"{missing}; the optimizer runs in plain PyTorch, which is many times slower on a GPU")
+            return False
+    elif missing:
+        raise RuntimeError(f"option backend='triton': {missing}; install it, or use backend='torch'")
+    elif p.device.type != "cuda" and not interpreting():
+        raise RuntimeError(
+            f"option backend='triton': a parameter is on {p.device}, where the kernels run only in Triton's "
+            "interpreter; set TRITON_INTERPRET=1 before Triton is imported, or use backend='torch'"
+        )
+    # A strided parameter is updated through a contiguous copy, in plain PyTorch.
+    return p.is_contiguous() and p.numel() > 0
+
+
+@dataclass
+class Source:
+    """Where a member's options come from: its group, or the group under the parameter's own override."""
+
+    group: dict[str, Any]
+    p: Tensor | None
+    """The parameter with an override; None where the group's options apply as they are."""
+    signature: tuple[Any, ...]
+
+
+@dataclass
+class FoundRate:
+    """A group with auto_lr: its members in the plan, and the addresses of `tensor_stats` of all its parameters."""
+
+    group: dict[str, Any]
+    members: list[Member]
+    stats: Tensor
+
+
+@dataclass
+class Plan:
+    buckets: list[Bucket] = field(default_factory=list)
+    sources: list[Source] = field(default_factory=list)
+    found_rates: list[FoundRate] = field(default_factory=list)
+    idle: list[Tensor] = field(default_factory=list)
+    """Parameters that had no gradient when the plan was made."""
+    rest: list[tuple[dict[str, Any], Tensor]] = field(default_factory=list)
+    """Parameters that the kernels do not take."""
+    overrides: tuple[int, ...] = ()
+    groups: tuple[int, ...] = ()
+    """The number of parameters of each group."""
+
+    def is_current(self, optimizer: Automagic, options: list[dict[str, Any]]) -> bool:
+        return (
+            self.groups == _group_sizes(optimizer)
+            and self.overrides == bnb.overridden_ids()
+            and all(s.signature == signature(o) for s, o in zip(self.sources, options, strict=True))
+            and not any(p.grad is not None for p in self.idle)
+            and all(bucket.is_current() for bucket in self.buckets)
+        )
+
+
+def signature(options: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(options[name] for name in STRUCTURAL)
+
+
+class FusedStep:
+    """The kernels' side of `Automagic.step`."""
+
+    def __init__(self, optimizer: Automagic) -> None:
+        self.optimizer = optimizer
+        self._plan: Plan | None = None
+        self._plans_of_one: dict[Tensor, Plan] = {}
+
+    def forget(self) -> None:
+        """Drop what is known of where states lie; they have been replaced."""
+        self._plan = None
+        self._plans_of_one.clear()
+
+    def run(self) -> list[tuple[dict[str, Any], Tensor]]:
+        """Step every parameter the kernels take; the others, with their groups, are returned."""
+        if self.optimizer.config.backend == "torch":
+            return self._everything()
+        self._plan, rest = self._run(self._plan, self._everything)
+        return rest
+
+    def run_one(self, group: dict[str, Any], p: Tensor) -> bool:
+        """Step one parameter, if the kernels take it."""
+        if self.optimizer.config.backend == "torch":
+            return False
+        self._plans_of_one[p], rest = self._run(self._plans_of_one.get(p), lambda: [(group, p)])
+        return not rest
+
+    def _everything(self) -> list[tuple[dict[str, Any], Tensor]]:
+        return [(group, p) for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _run(
+        self, plan: Plan | None, everything: Callable[[], list[tuple[dict[str, Any], Tensor]]]
+    ) -> tuple[Plan, list[tuple[dict[str, Any], Tensor]]]:
+        options: list[dict[str, Any]] = []
+        grads = None
+        if plan is not None:
+            options = self._options(plan)
+            if plan.is_current(self.optimizer, options):
+                grads = self._gradients(plan)
+        if plan is None or grads is None:
+            plan = self._make_plan(everything())
+            options = self._options(plan)
+            grads = self._gradients(plan)
+            assert grads is not None, "a plan just made fits its gradients"
+        if plan.buckets:
+            self._launch(plan, options, grads)
+        return plan, plan.rest
+
+    def _launch(self, plan: Plan, options: list[dict[str, Any]], grads: list[tuple[list[int], list[Tensor]]]) -> None:
+        from automagic_bnb.kernels import step
+
+        self._find_rates(plan)
+        for bucket, (addresses, _kept) in zip(plan.buckets, grads, strict=True):
+            if any(addresses):
+                with torch.cuda.device(bucket.spec.device) if bucket.spec.device.type == "cuda" else nullcontext():
+                    step.launch(bucket, addresses, options)
+        reference.shrink_ranks(self._rank_tasks(plan, options))
+
+    def _options(self, plan: Plan) -> list[dict[str, Any]]:
+        """The effective options of each source, as they are now."""
+        effective = self.optimizer.effective_options
+        return [s.group if s.p is None else effective(s.group, s.p) for s in plan.sources]
+
+    def _make_plan(self, parameters: list[tuple[dict[str, Any], Tensor]]) -> Plan:
+        from automagic_bnb.kernels import tables
+
+        optimizer = self.optimizer
+        plan = Plan(groups=_group_sizes(optimizer), overrides=bnb.overridden_ids())
+        members, own_sources = [], {}
+        for group, p in parameters:
+            if p.grad is None:
+                plan.idle.append(p)
+            elif not takes(st.local_tensor(p), optimizer.config.backend):
+                plan.rest.append((group, p))
+            else:
+                options = optimizer.effective_options(group, p)
+                overriding = None if options is group else p
+                key = id(group) if overriding is None else id(p)
+                if key not in own_sources:
+                    own_sources[key] = len(plan.sources)
+                    plan.sources.append(Source(group, overriding, signature(options)))
+                member = self._member(group, p, own_sources[key], options)
+                members.append((member, st.checked_gradient(p).dtype, options))
+        if members:
+            plan.buckets = tables.fill_buckets(members)
+            plan.found_rates = self._found_rates([member for member, _, _ in members])
+        return plan
+
+    def _member(self, group: dict[str, Any], p: Tensor, source: int, options: dict[str, Any]) -> Member:
+        from automagic_bnb.kernels.tables import Member
+
+        state, facts = self.optimizer.prepared_state(group, p, options), self.optimizer.facts_of(p)
+        theta = st.local_tensor(p).detach()
+        return Member(
+            p=p,
+            theta=theta,
+            state=state,
+            group=group,
+            source=source,
+            ordinal=facts.ordinal,
+            is_lora=facts.counts_as_lora(options),
+            sharded=st.local_tensor(p) is not p,
+            rate=self.optimizer.rate_tensor(group, theta.device) if options["auto_lr"] else None,
+        )
+
+    def _gradients(self, plan: Plan) -> list[tuple[list[int], list[Tensor]]] | None:
+        """Each bucket's gradient addresses, with what keeps copies alive; None where the plan no longer fits."""
+        found = []
+        for bucket in plan.buckets:
+            dtype = bucket.spec.grad_dtype
+            addresses: list[int] = []
+            kept: list[Tensor] = []
+            for member in bucket.members:
+                grad = member.p.grad
+                if grad is None:
+                    addresses.append(0)
+                    continue
+                if member.sharded:
+                    grad = st.local_tensor(grad)
+                if grad.dtype is not dtype:
+                    return None
+                if not grad.is_contiguous():
+                    grad = st.checked_gradient(member.p).contiguous()
+                    kept.append(grad)
+                addresses.append(grad.data_ptr())
+            found.append((addresses, kept))
+        return found
+
+    def _find_rates(self, plan: Plan) -> None:
+        """auto_lr: bring d of each group that is about to step up to date."""
+        from automagic_bnb.kernels import statistics
+
+        for found in plan.found_rates:
+            steps = [m.state["step"] for m in found.members if m.p.grad is not None]
+            if steps and self.optimizer.begins_step(found.group, max(steps) + 1):
+                low, high = found.group["min_lr"], found.group["max_lr"]
+                statistics.find_rate(found.group["auto_lr_rate"], found.stats, low, high)
+                self.optimizer.publish_rate(found.group)
+
+    def _found_rates(self, members: list[Member]) -> list[FoundRate]:
+        groups = {id(m.group): m.group for m in members if m.rate is not None}
+        found = []
+        for key, group in groups.items():
+            own = [m for m in members if id(m.group) == key]
+            states = [self.optimizer.state[p] for p in group["params"] if p in self.optimizer.state]
+            stats = [state["tensor_stats"].data_ptr() for state in states if "probe_sum" in state]
+            found.append(FoundRate(group, own, torch.tensor(stats, device=group["auto_lr_rate"].device)))
+        return found
+
+    @staticmethod
+    def _rank_tasks(plan: Plan, options: list[dict[str, Any]]) -> list[reference.RankTask]:
+        tasks = []
+        for bucket in plan.buckets:
+            for row in bucket.rank_rows:
+                m = bucket.members[row]
+                if m.p.grad is not None:
+                    tasks += reference.rank_tasks(
+                        m.theta, options[m.source], m.ordinal, m.state["step"], m.is_lora, m.rate
+                    )
+        return tasks
+
+
+def _group_sizes(optimizer: Automagic) -> tuple[int, ...]:
+    return tuple(len(group["params"]) for group in optimizer.param_groups)

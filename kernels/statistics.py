@@ -1,0 +1,161 @@
+"""What is known of a whole tensor only after its blocks: a small launch for all tensors of a bucket together.
+
+Sums run over fixed partial sums in a fixed order, so that two runs give the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from automagic_bnb.kernels.tables import BLOCKS_PER_PROGRAM, Bucket, Column, Number
+from torch import Tensor
+
+from automagic_bnb import state as st
+
+_ROW, _NUMBERS = tl.constexpr(len(Column)), tl.constexpr(len(Number))
+STATS, SIZE, NORMS = tl.constexpr(int(Column.STATS)), tl.constexpr(int(Column.SIZE)), tl.constexpr(int(Column.NORMS))
+FIRST_PROGRAM, PROGRAMS = tl.constexpr(int(Column.FIRST_PROGRAM)), tl.constexpr(int(Column.PROGRAMS))
+N_ADAPT, N_SLOT = tl.constexpr(int(Number.ADAPT_MASK)), tl.constexpr(int(Number.NORM_SLOT))
+N_RANK, N_SEEN = tl.constexpr(int(Number.NORM_RANK)), tl.constexpr(int(Number.NORMS_SEEN))
+MASK_MEAN = tl.constexpr(st.MASK_MEAN)
+LR_NUMERATOR, LR_DENOMINATOR = tl.constexpr(st.LR_NUMERATOR), tl.constexpr(st.LR_DENOMINATOR)
+_TINY = tl.constexpr(1e-37)  # above the least normal float32: Triton makes a smaller literal a double
+_CHUNK = tl.constexpr(1024)
+
+
+@triton.jit
+def _sum_partials(partials_ptr, first, programs, STRIDE: tl.constexpr, PART: tl.constexpr):
+    """The sum of one part over a tensor's programs."""
+    lanes = tl.arange(0, _CHUNK)
+    total = tl.zeros((_CHUNK,), dtype=tl.float32)
+    offset = programs - programs  # a loop over a run-time range, in a form that the interpreter takes too
+    while offset < programs:
+        inside = offset + lanes < programs
+        total += tl.load(partials_ptr + (first + offset + lanes) * STRIDE + PART, mask=inside, other=0.0)
+        offset += _CHUNK
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _finalise_kernel(table_ptr, grads_ptr, numbers_ptr, partials_ptr, decay, WARM: tl.constexpr, AUTO: tl.constexpr):
+    """W, and auto_lr's sums, of each tensor that was updated."""
+    row = tl.program_id(0).to(tl.int64)
+    if tl.load(grads_ptr + row) != 0:
+        entry = table_ptr + row * _ROW
+        stats_ptr = tl.load(entry + STATS).to(tl.pointer_type(tl.float32))
+        first, programs = tl.load(entry + FIRST_PROGRAM), tl.load(entry + PROGRAMS)
+        if WARM:
+            mask_sum = _sum_partials(partials_ptr, first, programs, 3, 0)
+            if tl.load(numbers_ptr + row * _NUMBERS + N_ADAPT) != 0:
+                tl.store(stats_ptr + MASK_MEAN, mask_sum / tl.load(entry + SIZE).to(tl.float32))
+        if AUTO:
+            numerator = _sum_partials(partials_ptr, first, programs, 3, 1)
+            tl.store(stats_ptr + LR_NUMERATOR, decay * tl.load(stats_ptr + LR_NUMERATOR) + numerator)
+            tl.store(stats_ptr + LR_DENOMINATOR, _sum_partials(partials_ptr, first, programs, 3, 2))
+
+
+def finalise(bucket: Bucket, addresses: Tensor, numbers: Tensor, partials: Tensor, beta2: float, warm: bool) -> None:
+    """Turn the step's partial sums, float32 [programs, 3], into each tensor's `tensor_stats`."""
+    _finalise_kernel[(len(bucket.members),)](
+        table_ptr=bucket.table,
+        grads_ptr=addresses,
+        numbers_ptr=numbers,
+        partials_ptr=partials,
+        decay=beta2**0.5,
+        WARM=warm,
+        AUTO=bucket.spec.auto,
+        num_warps=4,
+    )
+
+
+@triton.jit
+def _square_sums_kernel(
+    table_ptr, grads_ptr, owners_ptr, partials_ptr, G: tl.constexpr, ALIGN: tl.constexpr, SPAN: tl.constexpr
+):
+    """Σ g² over a program's share of its gradient, elements that are not finite left out."""
+    program = tl.program_id(0)
+    row = tl.load(owners_ptr + program).to(tl.int64)
+    address = tl.load(grads_ptr + row)
+    if address != 0:
+        entry = table_ptr + row * _ROW
+        size = tl.load(entry + SIZE)
+        start = (program - tl.load(entry + FIRST_PROGRAM)) * SPAN
+        lanes = tl.arange(0, SPAN)
+        grad_ptr = tl.multiple_of(address.to(tl.pointer_type(G)), ALIGN) + start
+        g = tl.load(grad_ptr + lanes, mask=lanes < size - start, other=0).to(tl.float32)
+        g = tl.where(tl.abs(g) < float("inf"), g, 0.0)
+        tl.store(partials_ptr + program, tl.sum(g * g, 0))
+
+
+@triton.jit
+def _clip_kernel(table_ptr, grads_ptr, numbers_ptr, partials_ptr, clips_ptr, WINDOW: tl.constexpr):
+    """percentile_clipping: remember each gradient's norm, and find the factor that brings it to the percentile."""
+    row = tl.program_id(0).to(tl.int64)
+    if tl.load(grads_ptr + row) != 0:
+        entry, numbers = table_ptr + row * _ROW, numbers_ptr + row * _NUMBERS
+        norm = tl.sqrt(_sum_partials(partials_ptr, tl.load(entry + FIRST_PROGRAM), tl.load(entry + PROGRAMS), 1, 0))
+        norms_ptr = tl.load(entry + NORMS).to(tl.pointer_type(tl.float32))
+        slot = tl.load(numbers + N_SLOT).to(tl.int32)
+        seen = tl.load(numbers + N_SEEN).to(tl.int32)
+        lanes = tl.arange(0, WINDOW)
+        norms = tl.load(norms_ptr + lanes, mask=lanes < seen, other=float("inf"))
+        norms = tl.where(lanes == slot, norm, norms)
+        tl.store(norms_ptr + slot, norm)
+        # The rank of each norm by counting: smaller ones, and equal ones that stand before it.
+        before = (norms[None, :] < norms[:, None]) | (
+            (norms[None, :] == norms[:, None]) & (lanes[None, :] < lanes[:, None])
+        )
+        rank = tl.sum(before.to(tl.int32), 1)
+        chosen = rank == tl.load(numbers + N_RANK).to(tl.int32)
+        limit = tl.sum(tl.where(chosen, norms, 0.0), 0)
+        tl.store(clips_ptr + row, tl.where(norm > limit, limit / norm, 1.0))
+
+
+def clip_factors(bucket: Bucket, addresses: Tensor, numbers: Tensor, grad_type: tl.dtype, aligned: bool) -> Tensor:
+    """percentile_clipping's factor of each gradient, float32 [tensors]; the norms are remembered on the way."""
+    device = bucket.spec.device
+    partials = torch.empty(bucket.programs, device=device)
+    clips = torch.empty(len(bucket.members), device=device)
+    _square_sums_kernel[(bucket.programs,)](
+        table_ptr=bucket.table,
+        grads_ptr=addresses,
+        owners_ptr=bucket.owners,
+        partials_ptr=partials,
+        G=grad_type,
+        ALIGN=16 if aligned else 2,
+        SPAN=BLOCKS_PER_PROGRAM * 256,
+        num_warps=4,
+    )
+    _clip_kernel[(len(bucket.members),)](
+        table_ptr=bucket.table,
+        grads_ptr=addresses,
+        numbers_ptr=numbers,
+        partials_ptr=partials,
+        clips_ptr=clips,
+        WINDOW=triton.next_power_of_2(st.NORM_WINDOW),
+        num_warps=4,
+    )
+    return clips
+
+
+@triton.jit
+def _find_rate_kernel(pointers_ptr, tensors, d_ptr, low, high):
+    """d ← clamp(max(d, Σ num / Σ|z|), low, high) over the `tensor_stats` of a group."""
+    lanes = tl.arange(0, _CHUNK)
+    numerator = tl.zeros((_CHUNK,), dtype=tl.float32)
+    denominator = tl.zeros((_CHUNK,), dtype=tl.float32)
+    offset = tensors - tensors
+    while offset < tensors:
+        inside = offset + lanes < tensors
+        stats_ptr = tl.load(pointers_ptr + offset + lanes, mask=inside, other=0).to(tl.pointer_type(tl.float32))
+        numerator += tl.load(stats_ptr + LR_NUMERATOR, mask=inside, other=0.0)
+        denominator += tl.load(stats_ptr + LR_DENOMINATOR, mask=inside, other=0.0)
+        offset += _CHUNK
+    estimate = tl.sum(numerator, 0) / tl.maximum(tl.sum(denominator, 0), _TINY)
+    tl.store(d_ptr, tl.minimum(tl.maximum(tl.maximum(tl.load(d_ptr), estimate), low), high))
+
+
+def find_rate(d: Tensor, pointers: Tensor, low: float, high: float) -> None:
+    """auto_lr, in place: `reference.find_rate` over int64 addresses of `tensor_stats`."""
+    _find_rate_kernel[(1,)](pointers_ptr=pointers, tensors=pointers.numel(), d_ptr=d, low=low, high=high, num_warps=4)

@@ -1,0 +1,281 @@
+"""Pointer tables: many tensors, one launch.
+
+Parameters that share dtypes, storage and switches form a bucket. A bucket keeps a table of addresses on the device,
+written once, and uploads each step one small row a tensor: the gradient's address and the step's scalars. Nothing here
+imports Triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from automagic_bnb import quantization as q
+from automagic_bnb import reference
+from automagic_bnb import state as st
+
+
+class Column(IntEnum):
+    """What the table of a bucket holds of each tensor: addresses, then sizes."""
+
+    THETA = 0
+    M = 1
+    V = 2
+    R = 3
+    K = 4
+    POLARITY = 5
+    ABSMAX1 = 6
+    ABSMAX2 = 7
+    ABSMAX3 = 8
+    TORQUE = 9
+    EDGE = 10
+    SIGMA = 11
+    STATS = 12
+    PROBE_START = 13
+    PROBE_SUM = 14
+    RATE = 15
+    NORMS = 16
+    SIZE = 17
+    ROWS = 18
+    COLS = 19
+    FIRST_PROGRAM = 20
+    PROGRAMS = 21
+
+
+STATE_COLUMNS = {
+    Column.M: "state1",
+    Column.V: "state2",
+    Column.R: "state3",
+    Column.K: "lr_mask",
+    Column.POLARITY: "last_polarity",
+    Column.ABSMAX1: "absmax1",
+    Column.ABSMAX2: "absmax2",
+    Column.ABSMAX3: "absmax3",
+    Column.TORQUE: "torque",
+    Column.EDGE: "edge_history",
+    Column.SIGMA: "spatial_variance",
+    Column.STATS: "tensor_stats",
+    Column.PROBE_START: "probe_start",
+    Column.PROBE_SUM: "probe_sum",
+    Column.NORMS: "gnorm_vec",
+}
+
+
+class Number(IntEnum):
+    """The scalars uploaded for each tensor at each step, float32 (KEY: the bits of a uint32)."""
+
+    RATE = 0
+    LOW = 1
+    HIGH = 2
+    WEIGHT_DECAY = 3
+    KAPPA = 4
+    CORRECTION1 = 5  # these three as reciprocals
+    CORRECTION2 = 6
+    CORRECTION3 = 7
+    ADAPT_MASK = 8
+    LEARN_POLARITY = 9
+    KEY = 10
+    PROBE_WEIGHT = 11
+    NORM_SLOT = 12  # percentile_clipping: where this step's norm goes,
+    NORM_RANK = 13  # and which of the sorted norms is the limit
+    NORMS_SEEN = 14
+    SPARE = 15  # rows of 64 bytes
+
+
+SHARED_NUMBERS = ("betas", "eps", "clip_threshold", "frequency_penalty", "edge_penalty", "edge_threshold")
+"""Options that become arguments of a launch: tensors that differ in one go to different buckets."""
+BLOCKS_PER_PROGRAM = 8
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What the tensors of a bucket have in common: the compile-time switches and the launch's numbers."""
+
+    device: torch.device
+    theta_dtype: torch.dtype
+    grad_dtype: torch.dtype
+    storage: str
+    spatial: bool
+    even: bool
+    edges: bool
+    torque: bool
+    came: bool
+    cautious: bool
+    background: bool
+    aware: bool
+    auto: bool
+    scaled: bool
+    stochastic: bool
+    numbers: tuple[Any, ...]
+
+
+def spec_of(theta: Tensor, grad_dtype: torch.dtype, state: st.State, options: dict[str, Any]) -> Spec:
+    spatial = reference.is_spatial(theta, options)
+    return Spec(
+        device=theta.device,
+        theta_dtype=theta.dtype,
+        grad_dtype=grad_dtype,
+        storage=st.storage_held(state),
+        spatial=spatial,
+        even=spatial and theta.shape[-1] % 8 == 0,
+        edges=spatial and options["edge_suppression"],
+        torque=options["torque"],
+        came=options["came"],
+        cautious=options["cautious"],
+        background=options["background_regularization"],
+        aware=options["spatial_awareness"],
+        auto=options["auto_lr"],
+        scaled=options["percentile_clipping"] < 100,
+        stochastic=options["stochastic_rounding"] and theta.dtype != torch.float32,
+        numbers=tuple(options[name] for name in SHARED_NUMBERS) + (options["detail_preservation"],),
+    )
+
+
+@dataclass
+class Member:
+    """One parameter of a plan."""
+
+    p: Tensor
+    theta: Tensor
+    state: st.State
+    group: dict[str, Any]
+    source: int
+    ordinal: int
+    is_lora: bool
+    sharded: bool
+    rate: Tensor | None
+    """auto_lr's d."""
+
+    def pointer(self) -> int:
+        """Where the parameter lies now."""
+        return (st.local_tensor(self.p) if self.sharded else self.p).data_ptr()
+
+
+@dataclass
+class Bucket:
+    """Tensors updated by one launch."""
+
+    spec: Spec
+    members: list[Member] = field(default_factory=list)
+
+    def build(self) -> None:
+        """Write the table; called once all members are in."""
+        members = self.members
+        table = np.zeros((len(members), len(Column)), dtype=np.int64)
+        programs = 0
+        owners = []
+        for row, member in enumerate(members):
+            table[row] = self._addresses(member)
+            count = -(-st.block_count(member.theta) // BLOCKS_PER_PROGRAM)
+            table[row, Column.FIRST_PROGRAM], table[row, Column.PROGRAMS] = programs, count
+            programs += count
+            owners.append(count)
+        self.programs = programs
+        device = self.spec.device
+        self.table = torch.from_numpy(table).to(device)
+        counts = torch.tensor(owners, device=device)
+        self.owners = torch.repeat_interleave(torch.arange(len(members), device=device, dtype=torch.int32), counts)
+        self.thetas = [m.theta.data_ptr() for m in members]
+        self.states = [m.state["state1"].data_ptr() for m in members]
+        self.aligned = all(x % 16 == 0 for x in self.thetas)
+        self.sources = np.array([m.source for m in members])
+        self.ordinals = np.array([m.ordinal for m in members], dtype=np.uint64)
+        self.lora = np.array([m.is_lora for m in members])
+        self.rank_rows = [row for row, m in enumerate(members) if m.is_lora and m.theta.dim() == 2]
+        self.numbers = np.zeros((len(members), len(Number)), dtype=np.float32)
+
+    @staticmethod
+    def _addresses(member: Member) -> np.ndarray:
+        row = np.zeros(len(Column), dtype=np.int64)
+        theta, state = member.theta, member.state
+        row[Column.THETA] = theta.data_ptr()
+        for column, name in STATE_COLUMNS.items():
+            if name in state:
+                if state[name].data_ptr() % 16:  # a view that someone put there; the kernels load 16 bytes at once
+                    state[name] = state[name].clone()
+                row[column] = state[name].data_ptr()
+        row[Column.RATE] = 0 if member.rate is None else member.rate.data_ptr()
+        row[Column.SIZE] = theta.numel()
+        row[Column.ROWS] = theta.shape[-2] if theta.dim() >= 2 else 1
+        row[Column.COLS] = theta.shape[-1] if theta.dim() >= 1 else 1
+        return row
+
+    def is_current(self) -> bool:
+        """Whether parameters and states still lie where the table says."""
+        return (
+            all(m.pointer() == x for m, x in zip(self.members, self.thetas, strict=True))
+            and all(m.state["state1"].data_ptr() == x for m, x in zip(self.members, self.states, strict=True))
+        )  # fmt: skip
+
+    def advance(self, grads: list[int], sources: list[dict[str, Any]]) -> tuple[Tensor, Tensor, bool]:
+        """Count the step, and upload its row of each tensor.
+
+        Args:
+            grads: each member's gradient's address, 0 for none.
+            sources: the effective options by `Member.source`.
+
+        Returns:
+            int64 [tensors] addresses and float32 [tensors, Number] on the device, and whether any mask still moves.
+        """
+        members = self.members
+        for member, grad in zip(members, grads, strict=True):
+            if grad:
+                member.state["step"] += 1
+        t = np.array([m.state["step"] for m in members])
+        warm = self._fill_numbers(t, sources)
+        rows, row_bytes = len(members), 4 * len(Number)
+        staged = torch.empty(rows * (8 + row_bytes), dtype=torch.uint8, pin_memory=self.spec.device.type == "cuda")
+        host = staged.numpy()
+        host[: rows * row_bytes] = self.numbers.reshape(-1).view(np.uint8)
+        host[rows * row_bytes :] = np.array(grads, dtype=np.int64).view(np.uint8)
+        uploaded = staged.to(self.spec.device, non_blocking=True)
+        numbers = uploaded[: rows * row_bytes].view(torch.float32)
+        return uploaded[rows * row_bytes :].view(torch.int64), numbers, warm
+
+    def _fill_numbers(self, t: np.ndarray, sources: list[dict[str, Any]]) -> bool:
+        numbers, warm = self.numbers, False
+        factored = self.spec.storage == "factored"
+        for source in np.unique(self.sources):
+            options = sources[source]
+            of_source = self.sources == source
+            for now in np.unique(t[of_source]):
+                rows = of_source & (t == now)
+                s = reference.step_scalars(options, max(int(now), 1), False, 0, factored)
+                numbers[rows] = _number_row(s, options, int(now))
+                warm |= s.learn_polarity
+            numbers[of_source & self.lora, Number.KAPPA] = options["low_rank_emphasis"]
+            keys = q.mix_scalar(options["seed"], self.ordinals[of_source], t[of_source].astype(np.uint64), 0)
+            numbers[of_source, Number.KEY] = np.asarray(keys, dtype=np.uint32).view(np.float32)
+        return warm
+
+
+def _number_row(s: reference.Scalars, options: dict[str, Any], t: int) -> list[float]:
+    row = [0.0] * len(Number)
+    row[Number.RATE], row[Number.LOW], row[Number.HIGH] = s.rate, s.low, s.high
+    row[Number.WEIGHT_DECAY], row[Number.KAPPA] = options["weight_decay"], s.kappa
+    row[Number.CORRECTION1], row[Number.CORRECTION2] = 1 / s.correction1, 1 / s.correction2
+    row[Number.CORRECTION3] = 1 / s.correction3
+    row[Number.ADAPT_MASK], row[Number.LEARN_POLARITY] = float(s.adapt_mask), float(s.learn_polarity)
+    row[Number.PROBE_WEIGHT] = s.probe_weight
+    seen = min(max(t, 1), st.NORM_WINDOW)
+    row[Number.NORM_SLOT] = (max(t, 1) - 1) % st.NORM_WINDOW
+    row[Number.NORM_RANK] = reference.percentile_rank(options["percentile_clipping"], seen)
+    row[Number.NORMS_SEEN] = seen
+    return row
+
+
+def fill_buckets(members: Iterable[tuple[Member, torch.dtype, dict[str, Any]]]) -> list[Bucket]:
+    """Sort members (with their gradient's dtype and effective options) into buckets, tables written."""
+    buckets: dict[Spec, Bucket] = {}
+    for member, grad_dtype, options in members:
+        spec = spec_of(member.theta, grad_dtype, member.state, options)
+        buckets.setdefault(spec, Bucket(spec)).members.append(member)
+    for bucket in buckets.values():
+        bucket.build()
+    return list(buckets.values())
