@@ -94,7 +94,7 @@ def _parse_parameter(
     if saved_shard != shard:
         raise ValueError(f"{where}: the checkpoint holds shard {saved_shard}, here is {shard}; {SHARDED_WARNING}")
     unknown = sorted(k for k in saved if k not in st.TENSOR_KEYS and k != "step" and k not in IGNORED)
-    if unknown or "state1" not in saved:
+    if unknown or "state1" not in saved or not {"state2", "exp_avg_sq_row"} & saved.keys():
         raise ValueError(
             f"{where}: this is a checkpoint of another optimizer (its state holds {sorted(saved)}); "
             "start without it, or load one that this optimizer or a bitsandbytes Adam wrote"
@@ -114,7 +114,28 @@ def _parse_parameter(
             )
         state[name] = _restored(name, value, local, optimizer.is_paged)
     _check_storage(state, where)
-    return st.complete(state, local, st.storage_held(state), optimizer.effective_options(group, p), optimizer.is_paged)
+    return complete(state, local, st.storage_held(state), optimizer.effective_options(group, p), optimizer.is_paged)
+
+
+def complete(state: st.State, p: Tensor, storage: str, options: dict[str, Any], paged: bool) -> st.State:
+    """`state.complete` for a state that may be under way, where confidence has been switched on or was not saved.
+
+    r then starts where its bias-corrected value is 1, about that of a settled run: at 0 it would count as full
+    confidence and make the steps ten times too large.
+    """
+    joins = options["came"] and not {"state3", "exp_avg_res_row"} & state.keys()
+    st.complete(state, p, storage, options, paged)
+    if joins and state["step"] > 0:
+        value = 1 - options["betas"][2] ** state["step"]
+        if storage == "factored":
+            for tensor in (state["exp_avg_res_row"], state["exp_avg_res_col"], state["tensor_stats"][st.RES_ROW_MEAN]):
+                tensor.fill_(value)
+        elif storage == "8bit":
+            state["state3"].fill_(255)  # the code of 1
+            state["absmax3"].fill_(value)
+        else:
+            state["state3"].fill_(value)
+    return state
 
 
 def _restored(name: str, value: Tensor, p: Tensor, paged: bool) -> Tensor:

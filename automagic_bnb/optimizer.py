@@ -198,8 +198,9 @@ class Automagic(bnb.Optimizer2State):
         options = {**group, **checked}
         if "lr" in checked:  # bitsandbytes' meaning: this rate, whatever the group's
             options["auto_lr"] = checked.get("auto_lr")
-            if "max_lr" not in checked and group["max_lr"] == max(config.DEFAULT_MAX_LR, 10 * group["base_lr"]):
-                options["max_lr"] = config.DEFAULT_MAX_LR  # nobody set it, so it follows this rate
+            unset = self.config.max_lr is config.DEFAULT_MAX_LR
+            if unset and options["max_lr"] == max(config.DEFAULT_MAX_LR, 10 * group["base_lr"]):
+                options["max_lr"] = config.DEFAULT_MAX_LR  # it follows this rate
         config.check_rates({**options, "lr": checked.get("lr")}, where)
         if "lr" in checked:
             config.resolve_rates(options)
@@ -222,7 +223,7 @@ class Automagic(bnb.Optimizer2State):
             storage = st.storage_of(local, options, self.facts_of(p).is_embedding)
         if self.is_paged and local.device.type == "cpu":
             warn_once("paged optimizer states exist on CUDA only; on the CPU they are ordinary memory")
-        st.complete(state, local, storage, options, self.is_paged)
+        checkpoint.complete(state, local, storage, options, self.is_paged)
         if (shard := checkpoint.shard_of(p)) is not None:
             state["shard"] = shard  # lets a checkpoint of another process's part be told
 

@@ -64,7 +64,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def mix_scalar(*words: Any) -> Any:
-    """One 32-bit key of several integers (or arrays of uint64), for `random_words`."""
+    """One 32-bit key of several integers (or arrays of uint64), for `random_bits`."""
     key = 0x9E3779B9
     for word in words:
         for part in (word & _M32, (word >> 32) & _M32):
@@ -75,22 +75,21 @@ def mix_scalar(*words: Any) -> Any:
     return key
 
 
-def random_words(key: int, shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Two 32-bit words (in int64) for each flat index of `shape`: a pure function of key and index.
+def random_bits(key: int, shape: torch.Size, device: torch.device) -> Tensor:
+    """16 random bits (in int64) for each flat index of `shape`: a pure function of key and index.
 
-    No generator is touched: replicas draw the same bits, and so does a resumed run.
+    Indices 2j and 2j + 1 take the halves of one 32-bit word. No generator is touched: replicas draw the same bits, and
+    so does a resumed run.
     """
-    i = torch.arange(shape.numel(), device=device).view(shape)
-    # Beyond 2**32 elements the upper half of the index enters through the key; _mix(0) is 0.
-    first = _mix(((i & _M32) ^ key) ^ _mix(i >> 32))
-    second = (first * 0x9E3779B1 + 0x7F4A7C15) & _M32
-    second = ((second ^ (second >> 15)) * 0x2C1B3C6D) & _M32
-    return first, second ^ (second >> 16)
+    pairs = torch.arange((shape.numel() + 1) // 2, device=device)
+    # Beyond 2**33 elements the upper half of the pair's index enters through the key; _mix(0) is 0.
+    words = _mix(((pairs & _M32) ^ key) ^ _mix(pairs >> 32))
+    return torch.stack([words & 0xFFFF, words >> 16], dim=1).view(-1)[: shape.numel()].view(shape)
 
 
-def uniform_halves(word: Tensor) -> tuple[Tensor, Tensor]:
-    """Two float32 in (0, 1) of one 32-bit word: from its low and from its high 16 bits."""
-    return ((word & 0xFFFF).float() + 0.5) / 65536, ((word >> 16).float() + 0.5) / 65536
+def uniform(bits: Tensor) -> Tensor:
+    """float32 in (0, 1) of 16 random bits."""
+    return (bits.float() + 0.5) / 65536
 
 
 def round_to(values: Tensor, dtype: torch.dtype, uniform: Tensor | None) -> Tensor:
@@ -99,7 +98,7 @@ def round_to(values: Tensor, dtype: torch.dtype, uniform: Tensor | None) -> Tens
     bfloat16 and float16 round between their two neighbouring numbers and saturate; float32 passes through.
     """
     if uniform is None or dtype not in (torch.bfloat16, torch.float16):
-        return values.to(dtype)
+        return values.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
     bits, least = (8, -126) if dtype == torch.bfloat16 else (11, -14)
     _, exponent = torch.frexp(values)  # |values| = f · 2^exponent with 1/2 <= f < 1
     spacing = torch.ldexp(torch.ones_like(values), (exponent - 1).clamp_min(least) - (bits - 1))

@@ -24,6 +24,10 @@ STATISTIC_DECAY = 0.9
 """Decay of the block statistics s, h and σ."""
 BACKGROUND_ACTIVITY = 0.1
 """A block whose gradient energy is below this share of its own second moment counts as background."""
+MAX_GRADIENT = 2.0**50
+"""An element beyond it, NaN and infinities included, is skipped: its square would leave float32's range in sums."""
+MAX_EDGE = 32.0
+"""Bound of e. Within one block e cannot reach it; a silent block beside a loud one has no scale of its own."""
 MIN_RESIDUAL = 0.01
 MIN_CAUTIOUS_SHARE = 0.25
 K_MIN, K_MAX = -32.0, 31.0
@@ -126,23 +130,20 @@ class Blocks:
         return x.sum(dim=1, keepdim=True) / self.counts
 
 
-def percentile_rank(percentile: int, seen: int) -> int:
-    """The index, among `seen` sorted norms, of the percentile by nearest rank (numpy's "inverted_cdf")."""
-    return -(-percentile * seen // 100) - 1
-
-
 def clip_scale(g: Tensor, gnorm_vec: Tensor, t: int, percentile: int) -> Tensor:
     """percentile_clipping: the 0-d factor that brings this gradient's norm down to the percentile of the last ones.
 
     Args:
         g: the gradient with non-finite elements zeroed.
         gnorm_vec: float32 [100], the last norms; this step's is written into it.
-        percentile: 1..99.
+        percentile: 1..99, by nearest rank (numpy's "inverted_cdf").
     """
     norm = g.square().sum().sqrt()
     gnorm_vec[(t - 1) % st.NORM_WINDOW] = norm
-    seen = min(t, st.NORM_WINDOW)
-    limit = gnorm_vec[:seen].sort().values[percentile_rank(percentile, seen)]
+    # Norms of zero say nothing (no gradient yet, or percentile_clipping switched on late): they sort to the front.
+    seen = (gnorm_vec > 0).sum().clamp_min(1)
+    rank = st.NORM_WINDOW - seen + (percentile * seen + 99) // 100 - 1
+    limit = gnorm_vec.sort().values.gather(0, rank.view(1))[0]
     return torch.where(norm > limit, limit / norm, torch.ones_like(norm))
 
 
@@ -178,7 +179,7 @@ def spatial_filter(g: Tensor, lap: Tensor, edge_history: Tensor, blocks: Blocks,
     filtered = g + (options["frequency_penalty"] / 8) * lap
     if options["edge_suppression"]:
         rms = blocks.mean(g.square()).sqrt()
-        e = lap.abs() / (math.sqrt(20) * rms + 1e-30)
+        e = (lap.abs() / (math.sqrt(20) * rms + 1e-30)).clamp_max(MAX_EDGE)
         e = torch.where(e > options["edge_threshold"], e, 0.0)
         edge_history.lerp_(blocks.mean(e), 1 - STATISTIC_DECAY)
         filtered = filtered * (1 - options["edge_penalty"] * edge_history * e).clamp(0.1, 1)
@@ -226,11 +227,11 @@ class Moments:
         self.new[number] = new
         return new
 
-    def store(self, m: Tensor, v_uniform: Tensor | None, r_uniform: Tensor | None) -> None:
+    def store(self, m: Tensor, uniform: Tensor) -> None:
+        """m to nearest, v and r stochastically where they are codes."""
         self.write(1, m, None)
-        for number, uniform in ((2, v_uniform), (3, r_uniform)):
-            if number in self.new:
-                self.write(number, self.new[number], uniform)
+        for number, values in self.new.items():
+            self.write(number, values, uniform)
 
 
 class FactoredMoments(Moments):
@@ -256,7 +257,7 @@ class FactoredMoments(Moments):
         row, col = self.state[f"{name}_row"], self.state[f"{name}_col"]
         mean = self.state["tensor_stats"][slot]
         held = mean > 0
-        estimate = self.blocks.cut(torch.outer(row, col) / torch.where(held, mean, 1.0))
+        estimate = self.blocks.cut(torch.outer(row, col / torch.where(held, mean, 1.0)))
         # A skipped element stands in with its own estimate, which leaves the means where they are.
         seen = self.blocks.join(torch.where(self.keep, x, estimate)).view(self.matrix)
         row.mul_(beta).add_(seen.mean(dim=1), alpha=1 - beta)
@@ -278,13 +279,14 @@ def update_parameter(
 
     Args:
         p: floating point, contiguous, any shape.
-        grad: shaped like p, any floating dtype; NaN and infinite elements are skipped.
+        grad: shaped like p, any floating dtype; NaN, infinite and absurdly large (2^50) elements are skipped.
         d: with auto_lr, the 0-d float32 rate found so far.
     """
     blocks = Blocks(p)
     stats = state["tensor_stats"]
-    keep_flat = torch.isfinite(grad)
-    g_shaped = torch.where(keep_flat, grad.float(), 0.0)
+    g_shaped = grad.float()
+    keep_flat = g_shaped.abs() <= MAX_GRADIENT
+    g_shaped = torch.where(keep_flat, g_shaped, 0.0)
     if options["percentile_clipping"] < 100:
         g_shaped = g_shaped * clip_scale(g_shaped, state["gnorm_vec"], state["step"], options["percentile_clipping"])
     keep = blocks.cut(keep_flat)
@@ -292,8 +294,8 @@ def update_parameter(
     g = blocks.cut(g_shaped)
     factored = st.storage_held(state) == "factored"
     moments = FactoredMoments(state, blocks, keep, p) if factored else Moments(state, blocks, keep)
-    words = q.random_words(s.rounding_key, keep.shape, p.device)
-    (theta_u, v_u), (r_u, k_u) = q.uniform_halves(words[0]), q.uniform_halves(words[1])
+    # θ, v, r and k round by the same bits: each is unbiased for itself, which is what matters.
+    uniform = q.uniform(q.random_bits(s.rounding_key, keep.shape, p.device))
 
     # 1. Spatial filter.
     filtered = g
@@ -328,7 +330,7 @@ def update_parameter(
         n = torch.where(activity < BACKGROUND_ACTIVITY, n / 2, n)
 
     # 7. Learning-rate mask.
-    k = update_mask(g, u, keep, state, blocks, options, s, k_u)
+    k = update_mask(g, u, keep, state, blocks, options, s, uniform)
     lr_i = element_rates(k, stats[st.MASK_MEAN], s, d)
 
     # 8. Update.
@@ -337,9 +339,9 @@ def update_parameter(
         update_probes(p, grad=g, state=state, s=s, d=d)
     old_theta = theta.float()
     new_theta = old_theta - lr_i * (n + options["weight_decay"] * old_theta)
-    rounded = q.round_to(new_theta, p.dtype, theta_u if options["stochastic_rounding"] else None)
+    rounded = q.round_to(new_theta, p.dtype, uniform if options["stochastic_rounding"] else None)
     p.view(-1).copy_(blocks.join(torch.where(keep, rounded, theta)))
-    moments.store(m, v_u, r_u)
+    moments.store(m, uniform)
     if s.adapt_mask:
         stats[st.MASK_MEAN] = torch.exp2(blocks.join(read_mask(state, blocks)[0]) / 16).mean()
 
@@ -482,6 +484,5 @@ def shrink_ranks(tasks: list[RankTask]) -> None:
         for task, shrunk in zip(batch, soft_threshold(stacked, torch.stack(limits)), strict=True):
             uniform = None
             if task.stochastic and task.theta.dtype != torch.float32:
-                words = q.random_words(task.key, shrunk.shape, shrunk.device)
-                uniform = q.uniform_halves(words[0])[0]
+                uniform = q.uniform(q.random_bits(task.key, shrunk.shape, shrunk.device))
             task.theta.copy_(q.round_to(shrunk, task.theta.dtype, uniform))

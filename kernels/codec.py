@@ -13,19 +13,37 @@ floor(y + U), both without a table.
 
 from __future__ import annotations
 
+import os
+
+import torch
 import triton
 import triton.language as tl
 
+# Where PTX cannot be written (the interpreter, AMD) the general functions stand in for the fast instructions.
+_PTX = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") != "1" and torch.version.hip is None)
+
 # 1.5 · 2^23: adding it leaves a float32's nearest whole number in the low bits, without a conversion instruction.
-_MAGIC = tl.constexpr(12582912.0)
+MAGIC = tl.constexpr(12582912.0)
 _TOP_SIGNED = tl.constexpr(0.45 / 64)  # 1 minus the last value below 1
 _TOP_UNSIGNED = tl.constexpr(0.45 / 128)
 
 
 @triton.jit
-def whole(x):
-    """int32 floor(x) for 0 <= x < 2^21 that is not a whole number (a whole one may come out one lower)."""
-    return ((x - 0.5) + _MAGIC).to(tl.int32, bitcast=True) & 0x3FFFFF
+def log2(x):
+    """One instruction, for normal x; tl.log2 would be some twenty."""
+    if _PTX:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x for 2^-126 <= |x| <= 2^126, to 2 ulp, in one instruction."""
+    if _PTX:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    else:
+        return 1 / x
 
 
 @triton.jit
@@ -35,37 +53,49 @@ def decode(codes, book_ptr):
 
 
 @triton.jit
-def _position(a, F: tl.constexpr):
-    """y of magnitudes 0 <= a <= 1, linear between any two neighbouring values below the last one."""
-    # Just under a decade's end the lower decade's line is taken: beyond its last value it is right on both sides.
-    rounded = tl.maximum(tl.log2(a) * 0.30102999566 + 6.499999, 0.0) + _MAGIC
-    missing = (_MAGIC + 6.0) - rounded  # 6 - d
+def low_byte(x, OFFSET: tl.constexpr):
+    """uint8 of round(x) + OFFSET, modulo 256, for float32 |x| < 2^21; of two equally near, an even sum is taken."""
+    return (x + (MAGIC + OFFSET)).to(tl.int32, bitcast=True).to(tl.uint8)
+
+
+@triton.jit
+def _position(scaled, F: tl.constexpr, EXACT: tl.constexpr):
+    """y of magnitudes a <= 1 given as a · 64 F / 0.9, linear between any two neighbouring values below the last.
+
+    Without EXACT what it rounds to is right, but not how far it is from there.
+    """
+    # floor(log10 a) + 7, at least 0. Just above a decade's end the lower decade may still be taken: its line is right
+    # on both sides.
+    rounded = tl.maximum(log2(scaled) * 0.30102999566 + (4.648026 if F == 1 else 4.346996), 0.0) + MAGIC
+    missing = (MAGIC + 6.0) - rounded  # 6 - d
     bins = ((rounded.to(tl.int32, bitcast=True) << 23) + (0x3F800000 if F == 1 else 0x40000000)).to(
         tl.float32, bitcast=True
     )
-    y = a * (64 * F / 0.9) * tl.exp2(missing * 2.321928094887) + (bins * (8 / 9) - 0.5)
+    y = scaled * tl.exp2(missing * 2.321928094887) + (bins * (8 / 9) - 0.5)
     # Below the first value of a decade: 3/5 of a step leads down to the decade before, or to 0 from the lowest.
     steep = tl.where(missing == 6.0, 0.9 / 0.55 if F == 1 else 0.9 / 0.65, 5 / 3)
     y = tl.minimum(y, (y - bins) * steep + bins)
-    # Above its last value: three steps lead to the first of the next.
-    return tl.minimum(y, y * (1 / 3) + (bins * (4 / 3) - 2 / 3))
+    if EXACT:  # above its last value, three steps lead to the first of the next
+        y = tl.minimum(y, y * (1 / 3) + (bins * (4 / 3) - 2 / 3))
+    return y
 
 
 @triton.jit
-def encode_signed(x):
-    """uint8 codes of -1 <= x <= 1 in the signed map, to nearest."""
-    a = tl.abs(x)
-    j = whole(_position(a, 1) + 0.5)
-    # 1 has a code of its own, -1 has none.
-    j = tl.where(a >= 1 - 0.5 * _TOP_SIGNED, tl.where(x > 0, 128, 127), j)
-    return tl.where(x < 0, 127 - j, 127 + j).to(tl.uint8)
+def encode_signed(x, absmax):
+    """uint8 codes of float32 x in the signed map under absmax >= |x|, to nearest."""
+    scaled = x * ((64 / 0.9) * reciprocal(absmax))
+    y = _position(tl.abs(scaled), 1, False)
+    y = tl.where(scaled >= (64 / 0.9) * (1 - 0.5 * _TOP_SIGNED), 128.0, y)  # 1 has a code of its own, -1 has none
+    return low_byte(tl.where(x < 0, -y, y), 127)
 
 
 @triton.jit
-def encode_unsigned(x, uniform):
-    """uint8 codes of 0 <= x <= 1 in the unsigned map, stochastic by uniform in (0, 1); 1/2 rounds to nearest."""
-    j = whole(_position(x, 2) + uniform)
-    return tl.where(x >= 1 - uniform * _TOP_UNSIGNED, 255, j - 1).to(tl.uint8)
+def encode_unsigned(x, absmax, centred):
+    """uint8 codes of float32 0 <= x <= absmax in the unsigned map: stochastic by U - 1/2, to nearest by 0."""
+    scaled = x * ((128 / 0.9) * reciprocal(absmax))
+    y = _position(scaled, 2, True) + centred
+    top = (128 / 0.9) * (1 - 0.5 * _TOP_UNSIGNED) - centred * (128 / 0.9 * _TOP_UNSIGNED)
+    return low_byte(tl.where(scaled >= top, 256.0, y), -1)
 
 
 @triton.jit
@@ -79,40 +109,35 @@ def mix(x):
 
 
 @triton.jit
-def random_words(key, index):
-    """Two uint32 words of int64 flat indices under a uint32 key; equals `quantization.random_words`."""
-    high = (index >> 32).to(tl.uint32)
-    first = mix((index & 0xFFFFFFFF).to(tl.uint32) ^ key ^ mix(high))
-    second = first * 0x9E3779B1 + 0x7F4A7C15
-    second = (second ^ (second >> 15)) * 0x2C1B3C6D
-    return first, second ^ (second >> 16)
+def random_bits(key, start):
+    """16 random bits, in uint32, for each flat index of the block at start (int64, a multiple of 256), uint32 [256].
+
+    Two neighbouring elements share a word. Equals `quantization.random_bits`.
+    """
+    pair = (start >> 1) + tl.arange(0, 128)
+    word = mix(pair.to(tl.uint32) ^ (key ^ mix((pair >> 32).to(tl.uint32))))
+    return tl.reshape(tl.join(word & 0xFFFF, word >> 16), (256,))
 
 
 @triton.jit
-def uniform_low(word):
-    """float32 in (0, 1) from the low 16 bits of uint32 words, through the mantissa of a number in [1, 2)."""
-    return (((word & 0xFFFF) << 7) | 0x3F800000).to(tl.float32, bitcast=True) - (1 - 0.5 / 65536)
+def centred(bits):
+    """U - 1/2 of 16 random bits, through the mantissa of a number in [1, 2)."""
+    return ((bits << 7) | 0x3F800000).to(tl.float32, bitcast=True) - (1.5 - 0.5 / 65536)
 
 
 @triton.jit
-def uniform_high(word):
-    """float32 in (0, 1) from the high 16 bits of uint32 words."""
-    return (((word >> 16) << 7) | 0x3F800000).to(tl.float32, bitcast=True) - (1 - 0.5 / 65536)
-
-
-@triton.jit
-def round_stochastic(x, word, DTYPE: tl.constexpr):
-    """float32 x in DTYPE (bfloat16 or float16) by the low 16 bits of uint32 words; equals `quantization.round_to`."""
+def round_stochastic(x, random, DTYPE: tl.constexpr):
+    """float32 x in DTYPE (bfloat16 or float16) by 16 random bits; equals `quantization.round_to`."""
     bits = x.to(tl.uint32, bitcast=True)
     if tl.bfloat16 == DTYPE:
         # The bits below bfloat16's are a fraction of its spacing; carrying over is rounding up.
-        return (((bits + (word & 0xFFFF)) >> 16) << 16).to(tl.float32, bitcast=True).to(tl.bfloat16)
+        return ((bits + random) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         exponent = tl.maximum((bits >> 23) & 0xFF, 113)  # 2^-14, below which float16 is evenly spaced
         spacing = ((exponent - 10) << 23).to(tl.float32, bitcast=True)
         inverse = ((264 - exponent) << 23).to(tl.float32, bitcast=True)
         steps = tl.abs(x) * inverse
         down = tl.floor(steps)
-        magnitude = (down + tl.where(steps - down + uniform_low(word) >= 1, 1.0, 0.0)) * spacing
+        magnitude = (down + tl.where(steps - down + centred(random) >= 0.5, 1.0, 0.0)) * spacing
         magnitude = tl.minimum(magnitude, 65504.0)
         return tl.where(x < 0, -magnitude, magnitude).to(tl.float16)

@@ -11,13 +11,16 @@ import triton.language as tl
 from automagic_bnb.kernels.tables import BLOCKS_PER_PROGRAM, Bucket, Column, Number
 from torch import Tensor
 
+from automagic_bnb import reference
 from automagic_bnb import state as st
 
 _ROW, _NUMBERS = tl.constexpr(len(Column)), tl.constexpr(len(Number))
 STATS, SIZE, NORMS = tl.constexpr(int(Column.STATS)), tl.constexpr(int(Column.SIZE)), tl.constexpr(int(Column.NORMS))
 FIRST_PROGRAM, PROGRAMS = tl.constexpr(int(Column.FIRST_PROGRAM)), tl.constexpr(int(Column.PROGRAMS))
 N_ADAPT, N_SLOT = tl.constexpr(int(Number.ADAPT_MASK)), tl.constexpr(int(Number.NORM_SLOT))
-N_RANK, N_SEEN = tl.constexpr(int(Number.NORM_RANK)), tl.constexpr(int(Number.NORMS_SEEN))
+N_PERCENTILE = tl.constexpr(int(Number.PERCENTILE))
+MAX_GRADIENT = tl.constexpr(reference.MAX_GRADIENT)
+NORM_WINDOW = tl.constexpr(st.NORM_WINDOW)
 MASK_MEAN = tl.constexpr(st.MASK_MEAN)
 LR_NUMERATOR, LR_DENOMINATOR = tl.constexpr(st.LR_NUMERATOR), tl.constexpr(st.LR_DENOMINATOR)
 _TINY = tl.constexpr(1e-37)  # above the least normal float32: Triton makes a smaller literal a double
@@ -84,7 +87,7 @@ def _square_sums_kernel(
         lanes = tl.arange(0, SPAN)
         grad_ptr = tl.multiple_of(address.to(tl.pointer_type(G)), ALIGN) + start
         g = tl.load(grad_ptr + lanes, mask=lanes < size - start, other=0).to(tl.float32)
-        g = tl.where(tl.abs(g) < float("inf"), g, 0.0)
+        g = tl.where(tl.abs(g) <= MAX_GRADIENT, g, 0.0)
         tl.store(partials_ptr + program, tl.sum(g * g, 0))
 
 
@@ -97,18 +100,17 @@ def _clip_kernel(table_ptr, grads_ptr, numbers_ptr, partials_ptr, clips_ptr, WIN
         norm = tl.sqrt(_sum_partials(partials_ptr, tl.load(entry + FIRST_PROGRAM), tl.load(entry + PROGRAMS), 1, 0))
         norms_ptr = tl.load(entry + NORMS).to(tl.pointer_type(tl.float32))
         slot = tl.load(numbers + N_SLOT).to(tl.int32)
-        seen = tl.load(numbers + N_SEEN).to(tl.int32)
         lanes = tl.arange(0, WINDOW)
-        norms = tl.load(norms_ptr + lanes, mask=lanes < seen, other=float("inf"))
+        norms = tl.load(norms_ptr + lanes, mask=lanes < NORM_WINDOW, other=0.0)
         norms = tl.where(lanes == slot, norm, norms)
         tl.store(norms_ptr + slot, norm)
-        # The rank of each norm by counting: smaller ones, and equal ones that stand before it.
-        before = (norms[None, :] < norms[:, None]) | (
-            (norms[None, :] == norms[:, None]) & (lanes[None, :] < lanes[:, None])
-        )
-        rank = tl.sum(before.to(tl.int32), 1)
-        chosen = rank == tl.load(numbers + N_RANK).to(tl.int32)
-        limit = tl.sum(tl.where(chosen, norms, 0.0), 0)
+        # The place of each norm in their order, by counting; norms of zero stand in front and say nothing.
+        first, second = norms[None, :], norms[:, None]
+        before = (first < second) | ((first == second) & (lanes[None, :] < lanes[:, None]))
+        place = tl.sum(before.to(tl.int32), 1)
+        seen = tl.maximum(tl.sum((norms > 0).to(tl.int32), 0), 1)
+        rank = WINDOW - seen + (tl.load(numbers + N_PERCENTILE).to(tl.int32) * seen + 99) // 100 - 1
+        limit = tl.sum(tl.where(place == rank, norms, 0.0), 0)
         tl.store(clips_ptr + row, tl.where(norm > limit, limit / norm, 1.0))
 
 

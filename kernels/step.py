@@ -1,8 +1,8 @@
 """The one-pass kernel: every tensor of a parameter is read once and written once; see `automagic_bnb.reference`.
 
 A program walks a few consecutive blocks of one parameter. A block of 256 elements is one warp's work, 8 neighbouring
-elements a thread; its statistics are reductions inside the warp. Two bodies are compiled: full blocks whose gradient is
-finite take the one without masks, the last short block and blocks with skipped elements the other.
+elements a thread; its statistics are reductions inside the warp. Whether any gradient of a block is not finite shows in
+the block's sum of squares; only then are elements looked at one by one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import triton.language as tl
 from automagic_bnb.kernels import codec, statistics
 from automagic_bnb.kernels.tables import BLOCKS_PER_PROGRAM, Bucket, Column, Number
 
-from automagic_bnb import bnb
+from automagic_bnb import bnb, reference
+from automagic_bnb import quantization as q
+from automagic_bnb import state as st
 
 BLOCK = tl.constexpr(256)
 _C = {column.name: tl.constexpr(int(column)) for column in Column}
@@ -24,6 +26,7 @@ _ROW = tl.constexpr(len(Column))
 THETA, M, V, R, K = _C["THETA"], _C["M"], _C["V"], _C["R"], _C["K"]
 POLARITY, ABSMAX1, ABSMAX2, ABSMAX3 = _C["POLARITY"], _C["ABSMAX1"], _C["ABSMAX2"], _C["ABSMAX3"]
 TORQUE, EDGE, SIGMA, STATS = _C["TORQUE"], _C["EDGE"], _C["SIGMA"], _C["STATS"]
+N_SKIPPED = tl.constexpr(st.SKIPPED)
 PROBE_START, PROBE_SUM, RATE = _C["PROBE_START"], _C["PROBE_SUM"], _C["RATE"]
 SIZE, ROWS, COLS, FIRST_PROGRAM = _C["SIZE"], _C["ROWS"], _C["COLS"], _C["FIRST_PROGRAM"]
 
@@ -34,306 +37,409 @@ N_CORRECTION1, N_CORRECTION2, N_CORRECTION3 = _N["CORRECTION1"], _N["CORRECTION2
 N_ADAPT, N_LEARN, N_KEY, N_PROBE = _N["ADAPT_MASK"], _N["LEARN_POLARITY"], _N["KEY"], _N["PROBE_WEIGHT"]
 
 _TINY = tl.constexpr(1e-37)  # above the least normal float32: Triton makes a smaller literal a double
-_TINY_ABSMAX = tl.constexpr(2.0**-120)
+_TINY_ABSMAX = tl.constexpr(q.TINY_ABSMAX)
+MAX_GRADIENT = tl.constexpr(reference.MAX_GRADIENT)
+MAX_EDGE = tl.constexpr(reference.MAX_EDGE)
 _PROBE_STRIDE = tl.constexpr(16)
 
 
 @triton.jit
-def address(table_ptr, row, column: tl.constexpr, DTYPE: tl.constexpr, ALIGN: tl.constexpr = 16):
-    """The pointer that a table of addresses holds for one tensor."""
-    pointer = tl.load(table_ptr + row * _ROW + column).to(tl.pointer_type(DTYPE))
+def address(entry_ptr, column: tl.constexpr, DTYPE: tl.constexpr, ALIGN: tl.constexpr = 16):
+    """The pointer in one column of a tensor's entry in the table."""
+    pointer = tl.load(entry_ptr + column).to(tl.pointer_type(DTYPE))
     return tl.multiple_of(pointer, ALIGN)
 
 
 @triton.jit
-def _load(ptr, lanes, valid, MASKED: tl.constexpr):
-    if MASKED:
-        return tl.load(ptr + lanes, mask=valid, other=0)
-    else:
-        return tl.load(ptr + lanes)
+def _usable(x):
+    """Neither NaN nor infinite nor so large that sums of squares overflow: see `reference.MAX_GRADIENT`."""
+    return tl.abs(x) <= MAX_GRADIENT
 
 
 @triton.jit
-def _store(ptr, lanes, values, keep, MASKED: tl.constexpr):
-    if MASKED:
-        tl.store(ptr + lanes, values, mask=keep)
-    else:
-        tl.store(ptr + lanes, values)
-
-
-@triton.jit
-def _finite(x):
-    return tl.abs(x) < float("inf")
-
-
-@triton.jit
-def _neighbour(g_ptr, lanes, offset, inside, centre, scale, MASKED: tl.constexpr, SCALED: tl.constexpr):
-    """The gradient at an offset, as it enters the Laplacian: the centre's own value where it lies outside."""
-    x = tl.load(g_ptr + offset + lanes, mask=inside, other=0).to(tl.float32)
+def _sanitised(ptr, inside, centre, scale, SCALED: tl.constexpr):
+    """A neighbour's gradient as the Laplacian takes it: 0 if not finite, the centre's own value if outside."""
+    x = tl.load(ptr, mask=inside, other=0).to(tl.float32)
     if SCALED:
         x = x * scale
-    if MASKED:
-        x = tl.where(_finite(x), x, 0.0)
-    return tl.where(inside, x, centre)
+    return tl.where(inside, tl.where(_usable(x), x, 0.0), centre)
 
 
 @triton.jit
-def _laplacian(g_ptr, g, lanes, start, size, rows, cols, valid, scale, MASKED: tl.constexpr, SCALED: tl.constexpr):
-    """Σ (g_j - g_i) over the four neighbours inside the same [rows, cols] slice."""
+def _laplacian(g_ptr, g, lanes, start, size, rows, cols, valid, scale, SCALED: tl.constexpr):
+    """Σ (g_j - g_i) over the four neighbours inside the same [rows, cols] slice: any shape, any values."""
     slice_size = rows * cols
-    column = (start % cols).to(tl.int32) + lanes
-    narrow = cols.to(tl.int32)
-    if cols >= BLOCK:
-        column = tl.where(column >= narrow, column - narrow, column)
-    else:
-        column = column % narrow
-    left, right = column > 0, column < narrow - 1
-    if slice_size == size:
-        above = lanes >= tl.minimum(tl.maximum(cols - start, 0), BLOCK).to(tl.int32)
-        below = lanes < tl.minimum(tl.maximum(size - cols - start, 0), BLOCK).to(tl.int32)
-    else:  # many slices: a block may run into the next one, or over several
-        place = (lanes + start % slice_size) % slice_size
-        above, below = place >= cols, place < slice_size - cols
-    if MASKED:
-        left, right, above, below = left & valid, right & valid, above & valid, below & valid
-    lap = _neighbour(g_ptr, lanes, -1, left, g, scale, MASKED, SCALED) - g
-    lap += _neighbour(g_ptr, lanes, 1, right, g, scale, MASKED, SCALED) - g
-    lap += _neighbour(g_ptr, lanes, -cols, above, g, scale, MASKED, SCALED) - g
-    return lap + (_neighbour(g_ptr, lanes, cols, below, g, scale, MASKED, SCALED) - g)
+    place = (lanes + start % slice_size) % slice_size
+    column = place % cols
+    lap = _sanitised(g_ptr + lanes - 1, valid & (column > 0), g, scale, SCALED) - g
+    lap += _sanitised(g_ptr + lanes + 1, valid & (column < cols - 1), g, scale, SCALED) - g
+    lap += _sanitised(g_ptr + lanes - cols, valid & (place >= cols), g, scale, SCALED) - g
+    return lap + (_sanitised(g_ptr + lanes + cols, valid & (place < slice_size - cols), g, scale, SCALED) - g)
 
 
 @triton.jit
-def _read_moment(ptr, lanes, valid, absmax, book_ptr, EIGHT: tl.constexpr, MASKED: tl.constexpr):
-    x = _load(ptr, lanes, valid, MASKED)
-    if EIGHT:
-        x = codec.decode(x, book_ptr) * absmax
-        if MASKED:
-            x = tl.where(valid, x, 0.0)
-    return x
+def _row_differences(g_ptr, g, thread_column, cols, inside, scale, SCALED: tl.constexpr):
+    """Σ (g_j - g_i) over the left and right neighbours, each thread holding 8 elements of one row.
+
+    The neighbours are in the thread's own registers, but for the two beyond its ends.
+    """
+    threads = tl.arange(0, BLOCK // 8) * 8
+    before = tl.load(g_ptr + threads - 1, mask=inside & (thread_column > 0), other=0).to(tl.float32)
+    after = tl.load(g_ptr + threads + 8, mask=inside & (thread_column + 8 < cols), other=0).to(tl.float32)
+    if SCALED:
+        before, after = before * scale, after * scale
+    even, odd = tl.split(tl.reshape(g, (BLOCK // 8, 4, 2)))
+    even04, even26 = tl.split(tl.reshape(even, (BLOCK // 8, 2, 2)))
+    odd15, odd37 = tl.split(tl.reshape(odd, (BLOCK // 8, 2, 2)))
+    g0, g4 = tl.split(even04)
+    g2, g6 = tl.split(even26)
+    g1, g5 = tl.split(odd15)
+    g3, g7 = tl.split(odd37)
+    d01, d12, d23, d34, d45, d56, d67 = g1 - g0, g2 - g1, g3 - g2, g4 - g3, g5 - g4, g6 - g5, g7 - g6
+    lap0 = d01 - tl.where(thread_column > 0, g0 - before, 0.0)
+    lap7 = tl.where(thread_column + 8 < cols, after - g7, 0.0) - d67
+    even = tl.join(tl.join(lap0, d45 - d34), tl.join(d23 - d12, d67 - d56))
+    odd = tl.join(tl.join(d12 - d01, d56 - d45), tl.join(d34 - d23, lap7))
+    return tl.reshape(tl.join(tl.reshape(even, (BLOCK // 8, 4)), tl.reshape(odd, (BLOCK // 8, 4))), (BLOCK,))
 
 
 @triton.jit
-def _write_unsigned(ptr, absmax_ptr, lanes, x, uniform, touched, valid, EIGHT: tl.constexpr, MASKED: tl.constexpr):
+def _laplacian_even(g_ptr, g, lanes, column, start, size, width, valid, scale, SCALED: tl.constexpr):
+    """The same in a matrix whose rows are a multiple of 8 long.
+
+    A gradient that is not finite makes the Laplacian beside it not finite: the caller looks.
+
+    Args:
+        column: int32, where in its row of `width` elements the block begins.
+    """
+    threads = tl.arange(0, BLOCK // 8) * 8
+    columns = column + threads
+    columns = tl.where(columns >= width, columns - width, columns) if width >= BLOCK else columns % width
+    lap = _row_differences(g_ptr, g, columns, width, threads < size - start, scale, SCALED)
+    # Outside the matrix the element itself is read, which adds nothing; 8 neighbours share a row, and one load.
+    first = tl.multiple_of(tl.minimum(tl.maximum(width - start, 0), BLOCK).to(tl.int32), 8)
+    last = tl.multiple_of(tl.minimum(tl.maximum(size - width - start, 0), BLOCK).to(tl.int32), 8)
+    above = tl.load(g_ptr + (lanes + tl.where(lanes >= first, -width, 0)), mask=valid, other=0).to(tl.float32)
+    below = tl.load(g_ptr + (lanes + tl.where(lanes < last, width, 0)), mask=valid, other=0).to(tl.float32)
+    if SCALED:
+        above, below = above * scale, below * scale
+    return (lap + (above + below)) - 2.0 * g
+
+
+@triton.jit
+def _write_moment(ptr, absmax_ptr, place, x, centred, valid, touched, EIGHT: tl.constexpr, SIGNED: tl.constexpr):
+    """Store m to nearest, or v or r stochastically. A block in which all was skipped keeps its very codes."""
     if EIGHT:
-        absmax = tl.maximum(tl.max(x, 0), _TINY_ABSMAX)
-        codes = codec.encode_unsigned(x * (1 / absmax), uniform)
-        _store(ptr, lanes, codes, valid & touched, MASKED)
+        absmax = tl.maximum(tl.max(tl.abs(x) if SIGNED else x, 0), _TINY_ABSMAX)
+        codes = codec.encode_signed(x, absmax) if SIGNED else codec.encode_unsigned(x, absmax, centred)
+        tl.store(ptr + place, codes, mask=valid & touched)
         tl.store(absmax_ptr, absmax, mask=touched)
     else:
-        _store(ptr, lanes, x, valid, MASKED)
+        tl.store(ptr + place, x, mask=valid)
 
 
 @triton.jit
 def _block(
-    table_ptr, numbers_ptr, row, block, size, g_raw, sum_squares, book1_ptr, book2_ptr, g_ptr, clip,
-    theta_ptr, m_ptr, v_ptr, r_ptr, k_ptr,
+    entry_ptr, numbers_ptr, block, remaining, place, valid, g_raw, g, lap, sum_squares, m_raw, v_raw, r_raw, mask_raw,
+    theta_raw, theta_ptr, m_ptr, v_ptr, r_ptr, k_ptr, book1_ptr, book2_ptr,
     beta1, beta2, beta3, eps1, eps2, clip_threshold, frequency, edge_penalty, edge_threshold, detail,
-    P: tl.constexpr, EIGHT: tl.constexpr, SPATIAL: tl.constexpr, EVEN: tl.constexpr, EDGES: tl.constexpr, TORQUE_ON: tl.constexpr,
+    P: tl.constexpr, EIGHT: tl.constexpr, SPATIAL: tl.constexpr, EDGES: tl.constexpr, TORQUE_ON: tl.constexpr,
     CAME: tl.constexpr, CAUTIOUS: tl.constexpr, BACKGROUND: tl.constexpr, AWARE: tl.constexpr, WARM: tl.constexpr,
-    AUTO: tl.constexpr, SCALED: tl.constexpr, STOCHASTIC: tl.constexpr, MASKED: tl.constexpr,
+    AUTO: tl.constexpr, STOCHASTIC: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """One block; returns Σ 2^(k/16), the number of skipped elements, and auto_lr's two sums over the block."""
-    numbers_ptr = numbers_ptr + row * _NUMBERS
-    start = block.to(tl.int64) * BLOCK
-    lanes = tl.arange(0, BLOCK)
-    valid = lanes < size - start
-    count = tl.minimum(size - start, BLOCK).to(tl.float32) if MASKED else 256.0
-    per = 1 / count
-    if MASKED:
-        keep = valid & _finite(g_raw)
-        g = tl.where(keep, g_raw, 0.0)
-        sum_squares = tl.sum(g * g, 0)
-        touched = tl.sum(keep.to(tl.int32), 0) > 0
-    else:
-        keep = valid
-        g = g_raw
-        touched = True
+    """One block; returns Σ 2^(k/16) and auto_lr's two sums over it.
+
+    Elements behind the end are held at g = m = v = r = 0, which leaves every sum alone. CAREFUL: some gradient of the
+    block (g_raw) is not finite, and those elements keep what they have.
+
+    Args:
+        place: int32 [256], where the elements lie from the program's first on; the pointers point there.
+    """
+    per = codec.reciprocal(remaining.to(tl.float32))
+    usable = _usable(g_raw)
+    absmax1_ptr = address(entry_ptr, ABSMAX1, tl.float32, 4) + block
+    absmax2_ptr = address(entry_ptr, ABSMAX2, tl.float32, 4) + block
+    absmax3_ptr = address(entry_ptr, ABSMAX3, tl.float32, 4) + block
+    absmax1, absmax2, absmax3 = 1.0, 1.0, 1.0
+    if EIGHT:
+        absmax1, absmax2 = tl.load(absmax1_ptr), tl.load(absmax2_ptr)
+        if CAME:
+            absmax3 = tl.load(absmax3_ptr)
+    if EDGES:
+        edge_ptr = address(entry_ptr, EDGE, tl.float32, 4) + block
+        history = tl.load(edge_ptr)
+    if TORQUE_ON:
+        torque_ptr = address(entry_ptr, TORQUE, tl.float32, 4) + block
+        torque = tl.load(torque_ptr)
+    # The moments over their absmax: that is multiplied in together with the decay.
+    m_old, v_old, r_old = m_raw, v_raw, r_raw
+    if EIGHT:
+        v_old, m_old = codec.decode(v_raw, book2_ptr), codec.decode(m_raw, book1_ptr)
+        if CAME:
+            r_old = codec.decode(r_raw, book2_ptr)
 
     # 1. Spatial filter.
     filtered = g
     if SPATIAL:
-        rows, cols = tl.load(table_ptr + row * _ROW + ROWS), tl.load(table_ptr + row * _ROW + COLS)
-        if EVEN:
-            cols = tl.multiple_of(cols, 8)
-        lap = _laplacian(g_ptr, g, lanes, start, size, rows, cols, valid, clip, MASKED, SCALED)
-        if MASKED:
-            lap = tl.where(keep, lap, 0.0)
         filtered = g + frequency * lap
         if EDGES:
-            edge_ptr = address(table_ptr, row, EDGE, tl.float32, 4) + block
-            e = tl.abs(lap) * (1 / (4.472135955 * tl.sqrt(sum_squares * per) + 1e-30))
-            e = tl.where(e > edge_threshold, e, 0.0)
-            history = 0.9 * tl.load(edge_ptr) + 0.1 * (tl.sum(e, 0) * per)
+            # e in units of the Laplacian: `scale` brings it to units of the block's gradient
+            noise = 4.472135955 * tl.sqrt(sum_squares * per) + 1e-30
+            scale = codec.reciprocal(noise)
+            e = tl.minimum(tl.abs(lap), MAX_EDGE * noise)
+            e = tl.where(e > edge_threshold * noise, e, 0.0)
+            history = 0.9 * history + 0.1 * (tl.sum(e, 0) * (scale * per))
             tl.store(edge_ptr, history)
-            filtered = filtered * tl.clamp(1 - (edge_penalty * history) * e, 0.1, 1.0)
+            # e >= 0: the factor is never above 1
+            filtered = filtered * tl.maximum(1 - (edge_penalty * history * scale) * e, 0.1)
 
     # 2. Second moment, activity, clipping.
-    absmax2_ptr = address(table_ptr, row, ABSMAX2, tl.float32, 4) + block
-    absmax2 = tl.load(absmax2_ptr) if EIGHT else 1.0
-    v_old = _read_moment(v_ptr, lanes, valid, absmax2, book2_ptr, EIGHT, MASKED)
-    v = beta2 * v_old + (1 - beta2) * (filtered * filtered + eps1)
-    if MASKED:
-        v = tl.where(keep, v, v_old)
-    u = filtered * tl.rsqrt(tl.maximum(v * tl.load(numbers_ptr + N_CORRECTION2), _TINY))
-    energy = tl.sum(u * u, 0)
+    v = (beta2 * absmax2) * v_old + (1 - beta2) * (filtered * filtered + eps1)
+    if CAREFUL:
+        v = tl.where(usable, v, v_old * absmax2)
+    # The bias correction, 1 / sqrt(correction), is a factor of the block too.
+    u = filtered * tl.rsqrt(tl.maximum(v, _TINY))
+    correction = tl.load(numbers_ptr + N_CORRECTION2)  # the root of 1 - β2^t
+    energy = tl.sum(u * u, 0) * (correction * correction)
     activity = energy * per
     shrink = tl.minimum(clip_threshold * tl.rsqrt(tl.maximum(activity, _TINY)), 1.0)
-    u = u * shrink
+    u = u * (shrink * correction)
     energy = energy * shrink * shrink
 
     # 3. Torque.
-    absmax1_ptr = address(table_ptr, row, ABSMAX1, tl.float32, 4) + block
-    absmax1 = tl.load(absmax1_ptr) if EIGHT else 1.0
-    m_old = _read_moment(m_ptr, lanes, valid, absmax1, book1_ptr, EIGHT, MASKED)
     damping = 1 - beta1
     if TORQUE_ON:
-        torque_ptr = address(table_ptr, row, TORQUE, tl.float32, 4) + block
-        aligned = tl.sum(m_old * u, 0) * tl.rsqrt(tl.sum(m_old * m_old, 0) * energy + 1e-30)
-        torque = 0.9 * tl.load(torque_ptr) + 0.1 * aligned
+        norms = (absmax1 * absmax1) * tl.sum(m_old * m_old, 0) * energy
+        aligned = absmax1 * tl.sum(m_old * u, 0) * tl.rsqrt(norms + 1e-30)
+        torque = 0.9 * torque + 0.1 * aligned
         tl.store(torque_ptr, torque)
         damping = damping * (1 + tl.clamp(tl.load(numbers_ptr + N_KAPPA) * torque, -1.0, 1.0))
-    m = beta1 * m_old + damping * u
-    if MASKED:
-        m = tl.where(keep, m, m_old)
+    m = (beta1 * absmax1) * m_old + damping * u
+    touched = True
+    if CAREFUL:
+        m = tl.where(usable, m, m_old * absmax1)
+        touched = tl.sum((usable & valid).to(tl.int32), 0) > 0
 
     key = tl.load(numbers_ptr + N_KEY).to(tl.uint32, bitcast=True)
-    word1, word2 = codec.random_words(key, start + lanes)
+    start = block.to(tl.int64) * BLOCK
+    lanes = tl.arange(0, BLOCK)
+    bits = codec.random_bits(key, start)
+    centred = codec.centred(bits)
+    _write_moment(v_ptr, absmax2_ptr, place, v, centred, valid, touched, EIGHT, False)
+    _write_moment(m_ptr, absmax1_ptr, place, m, 0.0, valid, touched, EIGHT, True)
 
     # 4. Confidence.
     n = m
     weight = tl.load(numbers_ptr + N_CORRECTION1)
     if CAME:
-        absmax3_ptr = address(table_ptr, row, ABSMAX3, tl.float32, 4) + block
-        absmax3 = tl.load(absmax3_ptr) if EIGHT else 1.0
-        r_old = _read_moment(r_ptr, lanes, valid, absmax3, book2_ptr, EIGHT, MASKED)
         off = u - m
-        r = beta3 * r_old + (1 - beta3) * (off * off + eps2)
-        if MASKED:
-            r = tl.where(keep, r, r_old)
-        n = m * tl.rsqrt(tl.maximum(r * tl.load(numbers_ptr + N_CORRECTION3), 0.01))
-        _write_unsigned(r_ptr, absmax3_ptr, lanes, r, codec.uniform_low(word2), touched, valid, EIGHT, MASKED)
-    _write_unsigned(v_ptr, absmax2_ptr, lanes, v, codec.uniform_high(word1), touched, valid, EIGHT, MASKED)
+        r = (beta3 * absmax3) * r_old + (1 - beta3) * (off * off + eps2)
+        if CAREFUL:
+            r = tl.where(usable, r, r_old * absmax3)
+        correction3 = tl.load(numbers_ptr + N_CORRECTION3)  # 1 - β3^t: r / correction3 >= 0.01
+        n = m * tl.rsqrt(tl.maximum(r, 0.01 * correction3))
+        weight = weight * tl.sqrt(correction3)
+        _write_moment(r_ptr, absmax3_ptr, place, r, centred, valid, touched, EIGHT, False)
 
     # 5. Cautious, 6. background: both end in a factor of the block.
     if CAUTIOUS:
-        agrees = ((n > 0) & (g > 0)) | ((n < 0) & (g < 0))
-        share = tl.sum(agrees.to(tl.float32), 0) * per
-        n = tl.where(agrees, n, 0.0)
-        weight = weight / tl.maximum(share, 0.25)
+        agrees = tl.where(n * g > 0, 1.0, 0.0)
+        n = n * agrees
+        weight = weight * codec.reciprocal(tl.maximum(tl.sum(agrees, 0) * per, 0.25))
     if BACKGROUND:
         weight = tl.where(activity < 0.1, 0.5 * weight, weight)
 
     # 7. Learning-rate mask.
-    if EIGHT:
-        packed = _load(k_ptr, lanes, valid, MASKED).to(tl.int32)
-        k = ((packed >> 1) - 32).to(tl.float32)
-    else:
-        k = _load(k_ptr, lanes, valid, MASKED)
+    unit = tl.load(numbers_ptr + N_RATE) * codec.reciprocal(tl.load(address(entry_ptr, STATS, tl.float32, 4)))
+    if AUTO:
+        d = tl.load(address(entry_ptr, RATE, tl.float32, 4))
+        unit = unit * d
     mask_sum = 0.0
     if WARM:
-        if EIGHT:
-            polarity = (packed & 1) != 0
-        else:
-            polarity_ptr = address(table_ptr, row, POLARITY, tl.uint8) + start
-            polarity = _load(polarity_ptr, lanes, valid, MASKED) != 0
-        sigma_ptr = address(table_ptr, row, SIGMA, tl.float32, 4) + block
         mean = tl.sum(u, 0) * per
-        learn = tl.load(numbers_ptr + N_LEARN)
-        sigma_old = tl.load(sigma_ptr)
-        sigma = 0.9 * sigma_old + 0.1 * tl.maximum(energy * per - mean * mean, 0.0)
-        tl.store(sigma_ptr, tl.where(learn != 0, sigma, sigma_old))
-        change = tl.load(numbers_ptr + N_ADAPT)
-        if AWARE:
-            change = change * tl.clamp(detail * sigma, 0.5, 1.5)
-        positive = g > 0
-        moved = tl.clamp(k + tl.where(positive == polarity, change, -change), -32.0, 31.0)
+        variance = tl.maximum(energy * per - mean * mean, 0.0)
+        k = _move_mask(
+            entry_ptr, numbers_ptr, block, start, k_ptr, mask_raw, g, variance, centred, place, lanes, valid, usable,
+            detail, EIGHT, AWARE, CAREFUL,
+        )  # fmt: skip
+        factor = tl.exp2(k * 0.0625)
+        mask_sum = tl.sum(tl.where(valid, factor, 0.0), 0)
+        rates = factor * unit
+    else:  # the scale goes into the exponent
+        shift = codec.log2(unit)
         if EIGHT:
-            # Shifted by 33, so that no whole number may come out one lower: U > 0.
-            moved = (codec.whole(moved + 33.0 + codec.uniform_high(word2)) - 33).to(tl.float32)
-        if MASKED:
-            moved = tl.where(keep, moved, k)
-        k = moved
-        positive = tl.where(learn != 0, positive, polarity)
-        if MASKED:
-            positive = tl.where(keep, positive, polarity)
-        if EIGHT:
-            byte = (k.to(tl.int32) + 32) * 2 + positive.to(tl.int32)
-            _store(k_ptr, lanes, byte.to(tl.uint8), valid, MASKED)
+            rates = tl.exp2((mask_raw >> 1).to(tl.float32) * 0.0625 + (shift - 2.0))
         else:
-            _store(k_ptr, lanes, k, valid, MASKED)
-            _store(polarity_ptr, lanes, positive.to(tl.uint8), valid, MASKED)
-    factor = tl.exp2(k * 0.0625)
-    if WARM:
-        if MASKED:
-            mask_sum = tl.sum(tl.where(valid, factor, 0.0), 0)
-        else:
-            mask_sum = tl.sum(factor, 0)
+            rates = tl.exp2(mask_raw * 0.0625 + shift)
+    rates = tl.minimum(tl.maximum(rates, tl.load(numbers_ptr + N_LOW)), tl.load(numbers_ptr + N_HIGH))
 
     # 8. Update.
-    stats_ptr = address(table_ptr, row, STATS, tl.float32, 4)
-    rate, low, high = tl.load(numbers_ptr + N_RATE), tl.load(numbers_ptr + N_LOW), tl.load(numbers_ptr + N_HIGH)
-    unit = 1 / tl.load(stats_ptr)
-    theta_raw = _load(theta_ptr, lanes, valid, MASKED)
     theta = theta_raw.to(tl.float32)
     numerator, denominator = 0.0, 0.0
     if AUTO:
-        d = tl.load(address(table_ptr, row, RATE, tl.float32, 4))
-        unit = unit * d
         if block % _PROBE_STRIDE == 0:
-            numerator, denominator = _probe(
-                table_ptr,
-                row,
-                block,
-                lanes,
-                valid,
-                g,
-                theta,
-                d * d * tl.load(numbers_ptr + N_PROBE),
-                tl.sqrt(beta2),
-                P,
-                MASKED,
-            )
-    rates = rate * tl.minimum(tl.maximum(factor * unit, low), high)
+            omega = d * d * tl.load(numbers_ptr + N_PROBE)
+            numerator, denominator = _probe(entry_ptr, block, lanes, valid, g, theta, omega, tl.sqrt(beta2), P)
     theta = theta - rates * (n * weight + tl.load(numbers_ptr + N_DECAY) * theta)
-    if STOCHASTIC and tl.float32 != P:
-        rounded = codec.round_stochastic(theta, word1, P)
+    if STOCHASTIC:
+        rounded = codec.round_stochastic(theta, bits, P)
     else:
         rounded = theta.to(P)
-    _store(theta_ptr, lanes, rounded, keep, MASKED)
-
-    # m, to nearest.
-    if EIGHT:
-        absmax = tl.maximum(tl.max(tl.abs(m), 0), _TINY_ABSMAX)
-        _store(m_ptr, lanes, codec.encode_signed(m * (1 / absmax)), valid & touched, MASKED)
-        tl.store(absmax1_ptr, absmax, mask=touched)
-    else:
-        _store(m_ptr, lanes, m, valid, MASKED)
-    skipped = 0.0
-    if MASKED:
-        skipped = count - tl.sum(keep.to(tl.float32), 0)
-    return mask_sum, skipped, numerator, denominator
+    if CAREFUL:
+        rounded = tl.where(usable, rounded, theta_raw)
+    tl.store(theta_ptr + place, rounded, mask=valid)
+    return mask_sum, numerator, denominator
 
 
 @triton.jit
-def _probe(table_ptr, row, block, lanes, valid, g, theta, weight, decay, P: tl.constexpr, MASKED: tl.constexpr):
-    """auto_lr's watch over a probe block: Σ weight g (θ0 - θ) and Σ|z|, z being updated."""
+def _move_mask(
+    entry_ptr, numbers_ptr, block, start, k_ptr, mask_raw, g, variance, centred, place, lanes, valid, usable,
+    detail, EIGHT: tl.constexpr, AWARE: tl.constexpr, CAREFUL: tl.constexpr,
+):  # fmt: skip
+    """Step 7 during warm-up: σ, k and π are updated in place; returns k. Tensors past theirs leave all as it is."""
+    learn, change = tl.load(numbers_ptr + N_LEARN), tl.load(numbers_ptr + N_ADAPT)
+    sigma_ptr = address(entry_ptr, SIGMA, tl.float32, 4) + block
+    sigma_old = tl.load(sigma_ptr)
+    sigma = 0.9 * sigma_old + 0.1 * variance
+    tl.store(sigma_ptr, tl.where(learn != 0, sigma, sigma_old))
+    if AWARE:
+        change = change * tl.clamp(detail * sigma, 0.5, 1.5)
+    polarity_ptr = address(entry_ptr, POLARITY, tl.uint8) + start
+    if EIGHT:
+        byte = mask_raw.to(tl.int32)
+        k, polarity = (byte >> 1).to(tl.float32) - 32.0, byte & 1
+    else:
+        k, polarity = mask_raw, tl.load(polarity_ptr + lanes, mask=valid, other=0).to(tl.int32)
+    positive = tl.where(g > 0, 1, 0)
+    moved = tl.clamp(k + tl.where(positive == polarity, change, -change), -32.0, 31.0)
+    if EIGHT:
+        # round(k + U - 1/2): k may be a whole number, but U is neither 0 nor 1
+        moved = (moved + centred + codec.MAGIC) - codec.MAGIC
+    positive = tl.where(learn != 0, positive, polarity)
+    if CAREFUL:
+        moved, positive = tl.where(usable, moved, k), tl.where(usable, positive, polarity)
+    if EIGHT:
+        tl.store(k_ptr + place, codec.low_byte(moved * 2.0, 64) + positive.to(tl.uint8), mask=valid)
+    else:
+        tl.store(k_ptr + place, moved, mask=valid)
+        tl.store(polarity_ptr + lanes, positive.to(tl.uint8), mask=valid)
+    return moved
+
+
+@triton.jit
+def _probe(entry_ptr, block, lanes, valid, g, theta, omega, decay, P: tl.constexpr):
+    """auto_lr's watch over a probe block: ω Σ g (θ0 - θ), and Σ|z| with z updated."""
     offset = (block // _PROBE_STRIDE).to(tl.int64) * BLOCK
-    start_ptr = address(table_ptr, row, PROBE_START, P) + offset
-    sum_ptr = address(table_ptr, row, PROBE_SUM, tl.float32) + offset
-    origin = tl.load(start_ptr + lanes).to(tl.float32)
-    z = decay * tl.load(sum_ptr + lanes) + weight * g
+    start_ptr = address(entry_ptr, PROBE_START, P) + offset
+    sum_ptr = address(entry_ptr, PROBE_SUM, tl.float32) + offset
+    moved = tl.where(valid, tl.load(start_ptr + lanes).to(tl.float32) - theta, 0.0)
+    z = decay * tl.load(sum_ptr + lanes) + omega * g
     tl.store(sum_ptr + lanes, z)
-    moved = origin - theta
-    if MASKED:
-        moved = tl.where(valid, moved, 0.0)
-    return weight * tl.sum(g * moved, 0), tl.sum(tl.abs(z), 0)
+    return omega * tl.sum(g * moved, 0), tl.sum(tl.abs(z), 0)
+
+
+@triton.jit
+def _blocks(
+    entry_ptr, numbers_ptr, first, blocks, unusual, size, grad_address, clip, book1_ptr, book2_ptr, beta1, beta2, beta3,
+    eps1, eps2, clip_threshold, frequency, edge_penalty, edge_threshold, detail,
+    P: tl.constexpr, G: tl.constexpr, WIDE: tl.constexpr, EIGHT: tl.constexpr,
+    SPATIAL: tl.constexpr, EVEN: tl.constexpr, EDGES: tl.constexpr, TORQUE_ON: tl.constexpr, CAME: tl.constexpr,
+    CAUTIOUS: tl.constexpr, BACKGROUND: tl.constexpr, AWARE: tl.constexpr, WARM: tl.constexpr,
+    AUTO: tl.constexpr, SCALED: tl.constexpr, STOCHASTIC: tl.constexpr, CAREFUL: tl.constexpr,
+):  # fmt: skip
+    """A program's blocks: the usual ones, or (CAREFUL) those whose bit is set in `unusual`.
+
+    A block is unusual if a gradient of it, or one beside it, is not finite. Returns the sums of `_block` and, of the
+    usual ones, the bits of the unusual; of those, the number of elements skipped.
+    """
+    STATE: tl.constexpr = tl.uint8 if EIGHT else tl.float32
+    EMPTY: tl.constexpr = 127 if EIGHT else 0
+    lanes = tl.arange(0, BLOCK)
+    rows, cols = tl.load(entry_ptr + ROWS), tl.load(entry_ptr + COLS)
+    first_element = first.to(tl.int64) * BLOCK
+    m_ptr = address(entry_ptr, M, STATE) + first_element
+    v_ptr = address(entry_ptr, V, STATE) + first_element
+    r_ptr = v_ptr
+    if CAME:
+        r_ptr = address(entry_ptr, R, STATE) + first_element
+    k_ptr = address(entry_ptr, K, STATE) + first_element
+    theta_ptr = address(entry_ptr, THETA, P, WIDE) + first_element
+    grad_ptr = tl.multiple_of(grad_address.to(tl.pointer_type(G)), WIDE) + first_element
+    if EVEN:  # where in its row the block begins
+        column = (first_element % cols).to(tl.int32)
+        width = tl.multiple_of(cols.to(tl.int32), 8)
+    mask_sum, numerator, denominator = 0.0, 0.0, 0.0
+    bits = first * 0
+    i = first * 0
+    while i < blocks:
+        block = first + i
+        start = first_element + i * BLOCK
+        remaining = tl.minimum(size - start, BLOCK).to(tl.int32)
+        if WIDE == 16:
+            remaining = tl.multiple_of(remaining, 8)
+        valid = lanes < remaining
+        place = i * BLOCK + lanes
+        g_ptr = grad_ptr + i * BLOCK
+        # Everything is asked for before anything is waited for.
+        g_raw = tl.load(grad_ptr + place, mask=valid, other=0).to(tl.float32)
+        v_raw = tl.load(v_ptr + place, mask=valid, other=0)
+        m_raw = tl.load(m_ptr + place, mask=valid, other=EMPTY)
+        r_raw = v_raw
+        if CAME:
+            r_raw = tl.load(r_ptr + place, mask=valid, other=0)
+        mask_raw = tl.load(k_ptr + place, mask=valid, other=0)
+        theta_raw = tl.load(theta_ptr + place, mask=valid, other=0)
+        if SCALED:
+            g_raw = g_raw * clip
+        g = g_raw
+        if CAREFUL:
+            g = tl.where(_usable(g_raw), g_raw, 0.0)
+            mine = ((unusual >> i) & 1) != 0
+        lap = g
+        if SPATIAL:
+            if EVEN and not CAREFUL:
+                lap = _laplacian_even(g_ptr, g, lanes, column, start, size, width, valid, clip, SCALED)
+            else:
+                lap = _laplacian(g_ptr, g, lanes, start, size, rows, cols, valid, clip, SCALED)
+                lap = tl.where(valid, lap, 0.0)
+        if CAREFUL:
+            lap = tl.where(_usable(g_raw), lap, 0.0)
+            sum_squares = tl.sum(g * g, 0)
+            mine = ((unusual >> i) & 1) != 0
+        else:
+            # All of the block and beside it is usable if the sum of squares is below the bound's square and no Laplacian
+            # reaches it: then 0 · (2^77 lap) is 0, else NaN. The careful way is right in any case.
+            sum_squares = tl.sum(g * g + 0.0 * (lap * 2.0**77), 0)
+            mine = sum_squares < MAX_GRADIENT * MAX_GRADIENT
+        if mine:
+            w, a, b = _block(
+                entry_ptr, numbers_ptr, block, remaining, place, valid, g_raw, g, lap, sum_squares, m_raw, v_raw, r_raw,
+                mask_raw, theta_raw, theta_ptr, m_ptr, v_ptr, r_ptr, k_ptr, book1_ptr, book2_ptr, beta1, beta2, beta3,
+                eps1, eps2, clip_threshold, frequency, edge_penalty, edge_threshold, detail, P, EIGHT, SPATIAL, EDGES,
+                TORQUE_ON, CAME, CAUTIOUS, BACKGROUND, AWARE, WARM, AUTO, STOCHASTIC, CAREFUL,
+            )  # fmt: skip
+            mask_sum += w
+            numerator += a
+            denominator += b
+            if CAREFUL:
+                bits += tl.sum(tl.where(_usable(g_raw), 0, 1), 0)
+        elif not CAREFUL:
+            bits |= 1 << i
+        if EVEN:
+            column += BLOCK
+            if width >= BLOCK:
+                column = tl.where(column >= width, column - width, column)
+            else:
+                column = column % width
+        i += 1
+    return mask_sum, numerator, denominator, bits
 
 
 @triton.jit
 def step_kernel(
     table_ptr, numbers_ptr, grads_ptr, owners_ptr, partials_ptr, book1_ptr, book2_ptr, clips_ptr,
     beta1, beta2, beta3, eps1, eps2, clip_threshold, frequency, edge_penalty, edge_threshold, detail,
-    P: tl.constexpr, G: tl.constexpr, ALIGN: tl.constexpr, BLOCKS: tl.constexpr, EIGHT: tl.constexpr,
+    P: tl.constexpr, G: tl.constexpr, WIDE: tl.constexpr, BLOCKS: tl.constexpr, EIGHT: tl.constexpr,
     SPATIAL: tl.constexpr, EVEN: tl.constexpr, EDGES: tl.constexpr, TORQUE_ON: tl.constexpr, CAME: tl.constexpr,
     CAUTIOUS: tl.constexpr, BACKGROUND: tl.constexpr, AWARE: tl.constexpr, WARM: tl.constexpr,
     AUTO: tl.constexpr, SCALED: tl.constexpr, STOCHASTIC: tl.constexpr,
@@ -348,68 +454,43 @@ def step_kernel(
         partials_ptr: float32 [programs, 3] out: sums of 2^(k/16) and of auto_lr over the program's blocks.
     """
     program = tl.program_id(0)
-    row = tl.load(owners_ptr + program).to(tl.int64)
+    row = tl.load(owners_ptr + program)
     grad_address = tl.load(grads_ptr + row)
     if grad_address != 0:
-        size = tl.load(table_ptr + row * _ROW + SIZE)
-        first = (program - tl.load(table_ptr + row * _ROW + FIRST_PROGRAM)) * BLOCKS
-        grad_ptr = tl.multiple_of(grad_address.to(tl.pointer_type(G)), ALIGN)
-        theta_base = address(table_ptr, row, THETA, P, ALIGN)
-        STATE: tl.constexpr = tl.uint8 if EIGHT else tl.float32
-        m_base, v_base = address(table_ptr, row, M, STATE), address(table_ptr, row, V, STATE)
-        r_base, k_base = address(table_ptr, row, R, STATE), address(table_ptr, row, K, STATE)
+        entry_ptr = table_ptr + row.to(tl.int64) * _ROW
+        size = tl.load(entry_ptr + SIZE)
+        first = (program - tl.load(entry_ptr + FIRST_PROGRAM).to(tl.int32)) * BLOCKS
+        blocks = tl.minimum(tl.cdiv(size, BLOCK) - first, BLOCKS).to(tl.int32)
+        numbers_ptr += row * _NUMBERS
         clip = 1.0
         if SCALED:
             clip = tl.load(clips_ptr + row)
-        lanes = tl.arange(0, BLOCK)
-        mask_sum, skipped, numerator, denominator = 0.0, 0.0, 0.0, 0.0
-        blocks = tl.cdiv(size, BLOCK)
-        for i in range(BLOCKS):
-            block = first + i
-            if block < blocks:
-                start = block.to(tl.int64) * BLOCK
-                g_ptr = grad_ptr + start
-                full = start + BLOCK <= size
-                if full:
-                    g = tl.load(g_ptr + lanes).to(tl.float32)
-                else:
-                    g = tl.load(g_ptr + lanes, mask=lanes < size - start, other=0).to(tl.float32)
-                if SCALED:
-                    g = g * clip
-                sum_squares = tl.sum(g * g, 0)
-                theta_ptr, m_ptr, v_ptr, r_ptr, k_ptr = (
-                    theta_base + start, m_base + start, v_base + start, r_base + start, k_base + start,
-                )  # fmt: skip
-                # A sum beyond float32's range takes the careful body too, which is right in any case.
-                if full & (sum_squares < float("inf")):
-                    w, s, a, b = _block(
-                        table_ptr, numbers_ptr, row, block, size, g, sum_squares, book1_ptr, book2_ptr, g_ptr, clip,
-                        theta_ptr, m_ptr, v_ptr, r_ptr, k_ptr,
-                        beta1, beta2, beta3, eps1, eps2, clip_threshold, frequency, edge_penalty, edge_threshold, detail,
-                        P, EIGHT, SPATIAL, EVEN, EDGES, TORQUE_ON, CAME, CAUTIOUS, BACKGROUND, AWARE, WARM, AUTO, SCALED,
-                        STOCHASTIC, False,
-                    )  # fmt: skip
-                else:
-                    w, s, a, b = _block(
-                        table_ptr, numbers_ptr, row, block, size, g, sum_squares, book1_ptr, book2_ptr, g_ptr, clip,
-                        theta_ptr, m_ptr, v_ptr, r_ptr, k_ptr,
-                        beta1, beta2, beta3, eps1, eps2, clip_threshold, frequency, edge_penalty, edge_threshold, detail,
-                        P, EIGHT, SPATIAL, EVEN, EDGES, TORQUE_ON, CAME, CAUTIOUS, BACKGROUND, AWARE, WARM, AUTO, SCALED,
-                        STOCHASTIC, True,
-                    )  # fmt: skip
-                mask_sum += w
-                skipped += s
-                numerator += a
-                denominator += b
+        skipped = first * 0
+        mask_sum, numerator, denominator, unusual = _blocks(
+            entry_ptr, numbers_ptr, first, blocks, 0, size, grad_address, clip, book1_ptr, book2_ptr, beta1, beta2,
+            beta3, eps1, eps2, clip_threshold, frequency, edge_penalty, edge_threshold, detail, P, G, WIDE, EIGHT,
+            SPATIAL, EVEN, EDGES, TORQUE_ON, CAME, CAUTIOUS, BACKGROUND, AWARE, WARM, AUTO, SCALED, STOCHASTIC, False,
+        )  # fmt: skip
+        if unusual != 0:
+            w, a, b, skipped = _blocks(
+                entry_ptr, numbers_ptr, first, blocks, unusual, size, grad_address, clip, book1_ptr, book2_ptr, beta1,
+                beta2, beta3, eps1, eps2, clip_threshold, frequency, edge_penalty, edge_threshold, detail, P, G, WIDE,
+                EIGHT, SPATIAL, EVEN, EDGES, TORQUE_ON, CAME, CAUTIOUS, BACKGROUND, AWARE, WARM, AUTO, SCALED,
+                STOCHASTIC, True,
+            )  # fmt: skip
+            mask_sum += w
+            numerator += a
+            denominator += b
+            # Whole numbers: the order of the additions does not matter.
+            tl.atomic_add(address(entry_ptr, STATS, tl.float32, 4) + N_SKIPPED, skipped.to(tl.float32))
         if WARM or AUTO:
             tl.store(partials_ptr + program * 3, mask_sum)
             tl.store(partials_ptr + program * 3 + 1, numerator)
             tl.store(partials_ptr + program * 3 + 2, denominator)
-        if skipped > 0:
-            # Whole numbers: the order of the additions does not matter.
-            tl.atomic_add(address(table_ptr, row, STATS, tl.float32, 4) + 5, skipped)
 
 
+import os
+EXTRA = {'maxnreg': int(os.environ['MR'])} if 'MR' in os.environ else {}
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -450,7 +531,7 @@ def launch(bucket: Bucket, grads: list[int], sources: list[dict[str, Any]]) -> N
         detail=detail,
         P=DTYPES[spec.theta_dtype],
         G=DTYPES[spec.grad_dtype],
-        ALIGN=16 if aligned else 2,
+        WIDE=16 if aligned else 2,
         BLOCKS=BLOCKS_PER_PROGRAM,
         EIGHT=spec.storage == "8bit",
         SPATIAL=spec.spatial,
@@ -466,6 +547,7 @@ def launch(bucket: Bucket, grads: list[int], sources: list[dict[str, Any]]) -> N
         SCALED=spec.scaled,
         STOCHASTIC=spec.stochastic,
         num_warps=1,
+        **EXTRA,
     )
     if warm or spec.auto:
         statistics.finalise(bucket, addresses, numbers, partials, betas[1], warm)

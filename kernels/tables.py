@@ -71,21 +71,21 @@ class Number(IntEnum):
     """The scalars uploaded for each tensor at each step, float32 (KEY: the bits of a uint32)."""
 
     RATE = 0
-    LOW = 1
+    LOW = 1  # bounds of the product of rate and factor
     HIGH = 2
     WEIGHT_DECAY = 3
     KAPPA = 4
-    CORRECTION1 = 5  # these three as reciprocals
-    CORRECTION2 = 6
-    CORRECTION3 = 7
+    CORRECTION1 = 5  # 1 / (1 - β1^t)
+    CORRECTION2 = 6  # the root of 1 - β2^t
+    CORRECTION3 = 7  # 1 - β3^t
     ADAPT_MASK = 8
     LEARN_POLARITY = 9
     KEY = 10
     PROBE_WEIGHT = 11
     NORM_SLOT = 12  # percentile_clipping: where this step's norm goes,
-    NORM_RANK = 13  # and which of the sorted norms is the limit
-    NORMS_SEEN = 14
-    SPARE = 15  # rows of 64 bytes
+    PERCENTILE = 13
+    SPARE1 = 14  # rows of 64 bytes
+    SPARE2 = 15
 
 
 SHARED_NUMBERS = ("betas", "eps", "clip_threshold", "frequency_penalty", "edge_penalty", "edge_threshold")
@@ -102,7 +102,10 @@ class Spec:
     grad_dtype: torch.dtype
     storage: str
     spatial: bool
+    wide: bool
+    """Sizes are multiples of 8: eight elements are one access."""
     even: bool
+    """Matrices whose rows are multiples of 8 long."""
     edges: bool
     torque: bool
     came: bool
@@ -123,7 +126,8 @@ def spec_of(theta: Tensor, grad_dtype: torch.dtype, state: st.State, options: di
         grad_dtype=grad_dtype,
         storage=st.storage_held(state),
         spatial=spatial,
-        even=spatial and theta.shape[-1] % 8 == 0,
+        wide=theta.numel() % 8 == 0,
+        even=spatial and theta.dim() == 2 and theta.shape[-1] % 8 == 0,
         edges=spatial and options["edge_suppression"],
         torque=options["torque"],
         came=options["came"],
@@ -183,7 +187,7 @@ class Bucket:
         self.owners = torch.repeat_interleave(torch.arange(len(members), device=device, dtype=torch.int32), counts)
         self.thetas = [m.theta.data_ptr() for m in members]
         self.states = [m.state["state1"].data_ptr() for m in members]
-        self.aligned = all(x % 16 == 0 for x in self.thetas)
+        self.aligned = all(m.theta.data_ptr() % 16 == 0 for m in members) and self.spec.wide
         self.sources = np.array([m.source for m in members])
         self.ordinals = np.array([m.ordinal for m in members], dtype=np.uint64)
         self.lora = np.array([m.is_lora for m in members])
@@ -257,16 +261,16 @@ class Bucket:
 
 def _number_row(s: reference.Scalars, options: dict[str, Any], t: int) -> list[float]:
     row = [0.0] * len(Number)
-    row[Number.RATE], row[Number.LOW], row[Number.HIGH] = s.rate, s.low, s.high
+    row[Number.RATE] = s.rate
+    if s.rate > 0:  # else 0 · ∞
+        row[Number.LOW], row[Number.HIGH] = s.rate * s.low, s.rate * s.high
     row[Number.WEIGHT_DECAY], row[Number.KAPPA] = options["weight_decay"], s.kappa
-    row[Number.CORRECTION1], row[Number.CORRECTION2] = 1 / s.correction1, 1 / s.correction2
-    row[Number.CORRECTION3] = 1 / s.correction3
+    row[Number.CORRECTION1], row[Number.CORRECTION2] = 1 / s.correction1, s.correction2**0.5
+    row[Number.CORRECTION3] = s.correction3
     row[Number.ADAPT_MASK], row[Number.LEARN_POLARITY] = float(s.adapt_mask), float(s.learn_polarity)
     row[Number.PROBE_WEIGHT] = s.probe_weight
-    seen = min(max(t, 1), st.NORM_WINDOW)
     row[Number.NORM_SLOT] = (max(t, 1) - 1) % st.NORM_WINDOW
-    row[Number.NORM_RANK] = reference.percentile_rank(options["percentile_clipping"], seen)
-    row[Number.NORMS_SEEN] = seen
+    row[Number.PERCENTILE] = options["percentile_clipping"]
     return row
 
 

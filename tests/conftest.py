@@ -1,0 +1,110 @@
+"""What every test starts from, and the tools that several test files share."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from automagic_bnb import bnb, notices
+
+sys.path.append(str(Path(__file__).parent))  # importlib mode does not: for `import rule_in_float64`
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_threads() -> None:
+    """Small tensors and workers that share the cores: one thread each is fastest, and its sums are reproducible."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def clean_process() -> Iterator[None]:
+    """An override manager of bitsandbytes that knows nothing, and warnings that were never given."""
+
+    def clean() -> None:
+        notices.forget()
+        if bnb.BITSANDBYTES_AVAILABLE:
+            bnb.GlobalOptimManager.get_instance().initialize()
+
+    clean()
+    yield
+    clean()
+
+
+class Tools:
+    """Deterministic parameters and gradients, and comparison of whole optimizers bit for bit."""
+
+    @staticmethod
+    def parameters(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Any]:
+        """One parameter of each shape, the same at every call."""
+        generator = torch.Generator().manual_seed(seed)
+        made = [torch.randn(shape, generator=generator) * 0.1 for shape in shapes]
+        return [torch.nn.Parameter(x.to(dtype)) for x in made]
+
+    @staticmethod
+    def give_gradients(parameters: list[Any], step: int) -> None:
+        """Gradients that depend on the step and the parameter's place alone, with a constant part."""
+        for index, p in enumerate(parameters):
+            generator = torch.Generator().manual_seed(1000 * step + index)
+            noise = torch.randn(p.shape, generator=generator)
+            p.grad = ((noise + 0.3) * 0.01).to(p.dtype).to(p.device)
+
+    @classmethod
+    def train(cls, opt: Any, parameters: list[Any], steps: range, after: Callable[[], Any] | None = None) -> None:
+        """Give gradients and step, once for each number in `steps`."""
+        for step in steps:
+            cls.give_gradients(parameters, step)
+            opt.step()
+            if after is not None:
+                after()
+
+    @staticmethod
+    def snapshot(opt: Any) -> dict[str, Any]:
+        """A copy of all that a step depends on: parameters, state, groups."""
+        parameters = [p for group in opt.param_groups for p in group["params"]]
+        return {
+            "parameters": [p.detach().clone() for p in parameters],
+            "state": [copy.deepcopy(dict(opt.state.get(p, {}))) for p in parameters],
+            "groups": [copy.deepcopy({k: v for k, v in g.items() if k != "params"}) for g in opt.param_groups],
+        }
+
+    @classmethod
+    def differences(cls, a: Any, b: Any, path: str = "") -> list[str]:
+        """The places where two nests of tensors and plain values differ, in a bit or in a dtype."""
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            if a.dtype != b.dtype or a.shape != b.shape:
+                return [f"{path}: {a.dtype} {tuple(a.shape)} against {b.dtype} {tuple(b.shape)}"]
+            same = torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
+            return [] if same else [f"{path}: the tensors' bits differ"]
+        if type(a) is not type(b):
+            return [f"{path}: {type(a).__name__} against {type(b).__name__}"]
+        if isinstance(a, dict):
+            if a.keys() != b.keys():
+                return [f"{path}: keys {sorted(map(str, a.keys() ^ b.keys()))} are on one side only"]
+            return [d for k in a for d in cls.differences(a[k], b[k], f"{path}/{k}")]
+        if isinstance(a, (list, tuple)):
+            if len(a) != len(b):
+                return [f"{path}: lengths {len(a)} and {len(b)}"]
+            return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in cls.differences(x, y, f"{path}/{i}")]
+        return [] if a == b else [f"{path}: {a!r} against {b!r}"]
+
+
+@pytest.fixture(scope="session")
+def tools() -> type[Tools]:
+    """The class `Tools`."""
+    return Tools
+
+
+@pytest.fixture
+def no_warnings() -> Iterator[None]:
+    """Any warning is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield

@@ -1,0 +1,231 @@
+"""The update rule written out in numpy float64, block by block: what the package is compared with.
+
+It shares nothing with the package: no code, no constants, no layout. The block loop follows the rule's nine steps.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import scipy.ndimage
+
+BLOCK = 256
+
+DEFAULTS = {
+    "lr": 1e-2,
+    "base": 1e-2,
+    "min_lr": 1e-7,
+    "max_lr": 1e-1,
+    "auto_lr": False,
+    "weight_decay": 5e-4,
+    "warmup_steps": 500,
+    "betas": (0.9, 0.99, 0.999),
+    "eps": (1e-30, 1e-16),
+    "clip_threshold": 1.0,
+    "percentile_clipping": 100,
+    "edge_suppression": True,
+    "edge_penalty": 0.1,
+    "edge_threshold": 0.6,
+    "frequency_penalty": 0.05,
+    "background_regularization": True,
+    "spatial_awareness": True,
+    "detail_preservation": 0.8,
+    "lora": False,
+    "lora_rank_penalty": True,
+    "rank_penalty_strength": 0.01,
+    "low_rank_emphasis": 1.2,
+    "torque": True,
+    "came": True,
+    "cautious": True,
+}
+
+
+class ElementMeans:
+    """v or r of element-wise storage: a running mean of `new + eps` for every element."""
+
+    def __init__(self, shape: tuple[int, ...], beta: float, eps: float) -> None:
+        self.beta, self.eps = beta, eps
+        self.held = np.zeros(int(np.prod(shape)))
+
+    def estimate(self, at: slice, new: np.ndarray, kept: np.ndarray, t: int, empty: float) -> np.ndarray:
+        moved = self.beta * self.held[at] + (1 - self.beta) * (new + self.eps)
+        self.held[at] = np.where(kept, moved, self.held[at])
+        return self.held[at] / (1 - self.beta**t)
+
+    def finish_step(self, kept: np.ndarray) -> None:
+        pass
+
+
+class LaggedMeans:
+    """v or r of factored storage: row and column means, read as the step before left them."""
+
+    def __init__(self, shape: tuple[int, ...], beta: float, eps: float) -> None:
+        self.beta, self.eps = beta, eps
+        self.matrix = (shape[0], int(np.prod(shape[1:])))
+        self.row, self.col = np.zeros(self.matrix[0]), np.zeros(self.matrix[1])
+        self.seen = np.zeros(int(np.prod(shape)))
+
+    def estimate(self, at: slice, new: np.ndarray, kept: np.ndarray, t: int, empty: float) -> np.ndarray:
+        self.seen[at] = new
+        if self.row.mean() == 0:
+            return np.full(new.shape, empty) + self.eps
+        return self._outer()[at] / (1 - self.beta ** (t - 1)) + self.eps
+
+    def finish_step(self, kept: np.ndarray) -> None:
+        seen = np.where(kept, self.seen, self._outer()).reshape(self.matrix)
+        self.row = self.beta * self.row + (1 - self.beta) * seen.mean(axis=1)
+        self.col = self.beta * self.col + (1 - self.beta) * seen.mean(axis=0)
+
+    def _outer(self) -> np.ndarray:
+        mean = self.row.mean()
+        return np.outer(self.row, self.col).reshape(-1) / (mean if mean else 1.0)
+
+
+class RuleInFloat64:
+    """One parameter and its state; `step(gradient)` moves both.
+
+    `closest` is how near the last step came to a decision that rounding could turn: a threshold, a sign.
+    """
+
+    def __init__(self, theta: np.ndarray, factored: bool = False, **options) -> None:
+        self.options = o = {**DEFAULTS, **options}
+        assert set(o) == set(DEFAULTS), "an option that this rule does not know"
+        self.shape = theta.shape
+        self.theta = theta.astype(np.float64).reshape(-1)
+        n = self.theta.size
+        self.slices = [slice(i, min(i + BLOCK, n)) for i in range(0, n, BLOCK)]
+        means = LaggedMeans if factored else ElementMeans
+        self.v, self.r = (means(self.shape, o["betas"][1 + i], o["eps"][i]) for i in (0, 1))
+        self.m, self.k, self.polarity = np.zeros(n), np.zeros(n), np.zeros(n, bool)
+        blocks = len(self.slices)
+        self.s, self.h, self.sigma = np.zeros(blocks), np.zeros(blocks), np.ones(blocks)
+        self.t, self.skipped, self.norms, self.mask_mean = 0, 0, [], 1.0
+        self.d = self.d0 = o["lr"]
+        self.num = 0.0
+        self.start = {b: self.theta[at].copy() for b, at in enumerate(self.slices) if b % 16 == 0}
+        self.z = {b: np.zeros_like(x) for b, x in self.start.items()}
+        self.closest = np.inf
+
+    def step(self, gradient: np.ndarray) -> None:
+        self.t += 1
+        self.closest = np.inf
+        flat = gradient.astype(np.float64).reshape(-1)
+        kept = np.isfinite(flat)
+        self.skipped += int((~kept).sum())
+        g = np.where(kept, flat, 0.0)
+        g = g * self._percentile_scale(g)
+        filtered = self._spatial_filter(g, kept)
+        self.num *= np.sqrt(self.options["betas"][1])
+        for b, at in enumerate(self.slices):
+            self._block(b, at, g[at], filtered[at], kept[at])
+        self.v.finish_step(kept)
+        self.r.finish_step(kept)
+        self.mask_mean = np.mean(2 ** (self.k / 16))
+        self._shrink_rank()
+        self._find_rate()
+
+    def _near(self, distances: np.ndarray) -> None:
+        if distances.size:
+            self.closest = min(self.closest, np.abs(distances).min())
+
+    def _percentile_scale(self, g: np.ndarray) -> float:
+        percentile = self.options["percentile_clipping"]
+        if percentile == 100:
+            return 1.0
+        norm = np.sqrt((g**2).sum())
+        self.norms = [*self.norms, norm][-100:]
+        limit = np.percentile(self.norms, percentile, method="inverted_cdf")
+        return limit / norm if norm > limit else 1.0
+
+    def _spatial_filter(self, g: np.ndarray, kept: np.ndarray) -> np.ndarray:
+        """Step 1."""
+        o = self.options
+        if len(self.shape) < 2 or self.shape[-1] <= 2 or self.shape[-2] <= 2:
+            return g
+        planes = g.reshape(-1, *self.shape[-2:])
+        lap = np.stack([scipy.ndimage.laplace(plane, mode="nearest") for plane in planes]).reshape(-1)
+        lap = np.where(kept, lap, 0.0)
+        filtered = g + o["frequency_penalty"] / 8 * lap
+        if not o["edge_suppression"]:
+            return filtered
+        for b, at in enumerate(self.slices):
+            e = np.abs(lap[at]) / (np.sqrt(20) * np.sqrt((g[at] ** 2).mean()) + 1e-30)
+            self._near(e - o["edge_threshold"])
+            e = np.where(e > o["edge_threshold"], e, 0.0)
+            self.h[b] = 0.9 * self.h[b] + 0.1 * e.mean()
+            filtered[at] *= np.clip(1 - o["edge_penalty"] * self.h[b] * e, 0.1, 1)
+        return filtered
+
+    def _block(self, b: int, at: slice, g, filtered, kept) -> None:
+        """Steps 2 to 8 for one block."""
+        o, t = self.options, self.t
+        beta1 = o["betas"][0]
+        v_hat = self.v.estimate(at, filtered**2, kept, t, empty=(filtered**2).mean())
+        u = np.divide(filtered, np.sqrt(v_hat), out=np.zeros_like(g), where=kept)
+        activity = (u**2).mean()
+        u = u * min(1.0, o["clip_threshold"] / np.sqrt(activity)) if activity > 0 else u
+
+        old = self.m[at].copy()
+        damping = 1.0
+        if o["torque"]:
+            aligned = (old * u).sum() / np.sqrt((old**2).sum() * (u**2).sum() + 1e-30)
+            self.s[b] = 0.9 * self.s[b] + 0.1 * aligned
+            damping = 1 + np.clip((o["low_rank_emphasis"] if o["lora"] else 1.0) * self.s[b], -1, 1)
+        m = np.where(kept, beta1 * old + (1 - beta1) * damping * u, old)
+        self.m[at] = m
+
+        n = m / (1 - beta1**t)
+        if o["came"]:
+            r_hat = self.r.estimate(at, (u - m) ** 2, kept, t, empty=1.0)
+            n = n / np.sqrt(np.maximum(r_hat, 0.01))
+        if o["cautious"]:
+            self._near(n[(g != 0) & (n != 0)])
+            phi = (n * np.sign(g) > 0).astype(float)
+            n = n * phi / max(phi.mean(), 0.25)
+        if o["background_regularization"]:
+            self._near(activity - 0.1)
+            n = n / 2 if activity < 0.1 else n
+        rate = self._element_rates(b, at, g > 0, u, kept)
+        self._watch(b, at, g)
+        moved = self.theta[at] - rate * (n + o["weight_decay"] * self.theta[at])
+        self.theta[at] = np.where(kept, moved, self.theta[at])
+
+    def _element_rates(self, b: int, at: slice, positive, u, kept) -> np.ndarray:
+        """Step 7."""
+        o = self.options
+        if self.t <= o["warmup_steps"]:
+            self.sigma[b] = 0.9 * self.sigma[b] + 0.1 * np.var(u)
+            f = np.clip(o["detail_preservation"] * self.sigma[b], 0.5, 1.5) if o["spatial_awareness"] else 1.0
+            if self.t >= 2:
+                turned = np.where(positive == self.polarity[at], f, -f)
+                self.k[at] = np.where(kept, np.clip(self.k[at] + turned, -32, 31), self.k[at])
+            self.polarity[at] = np.where(kept, positive, self.polarity[at])
+        factor = 2 ** (self.k[at] / 16) / self.mask_mean
+        if o["auto_lr"]:
+            return self.d * self._relative_rate() * np.clip(factor, o["min_lr"] / self.d, o["max_lr"] / self.d)
+        return o["lr"] * np.clip(factor, o["min_lr"] / o["base"], o["max_lr"] / o["base"])
+
+    def _watch(self, b: int, at: slice, g: np.ndarray) -> None:
+        """The sums of auto_lr over the probes, every 16th block."""
+        if b in self.start:
+            weight = self.d**2 * self._relative_rate() / self.d0
+            self.num += weight * (g * (self.start[b] - self.theta[at])).sum()
+            self.z[b] = np.sqrt(self.options["betas"][1]) * self.z[b] + weight * g
+
+    def _find_rate(self) -> None:
+        total = sum(np.abs(z).sum() for z in self.z.values())
+        if self.options["auto_lr"] and total > 0:
+            self.d = np.clip(max(self.d, self.num / total), self.options["min_lr"], self.options["max_lr"])
+
+    def _relative_rate(self) -> float:
+        return self.options["lr"] / self.options["base"]
+
+    def _shrink_rank(self) -> None:
+        """Step 9."""
+        o = self.options
+        wanted = o["lora"] and o["lora_rank_penalty"] and len(self.shape) == 2 and min(self.shape) <= 256
+        if not wanted or self.t % 10:
+            return
+        rate = self.d * self._relative_rate() if o["auto_lr"] else o["lr"]
+        left, values, right = np.linalg.svd(self.theta.reshape(self.shape), full_matrices=False)
+        values = np.maximum(values - 10 * rate * o["rank_penalty_strength"], 0)
+        self.theta = ((left * values) @ right).reshape(-1)
