@@ -275,6 +275,8 @@ def make_config(**options: Any) -> AutomagicConfig:
     config = dataclasses.replace(base, **{k: check_option(k, v) for k, v in options.items()})
     config.profile = profile
     check_rates(vars(config))
+    if config.force_8bit and config.optim_bits == 32:
+        raise ValueError("option force_8bit=True: contradicts optim_bits=32; use Automagic8bit, or leave it out")
     return config
 
 

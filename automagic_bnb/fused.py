@@ -163,7 +163,9 @@ class FusedStep:
             self._launch(plan, options, grads)
         return plan, plan.rest
 
-    def _launch(self, plan: Plan, options: list[dict[str, Any]], grads: list[tuple[list[int], list[Tensor]]]) -> None:
+    def _launch(
+        self, plan: Plan, options: list[dict[str, Any]], grads: list[tuple[list[int], list[Tensor | None]]]
+    ) -> None:
         from automagic_bnb.kernels import step
 
         self._find_rates(plan)
@@ -191,6 +193,12 @@ class FusedStep:
                 plan.rest.append((group, p))
             else:
                 options = optimizer.effective_options(group, p)
+                if st.storage_held(optimizer.prepared_state(group, p, options)) == "factored":
+                    warn_once(
+                        "factored states are updated in plain PyTorch, also on a GPU: much slower than the kernels"
+                    )
+                    plan.rest.append((group, p))
+                    continue
                 overriding = None if options is group else p
                 key = id(group) if overriding is None else id(p)
                 if key not in own_sources:
@@ -214,33 +222,22 @@ class FusedStep:
             state=state,
             group=group,
             source=source,
+            seed=options["seed"],
             ordinal=facts.ordinal,
             is_lora=facts.counts_as_lora(options),
             sharded=st.local_tensor(p) is not p,
             rate=self.optimizer.rate_tensor(group, theta.device) if options["auto_lr"] else None,
         )
 
-    def _gradients(self, plan: Plan) -> list[tuple[list[int], list[Tensor]]] | None:
-        """Each bucket's gradient addresses, with what keeps copies alive; None where the plan no longer fits."""
+    @staticmethod
+    def _gradients(plan: Plan) -> list[tuple[list[int], list[Tensor | None]]] | None:
+        """`Bucket.gradients` of each bucket; None where the plan no longer fits."""
         found = []
         for bucket in plan.buckets:
-            dtype = bucket.spec.grad_dtype
-            addresses: list[int] = []
-            kept: list[Tensor] = []
-            for member in bucket.members:
-                grad = member.p.grad
-                if grad is None:
-                    addresses.append(0)
-                    continue
-                if member.sharded:
-                    grad = st.local_tensor(grad)
-                if grad.dtype is not dtype:
-                    return None
-                if not grad.is_contiguous():
-                    grad = st.checked_gradient(member.p).contiguous()
-                    kept.append(grad)
-                addresses.append(grad.data_ptr())
-            found.append((addresses, kept))
+            gradients = bucket.gradients()
+            if gradients is None:
+                return None
+            found.append(gradients)
         return found
 
     def _find_rates(self, plan: Plan) -> None:

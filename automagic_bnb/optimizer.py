@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ class Automagic(bnb.Optimizer2State):
         >>> optimizer = Automagic8bit(model.parameters(), lr=1e-4, weight_decay=0.01)
     """
 
-    _class_options: dict[str, Any] = {"optim_bits": 32}
+    _class_options: ClassVar[dict[str, Any]] = {"optim_bits": 32}
     _fixed_options: tuple[str, ...] = ()
     """Those of the class options that the class's name promises."""
 
@@ -310,7 +310,15 @@ class Automagic(bnb.Optimizer2State):
         reference.update_parameter(flat, grad.contiguous(), state, options, scalars, d)
         if flat is not theta:
             theta.copy_(flat)
-        return reference.rank_tasks(theta, options, facts.ordinal, t, is_lora, d)
+        return reference.rank_tasks(theta, options, facts.ordinal, t, is_lora and not self.is_sharded(p), d)
+
+    @staticmethod
+    def is_sharded(p: Tensor) -> bool:
+        """Whether only a shard of the parameter lives here: its singular values are then not to be had."""
+        if local_tensor(p).shape == p.shape:
+            return False
+        warn_once("parameters are sharded (DTensor): lora_rank_penalty does not apply to them")
+        return True
 
     # --- the rate found -------------------------------------------------------------------------------------------
 
@@ -344,7 +352,11 @@ class Automagic(bnb.Optimizer2State):
         group["effective_lr"] = group["auto_lr_rate"] * reference.relative_rate(group)
 
     def get_learning_rates(self) -> list[float | Tensor]:
-        """Each group's mean learning rate: a float, or where it is being found a 0-d tensor (nothing synchronises)."""
+        """Each group's learning rate: a float, or where it is being found a 0-d tensor (nothing synchronises).
+
+        The mask is normalised to a mean of 1, so this is the mean over the elements but for those held at min_lr or
+        max_lr; `element_learning_rates` has each one's.
+        """
         return [self._group_rate(group) for group in self.param_groups]
 
     def get_avg_learning_rate(self) -> float | Tensor:
@@ -445,7 +457,7 @@ class Automagic(bnb.Optimizer2State):
 class Automagic8bit(Automagic):
     """`Automagic` with block-wise 8-bit states."""
 
-    _class_options = {"optim_bits": 8}
+    _class_options: ClassVar[dict[str, Any]] = {"optim_bits": 8}
 
 
 class Automagic32bit(Automagic):
@@ -457,14 +469,14 @@ class Automagic32bit(Automagic):
 class PagedAutomagic8bit(Automagic):
     """`Automagic8bit` whose large states the driver may page out to the host."""
 
-    _class_options = {"optim_bits": 8, "is_paged": True}
+    _class_options: ClassVar[dict[str, Any]] = {"optim_bits": 8, "is_paged": True}
     _fixed_options = ("optim_bits", "is_paged")
 
 
 class PagedAutomagic32bit(Automagic):
     """`Automagic32bit` whose large states the driver may page out to the host."""
 
-    _class_options = {"optim_bits": 32, "is_paged": True}
+    _class_options: ClassVar[dict[str, Any]] = {"optim_bits": 32, "is_paged": True}
     _fixed_options = ("optim_bits", "is_paged")
 
 

@@ -63,16 +63,19 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def mix_scalar(*words: Any) -> Any:
-    """One 32-bit key of several integers (or arrays of uint64), for `random_bits`."""
-    key = 0x9E3779B9
-    for word in words:
-        for part in (word & _M32, (word >> 32) & _M32):
-            x = (key ^ part) & _M32
-            x = ((x ^ (x >> 16)) * 0x7FEB352D) & _M32
-            x = ((x ^ (x >> 15)) * 0x846CA68B) & _M32
-            key = ((x ^ (x >> 16)) + 0x9E3779B9) & _M32
+def mix_in(key: Any, word: Any) -> Any:
+    """A 32-bit key with one more integer below 2**64 mixed in; either may be an array of uint64."""
+    for part in (word & _M32, (word >> 32) & _M32):
+        x = (key ^ part) & _M32
+        x = ((x ^ (x >> 16)) * 0x7FEB352D) & _M32
+        x = ((x ^ (x >> 15)) * 0x846CA68B) & _M32
+        key = ((x ^ (x >> 16)) + 0x9E3779B9) & _M32
     return key
+
+
+def parameter_key(seed: int, ordinal: Any, stream: int) -> Any:
+    """The key of a parameter's random bits, for one purpose; `mix_in` the step, then `random_bits`."""
+    return mix_in(mix_in(mix_in(0x9E3779B9, seed), ordinal), stream)
 
 
 def random_bits(key: int, shape: torch.Size, device: torch.device) -> Tensor:

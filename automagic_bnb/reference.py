@@ -33,8 +33,8 @@ MIN_CAUTIOUS_SHARE = 0.25
 K_MIN, K_MAX = -32.0, 31.0
 LOW_RANK_EVERY = 10
 LOW_RANK_MAX = 256
-RANK_STREAM = 1
-"""Which stream of random bits the low-rank step draws from; the main update draws from stream 0."""
+STEP_STREAM, RANK_STREAM = 0, 1
+"""The streams of random bits of the main update and of the low-rank step."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def step_scalars(options: dict[str, Any], t: int, is_lora: bool, ordinal: int, f
         adapt_variance=warm,
         adapt_mask=warm and t >= 2,
         learn_polarity=warm,
-        rounding_key=q.mix_scalar(options["seed"], ordinal, t, 0),
+        rounding_key=q.mix_in(q.parameter_key(options["seed"], ordinal, STEP_STREAM), t),
         probe_weight=relative / options["base_lr"] if automatic and options["base_lr"] > 0 else 0.0,
     )
 
@@ -430,15 +430,6 @@ def find_rate(d: Tensor, stats: list[Tensor], low: float, high: float) -> None:
     d.copy_(torch.maximum(d, estimate).clamp(low, high))
 
 
-def find_rate(d: Tensor, stats: list[Tensor], low: float, high: float) -> None:
-    """auto_lr, in place: d ← clamp(max(d, Σ num / Σ|z|), low, high) over the `tensor_stats` of a group."""
-    if not stats:
-        return
-    sums = torch.stack(stats).sum(dim=0)
-    estimate = sums[st.LR_NUMERATOR] / sums[st.LR_DENOMINATOR].clamp_min(FLOAT_TINY)
-    d.copy_(torch.maximum(d, estimate).clamp(low, high))
-
-
 def shrinks_rank(p: Tensor, t: int, is_lora: bool, options: dict[str, Any]) -> bool:
     """Whether step 9 is due for this parameter."""
     return (
@@ -469,7 +460,7 @@ def rank_tasks(
         return []
     rate = float(options["lr"]) if d is None else d * relative_rate(options)
     threshold = rate * (LOW_RANK_EVERY * options["rank_penalty_strength"])
-    key = q.mix_scalar(options["seed"], ordinal, t, RANK_STREAM)
+    key = q.mix_in(q.parameter_key(options["seed"], ordinal, RANK_STREAM), t)
     return [RankTask(theta, threshold, key, options["stochastic_rounding"])]
 
 

@@ -4,7 +4,7 @@
 |---|---|---|---|---|
 | `state1` | m, first moment | float32 [shape] | uint8 [shape] + `absmax1` | as 8-bit |
 | `state2` | v, second moment | float32 [shape] | uint8 [shape] + `absmax2` | `exp_avg_sq_row`, `exp_avg_sq_col` |
-| `state3` | r, confidence residual | float32 [shape] | uint8 [shape] + `absmax3` | `exp_avg_res_row`, `exp_avg_res_col` |
+| `state3` | r, confidence | float32 [shape] | uint8 [shape] + `absmax3` | `exp_avg_res_row`, `exp_avg_res_col` |
 | `lr_mask` | k (and π) | float32 [shape] | uint8 [shape], π in bit 0 | as 8-bit |
 | `last_polarity` | π | uint8 [shape] | – | – |
 | `torque`, `edge_history`, `spatial_variance` | s, h, σ | float32 [blocks] | same | same |
@@ -242,8 +242,13 @@ TENSOR_KEYS = ELEMENT_KEYS | frozenset(
         "exp_avg_sq_col",
         "exp_avg_res_row",
         "exp_avg_res_col",
+        "torque",
+        "edge_history",
+        "spatial_variance",
+        "tensor_stats",
+        "gnorm_vec",
+        "probe_start",
+        "probe_sum",
     ]
-    + ["torque", "edge_history", "spatial_variance", "tensor_stats", "gnorm_vec"]
-    + ["probe_start", "probe_sum"]
 )
 """Every tensor that a parameter's state may hold."""

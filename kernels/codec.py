@@ -84,9 +84,11 @@ def _position(scaled, F: tl.constexpr, EXACT: tl.constexpr):
 def encode_signed(x, absmax):
     """uint8 codes of float32 x in the signed map under absmax >= |x|, to nearest."""
     scaled = x * ((64 / 0.9) * reciprocal(absmax))
-    y = _position(tl.abs(scaled), 1, False)
-    y = tl.where(scaled >= (64 / 0.9) * (1 - 0.5 * _TOP_SIGNED), 128.0, y)  # 1 has a code of its own, -1 has none
-    return low_byte(tl.where(x < 0, -y, y), 127)
+    # 1 has a code of its own, the 128th; -1 has none.
+    y = tl.minimum(_position(tl.abs(scaled), 1, False), 127.0)
+    y = tl.where(scaled >= (64 / 0.9) * (1 - 0.5 * _TOP_SIGNED), 128.0, y)
+    sign = x.to(tl.int32, bitcast=True) & -0x80000000
+    return low_byte((y.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True), 127)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -155,7 +156,7 @@ def _block(
     Args:
         place: int32 [256], where the elements lie from the program's first on; the pointers point there.
     """
-    per = codec.reciprocal(remaining.to(tl.float32))
+    per = codec.reciprocal(remaining.to(tl.float32)) if CAREFUL else 1 / 256
     usable = _usable(g_raw)
     absmax1_ptr = address(entry_ptr, ABSMAX1, tl.float32, 4) + block
     absmax2_ptr = address(entry_ptr, ABSMAX2, tl.float32, 4) + block
@@ -198,7 +199,8 @@ def _block(
     if CAREFUL:
         v = tl.where(usable, v, v_old * absmax2)
     # The bias correction, 1 / sqrt(correction), is a factor of the block too.
-    u = filtered * tl.rsqrt(tl.maximum(v, _TINY))
+    # eps1 keeps v above 0 (see `launch`), but where an element was skipped from the start
+    u = filtered * tl.rsqrt(tl.maximum(v, _TINY) if CAREFUL else v)
     correction = tl.load(numbers_ptr + N_CORRECTION2)  # the root of 1 - β2^t
     energy = tl.sum(u * u, 0) * (correction * correction)
     activity = energy * per
@@ -271,7 +273,9 @@ def _block(
             rates = tl.exp2((mask_raw >> 1).to(tl.float32) * 0.0625 + (shift - 2.0))
         else:
             rates = tl.exp2(mask_raw * 0.0625 + shift)
-    rates = tl.minimum(tl.maximum(rates, tl.load(numbers_ptr + N_LOW)), tl.load(numbers_ptr + N_HIGH))
+    low, high = tl.load(numbers_ptr + N_LOW), tl.load(numbers_ptr + N_HIGH)
+    if (0.25 * unit < low) | (4.0 * unit > high):  # -32 <= k < 32: else the bounds are out of reach
+        rates = tl.minimum(tl.maximum(rates, low), high)
 
     # 8. Update.
     theta = theta_raw.to(tl.float32)
@@ -369,15 +373,16 @@ def _blocks(
         column = (first_element % cols).to(tl.int32)
         width = tl.multiple_of(cols.to(tl.int32), 8)
     mask_sum, numerator, denominator = 0.0, 0.0, 0.0
-    bits = first * 0
+    bits, end = first * 0, blocks
+    if not CAREFUL:  # the last block, if short, is left to the careful way
+        end = tl.minimum((size - first_element) // BLOCK, blocks).to(tl.int32)
+        bits = tl.where(end < blocks, 1 << end, 0)
     i = first * 0
-    while i < blocks:
+    while i < end:
         block = first + i
         start = first_element + i * BLOCK
         remaining = tl.minimum(size - start, BLOCK).to(tl.int32)
-        if WIDE == 16:
-            remaining = tl.multiple_of(remaining, 8)
-        valid = lanes < remaining
+        valid = lanes < (remaining if CAREFUL else BLOCK)
         place = i * BLOCK + lanes
         g_ptr = grad_ptr + i * BLOCK
         # Everything is asked for before anything is waited for.
@@ -407,8 +412,8 @@ def _blocks(
             sum_squares = tl.sum(g * g, 0)
             mine = ((unusual >> i) & 1) != 0
         else:
-            # All of the block and beside it is usable if the sum of squares is below the bound's square and no Laplacian
-            # reaches it: then 0 · (2^77 lap) is 0, else NaN. The careful way is right in any case.
+            # The block and what lies beside it are usable if the sum of squares is below the bound's square and no
+            # Laplacian reaches the bound: then 0 · (2^77 lap) is 0, else NaN. The careful way is right in any case.
             sum_squares = tl.sum(g * g + 0.0 * (lap * 2.0**77), 0)
             mine = sum_squares < MAX_GRADIENT * MAX_GRADIENT
         if mine:
@@ -489,9 +494,15 @@ def step_kernel(
             tl.store(partials_ptr + program * 3 + 2, denominator)
 
 
-import os
-EXTRA = {'maxnreg': int(os.environ['MR'])} if 'MR' in os.environ else {}
+MAX_REGISTERS = 96
+"""Per thread, on NVIDIA: more warps at once are worth a few spilled registers."""
+LEAST_EPS1 = 1e-34
+"""What stands in for eps1 = 0, so that v is never 0 and (1 - β2) eps1 is a normal number."""
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def _compiler_options(device: torch.device) -> dict[str, Any]:
+    return {"maxnreg": MAX_REGISTERS} if device.type == "cuda" and torch.version.hip is None else {}
 
 
 def launch(bucket: Bucket, grads: list[int], sources: list[dict[str, Any]]) -> None:
@@ -504,7 +515,7 @@ def launch(bucket: Bucket, grads: list[int], sources: list[dict[str, Any]]) -> N
     spec = bucket.spec
     addresses, numbers, warm = bucket.advance(grads, sources)
     betas, eps, clip_threshold, frequency, edge_penalty, edge_threshold, detail = spec.numbers
-    aligned = bucket.aligned and all(x % 16 == 0 for x in grads)
+    aligned = bucket.aligned and not (np.array(grads) & 15).any()
     clips = numbers
     if spec.scaled:
         clips = statistics.clip_factors(bucket, addresses, numbers, DTYPES[spec.grad_dtype], aligned)
@@ -522,7 +533,7 @@ def launch(bucket: Bucket, grads: list[int], sources: list[dict[str, Any]]) -> N
         beta1=betas[0],
         beta2=betas[1],
         beta3=betas[2],
-        eps1=eps[0],
+        eps1=max(eps[0], LEAST_EPS1),
         eps2=eps[1],
         clip_threshold=clip_threshold,
         frequency=frequency / 8,
@@ -547,7 +558,7 @@ def launch(bucket: Bucket, grads: list[int], sources: list[dict[str, Any]]) -> N
         SCALED=spec.scaled,
         STOCHASTIC=spec.stochastic,
         num_warps=1,
-        **EXTRA,
+        **_compiler_options(spec.device),
     )
     if warm or spec.auto:
         statistics.finalise(bucket, addresses, numbers, partials, betas[1], warm)

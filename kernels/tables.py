@@ -7,6 +7,7 @@ imports Triton.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -88,9 +89,25 @@ class Number(IntEnum):
     SPARE2 = 15
 
 
-SHARED_NUMBERS = ("betas", "eps", "clip_threshold", "frequency_penalty", "edge_penalty", "edge_threshold")
+_GRAD, _DTYPE, _STATE1, _STEP = (
+    operator.attrgetter("grad"),
+    operator.attrgetter("dtype"),
+    operator.itemgetter("state1"),
+    operator.itemgetter("step"),
+)
+
+SHARED_NUMBERS = (
+    "betas",
+    "eps",
+    "clip_threshold",
+    "frequency_penalty",
+    "edge_penalty",
+    "edge_threshold",
+    "detail_preservation",
+)
 """Options that become arguments of a launch: tensors that differ in one go to different buckets."""
-BLOCKS_PER_PROGRAM = 8
+BLOCKS_PER_PROGRAM = 16
+"""What a program works through; auto_lr's probes, every 16th block, then fall on the first of each."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +154,7 @@ def spec_of(theta: Tensor, grad_dtype: torch.dtype, state: st.State, options: di
         auto=options["auto_lr"],
         scaled=options["percentile_clipping"] < 100,
         stochastic=options["stochastic_rounding"] and theta.dtype != torch.float32,
-        numbers=tuple(options[name] for name in SHARED_NUMBERS) + (options["detail_preservation"],),
+        numbers=tuple(options[name] for name in SHARED_NUMBERS),
     )
 
 
@@ -150,15 +167,12 @@ class Member:
     state: st.State
     group: dict[str, Any]
     source: int
+    seed: int
     ordinal: int
     is_lora: bool
     sharded: bool
     rate: Tensor | None
     """auto_lr's d."""
-
-    def pointer(self) -> int:
-        """Where the parameter lies now."""
-        return (st.local_tensor(self.p) if self.sharded else self.p).data_ptr()
 
 
 @dataclass
@@ -185,13 +199,21 @@ class Bucket:
         self.table = torch.from_numpy(table).to(device)
         counts = torch.tensor(owners, device=device)
         self.owners = torch.repeat_interleave(torch.arange(len(members), device=device, dtype=torch.int32), counts)
+        self.parameters = [m.p for m in members]
+        self.states = [m.state for m in members]
+        self.firsts = [m.state["state1"] for m in members]
+        self.sharded = any(m.sharded for m in members)
         self.thetas = [m.theta.data_ptr() for m in members]
-        self.states = [m.state["state1"].data_ptr() for m in members]
+        self.first_address = self.firsts[0].data_ptr()
         self.aligned = all(m.theta.data_ptr() % 16 == 0 for m in members) and self.spec.wide
-        self.sources = np.array([m.source for m in members])
-        self.ordinals = np.array([m.ordinal for m in members], dtype=np.uint64)
+        self.sources: dict[int, np.ndarray] = {}
+        for source in {m.source for m in members}:
+            self.sources[source] = np.array([row for row, m in enumerate(members) if m.source == source])
+        self.keys = np.array([q.parameter_key(m.seed, m.ordinal, reference.STEP_STREAM) for m in members], np.uint64)
         self.lora = np.array([m.is_lora for m in members])
-        self.rank_rows = [row for row, m in enumerate(members) if m.is_lora and m.theta.dim() == 2]
+        self.rank_rows = [
+            row for row, m in enumerate(members) if m.is_lora and m.theta.dim() == 2 and m.theta.shape == m.p.shape
+        ]
         self.numbers = np.zeros((len(members), len(Number)), dtype=np.float32)
 
     @staticmethod
@@ -211,11 +233,38 @@ class Bucket:
         return row
 
     def is_current(self) -> bool:
-        """Whether parameters and states still lie where the table says."""
+        """Whether parameters and states still lie where the table says.
+
+        Of the states it is seen whether they are the same tensors, and whether the first has moved: who moves the
+        memory under a state moves that of all.
+        """
+        parameters = map(st.local_tensor, self.parameters) if self.sharded else self.parameters
         return (
-            all(m.pointer() == x for m, x in zip(self.members, self.thetas, strict=True))
-            and all(m.state["state1"].data_ptr() == x for m, x in zip(self.members, self.states, strict=True))
-        )  # fmt: skip
+            list(map(Tensor.data_ptr, parameters)) == self.thetas
+            and all(map(operator.is_, map(_STATE1, self.states), self.firsts))
+            and self.firsts[0].data_ptr() == self.first_address
+        )
+
+    def gradients(self) -> tuple[list[int], list[Tensor | None]] | None:
+        """Each member's gradient's address (0 for none), and what keeps copies alive; None if a dtype has changed."""
+        dtype = self.spec.grad_dtype
+        # Some hundred nanoseconds a tensor count here: attributes are read in C, and one without gradient has none.
+        grads = list(map(_GRAD, self.parameters))
+        try:
+            plain = set(map(_DTYPE, grads)) == {dtype} and all(map(Tensor.is_contiguous, grads))
+        except (AttributeError, TypeError):
+            plain = False
+        if plain and not self.sharded:
+            return list(map(Tensor.data_ptr, grads)), grads
+        addresses: list[int] = []
+        kept: list[Tensor | None] = []
+        for p in self.parameters:
+            grad = None if p.grad is None else st.checked_gradient(p).contiguous()
+            if grad is not None and grad.dtype is not dtype:
+                return None
+            addresses.append(0 if grad is None else grad.data_ptr())
+            kept.append(grad)
+        return addresses, kept
 
     def advance(self, grads: list[int], sources: list[dict[str, Any]]) -> tuple[Tensor, Tensor, bool]:
         """Count the step, and upload its row of each tensor.
@@ -227,13 +276,12 @@ class Bucket:
         Returns:
             int64 [tensors] addresses and float32 [tensors, Number] on the device, and whether any mask still moves.
         """
-        members = self.members
-        for member, grad in zip(members, grads, strict=True):
+        for state, grad in zip(self.states, grads, strict=True):
             if grad:
-                member.state["step"] += 1
-        t = np.array([m.state["step"] for m in members])
-        warm = self._fill_numbers(t, sources)
-        rows, row_bytes = len(members), 4 * len(Number)
+                state["step"] += 1
+        steps = list(map(_STEP, self.states))
+        warm = self._fill_numbers(np.array(steps), sources)
+        rows, row_bytes = len(steps), 4 * len(Number)
         staged = torch.empty(rows * (8 + row_bytes), dtype=torch.uint8, pin_memory=self.spec.device.type == "cuda")
         host = staged.numpy()
         host[: rows * row_bytes] = self.numbers.reshape(-1).view(np.uint8)
@@ -242,20 +290,18 @@ class Bucket:
         numbers = uploaded[: rows * row_bytes].view(torch.float32)
         return uploaded[rows * row_bytes :].view(torch.int64), numbers, warm
 
-    def _fill_numbers(self, t: np.ndarray, sources: list[dict[str, Any]]) -> bool:
+    def _fill_numbers(self, steps: np.ndarray, sources: list[dict[str, Any]]) -> bool:
         numbers, warm = self.numbers, False
-        factored = self.spec.storage == "factored"
-        for source in np.unique(self.sources):
+        for source, rows in self.sources.items():
             options = sources[source]
-            of_source = self.sources == source
-            for now in np.unique(t[of_source]):
-                rows = of_source & (t == now)
-                s = reference.step_scalars(options, max(int(now), 1), False, 0, factored)
-                numbers[rows] = _number_row(s, options, int(now))
+            of_source = steps[rows]
+            for t in {*of_source.tolist()}:
+                s = reference.step_scalars(options, max(t, 1), False, 0, False)
+                numbers[rows[of_source == t]] = _number_row(s, options, t)
                 warm |= s.learn_polarity
-            numbers[of_source & self.lora, Number.KAPPA] = options["low_rank_emphasis"]
-            keys = q.mix_scalar(options["seed"], self.ordinals[of_source], t[of_source].astype(np.uint64), 0)
-            numbers[of_source, Number.KEY] = np.asarray(keys, dtype=np.uint32).view(np.float32)
+            numbers[rows[self.lora[rows]], Number.KAPPA] = options["low_rank_emphasis"]
+        keys = q.mix_in(self.keys, steps.astype(np.uint64))
+        numbers[:, Number.KEY] = keys.astype(np.uint32).view(np.float32)
         return warm
 
 

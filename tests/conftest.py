@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,7 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from automagic_bnb import bnb, notices
+if not torch.cuda.is_available():
+    # Triton reads it when it is imported, which bitsandbytes does: the kernels then run, interpreted, on CPU tensors.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from automagic_bnb import bnb, notices  # noqa: E402
 
 sys.path.append(str(Path(__file__).parent))  # importlib mode does not: for `import rule_in_float64`
 

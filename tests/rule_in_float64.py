@@ -149,6 +149,7 @@ class RuleInFloat64:
             return filtered
         for b, at in enumerate(self.slices):
             e = np.abs(lap[at]) / (np.sqrt(20) * np.sqrt((g[at] ** 2).mean()) + 1e-30)
+            e = np.minimum(e, 32)
             self._near(e - o["edge_threshold"])
             e = np.where(e > o["edge_threshold"], e, 0.0)
             self.h[b] = 0.9 * self.h[b] + 0.1 * e.mean()

@@ -205,9 +205,9 @@ def test_found_rate_sets_the_threshold() -> None:
     assert (lowered - expected).abs().max() < FLOAT32_ERROR * torch.linalg.matrix_norm(plain, 2)
 
 
-ROUNDING_NOISE = 0.15
+ROUNDING_NOISE = 0.2
 """Share of the drop that the noise of stochastic rounding, which raises singular values, may take back: measured 0.06
-to 0.10 at these thresholds."""
+to 0.15 at these thresholds."""
 
 
 @pytest.mark.parametrize(("dtype", "strength"), [(torch.bfloat16, 0.02), (torch.float16, 0.002)])

@@ -170,8 +170,8 @@ def mean_after_a_drop(mode: str) -> Tensor:
     for t in range(AFTER):
         v = DECAY * v + (1 - DECAY) * DROP * normal(1, q.BLOCK, seed=t).square()
         if mode != "exact":
-            words = q.random_words(q.mix_scalar(t), v.shape, v.device)
-            uniform = q.uniform_halves(words[0])[0] if mode == "stochastic" else None
+            bits = q.random_bits(q.mix_in(0, t), v.shape, v.device)
+            uniform = q.uniform(bits) if mode == "stochastic" else None
             v = q.decode(*q.encode(v, book, uniform), book)
     return v
 
@@ -202,6 +202,6 @@ def test_optimizer_follows_a_falling_gradient(monkeypatch: pytest.MonkeyPatch) -
     assert stochastic.mean().abs() < 0.03  # measured 0.01
     assert stochastic.abs().mean() < 0.08  # measured 0.05: the random walk of codes 1.4 % apart
     store = reference.Moments.store
-    monkeypatch.setattr(reference.Moments, "store", lambda self, m, v_uniform, r_uniform: store(self, m, None, None))
+    monkeypatch.setattr(reference.Moments, "store", lambda self, m, uniform: store(self, m, None))
     nearest = (v_after_a_drop("8bit") / exact).log()
     assert nearest.abs().mean() > 0.15  # measured 0.25
