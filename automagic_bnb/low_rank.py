@@ -14,34 +14,46 @@ def _short_side_first(matrices: Tensor) -> tuple[Tensor, bool]:
     return (matrices.mT if tall else matrices), tall
 
 
-def _gram_eigen(wide: Tensor) -> tuple[Tensor, Tensor]:
-    """Singular values (ascending, float64) and left singular vectors of [batch, r, c] with r <= c.
+def gram(matrices: Tensor) -> Tensor:
+    """A Aᵀ of the short side, float64 [batch, r, r], of matrices [batch, a, b] with r = min(a, b).
 
-    Double precision: squaring halves the digits, and a float32 Gram matrix would lose singular values below
-    3e-4 of the largest.
+    Double precision: squaring halves the digits, and a float32 Gram matrix would lose singular values below 3e-4 of the
+    largest.
     """
+    wide, _ = _short_side_first(matrices)
     wide = wide.double()
-    values, vectors = torch.linalg.eigh(wide @ wide.mT)
-    return values.clamp_min(0).sqrt(), vectors
+    return wide @ wide.mT
 
 
 def singular_values(matrices: Tensor) -> Tensor:
     """Singular values of [..., a, b], float64 [..., min(a, b)], descending."""
-    wide, _ = _short_side_first(matrices)
-    return _gram_eigen(wide)[0].flip(-1)
+    return torch.linalg.eigvalsh(gram(matrices)).clamp_min(0).sqrt().flip(-1)
+
+
+def shrinkage(grams: Tensor, thresholds: Tensor) -> Tensor:
+    """S = Q diag(min(τ / σ, 1)) Qᵀ with the eigenvectors Q of each Gram matrix: A - S A has σ lowered by τ.
+
+    Args:
+        grams: float64 [batch, r, r].
+        thresholds: τ, [batch].
+    """
+    values, vectors = torch.linalg.eigh(grams)
+    sigma, tau = values.clamp_min(0).sqrt(), thresholds.double()[:, None]
+    removed = torch.where(sigma > tau, tau / sigma.clamp_min(1e-300), 1.0)
+    removed = torch.where(tau > 0, removed, 0.0)
+    return (vectors * removed[:, None, :]) @ vectors.mT
+
+
+def lowered(matrices: Tensor, shrink: Tensor) -> Tensor:
+    """A - S A for matrices [batch, a, b] and S of `shrinkage`; same dtype, and exactly A where S is 0."""
+    wide, tall = _short_side_first(matrices)
+    result = wide - (shrink.to(wide.dtype) @ wide)
+    return result.mT if tall else result
 
 
 def soft_threshold(matrices: Tensor, thresholds: Tensor) -> Tensor:
     """Matrices [batch, a, b] with each singular value lowered by thresholds [batch], not below 0; same dtype.
 
-    Computed as A - Q diag(min(τ / σ, 1)) Qᵀ A with the eigenvectors Q of A Aᵀ (of the short side), which equals the
-    result of a full SVD and leaves A exactly as it is for τ = 0.
+    Equals the result of a full SVD, and leaves A exactly as it is for τ = 0.
     """
-    wide, tall = _short_side_first(matrices)
-    sigma, vectors = _gram_eigen(wide)
-    tau = thresholds.double()[:, None]
-    removed = torch.where(sigma > tau, tau / sigma.clamp_min(1e-300), 1.0)
-    removed = torch.where(tau > 0, removed, 0.0)
-    shrink = (vectors * removed[:, None, :]) @ vectors.mT
-    result = wide - (shrink @ wide.double()).to(wide.dtype)
-    return result.mT if tall else result
+    return lowered(matrices, shrinkage(gram(matrices), thresholds))

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from automagic_bnb import low_rank
 from automagic_bnb import quantization as q
 from automagic_bnb import state as st
-from automagic_bnb.low_rank import soft_threshold
 
 FLOAT_TINY = 1e-37
 STATISTIC_DECAY = 0.9
@@ -33,6 +33,8 @@ MIN_CAUTIOUS_SHARE = 0.25
 K_MIN, K_MAX = -32.0, 31.0
 LOW_RANK_EVERY = 10
 LOW_RANK_MAX = 256
+LOW_RANK_ELEMENTS = 2**21
+"""Elements that step 9 works on at once: bounds its memory."""
 STEP_STREAM, RANK_STREAM = 0, 1
 """The streams of random bits of the main update and of the low-rank step."""
 
@@ -465,15 +467,51 @@ def rank_tasks(
 
 
 def shrink_ranks(tasks: list[RankTask]) -> None:
-    """Step 9, in place, those of one shape and dtype together: σ_j ← max(σ_j - threshold, 0)."""
-    batches: dict[Any, list[RankTask]] = {}
+    """Step 9, in place: σ_j ← max(σ_j - threshold, 0).
+
+    Matrices of one shape are worked on together, a bounded number of elements at a time; the eigenvalues of all with
+    the same short side are found at once.
+    """
+    by_rank: dict[Any, list[list[RankTask]]] = {}
+    for chunk in _rank_chunks(tasks):
+        theta = chunk[0].theta
+        by_rank.setdefault((min(theta.shape), theta.device), []).append(chunk)
+    for (_, device), chunks in by_rank.items():
+        grams = torch.cat([low_rank.gram(_stacked(chunk)) for chunk in chunks])
+        shrinks = low_rank.shrinkage(grams, _thresholds([t for chunk in chunks for t in chunk], device))
+        for chunk, shrink in zip(chunks, shrinks.split([len(c) for c in chunks]), strict=True):
+            _write_back(chunk, low_rank.lowered(_stacked(chunk), shrink))
+
+
+def _thresholds(tasks: list[RankTask], device: torch.device) -> Tensor:
+    """float32 [tasks]: one upload where they are numbers, gathered on the device where auto_lr supplies tensors."""
+    if not any(isinstance(task.threshold, Tensor) for task in tasks):
+        return torch.tensor([task.threshold for task in tasks], dtype=torch.float32, device=device)
+    return torch.stack([torch.as_tensor(task.threshold, dtype=torch.float32, device=device) for task in tasks])
+
+
+def _rank_chunks(tasks: list[RankTask]) -> list[list[RankTask]]:
+    """Tasks of one shape, dtype and device, at most LOW_RANK_ELEMENTS elements together."""
+    groups: dict[Any, list[RankTask]] = {}
     for task in tasks:
-        batches.setdefault((task.theta.shape, task.theta.dtype, task.theta.device), []).append(task)
-    for batch in batches.values():
-        stacked = torch.stack([task.theta.float() for task in batch])
-        limits = [torch.as_tensor(task.threshold, dtype=torch.float32, device=stacked.device) for task in batch]
-        for task, shrunk in zip(batch, soft_threshold(stacked, torch.stack(limits)), strict=True):
-            uniform = None
-            if task.stochastic and task.theta.dtype != torch.float32:
-                uniform = q.uniform(q.random_bits(task.key, shrunk.shape, shrunk.device))
-            task.theta.copy_(q.round_to(shrunk, task.theta.dtype, uniform))
+        groups.setdefault((task.theta.shape, task.theta.dtype, task.theta.device, task.stochastic), []).append(task)
+    chunks = []
+    for group in groups.values():
+        size = max(1, LOW_RANK_ELEMENTS // group[0].theta.numel())
+        chunks += [group[i : i + size] for i in range(0, len(group), size)]
+    return chunks
+
+
+def _stacked(chunk: list[RankTask]) -> Tensor:
+    return torch.stack([task.theta for task in chunk]).float()
+
+
+def _write_back(chunk: list[RankTask], values: Tensor) -> None:
+    """Store float32 values [batch, a, b] into the parameters, rounded as the main update rounds."""
+    dtype, uniform = chunk[0].theta.dtype, None
+    if chunk[0].stochastic and dtype != torch.float32:
+        keys = torch.tensor([task.key for task in chunk], device=values.device).view(-1, 1)
+        shape = torch.Size([values[0].numel()])
+        uniform = q.uniform(q.random_bits(keys, shape, values.device)).view(values.shape)
+    rounded = q.round_to(values, dtype, uniform)
+    torch._foreach_copy_([task.theta for task in chunk], list(rounded.unbind()))
