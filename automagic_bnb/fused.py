@@ -81,11 +81,12 @@ class Source:
 
 @dataclass
 class FoundRate:
-    """A group with auto_lr: its members in the plan, and the addresses of `tensor_stats` of all its parameters."""
+    """A group with auto_lr: its members in the plan, and where the `tensor_stats` of all its parameters lie."""
 
     group: dict[str, Any]
     members: list[Member]
-    stats: Tensor
+    addresses: list[int] = field(default_factory=list)
+    on_device: Tensor | None = None
 
 
 @dataclass
@@ -107,7 +108,7 @@ class Plan:
             and self.overrides == bnb.overridden_ids()
             and all(s.signature == signature(o) for s, o in zip(self.sources, options, strict=True))
             and not any(p.grad is not None for p in self.idle)
-            and all(bucket.is_current() for bucket in self.buckets)
+            and all(bucket.is_current(optimizer.state) for bucket in self.buckets)
         )
 
 
@@ -247,19 +248,23 @@ class FusedStep:
         for found in plan.found_rates:
             steps = [m.state["step"] for m in found.members if m.p.grad is not None]
             if steps and self.optimizer.begins_step(found.group, max(steps) + 1):
-                low, high = found.group["min_lr"], found.group["max_lr"]
-                statistics.find_rate(found.group["auto_lr_rate"], found.stats, low, high)
+                d, low, high = found.group["auto_lr_rate"], found.group["min_lr"], found.group["max_lr"]
+                statistics.find_rate(d, self._stats_addresses(found), low, high)
                 self.optimizer.publish_rate(found.group)
 
-    def _found_rates(self, members: list[Member]) -> list[FoundRate]:
+    def _stats_addresses(self, found: FoundRate) -> Tensor:
+        """Where the sums of all the group's parameters lie, those outside the plan too, as int64 on the device."""
+        states = [self.optimizer.state.get(p, {}) for p in found.group["params"]]
+        addresses = [state["tensor_stats"].data_ptr() for state in states if "probe_sum" in state]
+        if found.on_device is None or addresses != found.addresses:
+            found.addresses = addresses
+            found.on_device = torch.tensor(addresses, dtype=torch.int64, device=found.group["auto_lr_rate"].device)
+        return found.on_device
+
+    @staticmethod
+    def _found_rates(members: list[Member]) -> list[FoundRate]:
         groups = {id(m.group): m.group for m in members if m.rate is not None}
-        found = []
-        for key, group in groups.items():
-            own = [m for m in members if id(m.group) == key]
-            states = [self.optimizer.state[p] for p in group["params"] if p in self.optimizer.state]
-            stats = [state["tensor_stats"].data_ptr() for state in states if "probe_sum" in state]
-            found.append(FoundRate(group, own, torch.tensor(stats, device=group["auto_lr_rate"].device)))
-        return found
+        return [FoundRate(group, [m for m in members if m.group is group]) for group in groups.values()]
 
     @staticmethod
     def _rank_tasks(plan: Plan, options: list[dict[str, Any]]) -> list[reference.RankTask]:

@@ -288,6 +288,8 @@ def _block(
     if STOCHASTIC:
         rounded = codec.round_stochastic(theta, bits, P)
     else:
+        if P == tl.float16:
+            theta = tl.clamp(theta, -65504.0, 65504.0)
         rounded = theta.to(P)
     if CAREFUL:
         rounded = tl.where(usable, rounded, theta_raw)

@@ -8,7 +8,7 @@ imports Triton.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -89,12 +89,7 @@ class Number(IntEnum):
     SPARE2 = 15
 
 
-_GRAD, _DTYPE, _STATE1, _STEP = (
-    operator.attrgetter("grad"),
-    operator.attrgetter("dtype"),
-    operator.itemgetter("state1"),
-    operator.itemgetter("step"),
-)
+_GRAD, _DTYPE, _STEP = operator.attrgetter("grad"), operator.attrgetter("dtype"), operator.itemgetter("step")
 
 SHARED_NUMBERS = (
     "betas",
@@ -201,10 +196,12 @@ class Bucket:
         self.owners = torch.repeat_interleave(torch.arange(len(members), device=device, dtype=torch.int32), counts)
         self.parameters = [m.p for m in members]
         self.states = [m.state for m in members]
-        self.firsts = [m.state["state1"] for m in members]
+        held = [name for name in STATE_COLUMNS.values() if all(name in m.state for m in members)]
+        self.tensors_of = operator.itemgetter(*held)
+        self.tensors = list(map(self.tensors_of, self.states))
         self.sharded = any(m.sharded for m in members)
         self.thetas = [m.theta.data_ptr() for m in members]
-        self.first_address = self.firsts[0].data_ptr()
+        self.first_address = self.tensors[0][0].data_ptr()
         self.aligned = all(m.theta.data_ptr() % 16 == 0 for m in members) and self.spec.wide
         self.sources: dict[int, np.ndarray] = {}
         for source in {m.source for m in members}:
@@ -232,18 +229,22 @@ class Bucket:
         row[Column.COLS] = theta.shape[-1] if theta.dim() >= 1 else 1
         return row
 
-    def is_current(self) -> bool:
+    def is_current(self, state_of: Mapping[Tensor, st.State]) -> bool:
         """Whether parameters and states still lie where the table says.
 
         Of the states it is seen whether they are the same tensors, and whether the first has moved: who moves the
         memory under a state moves that of all.
         """
         parameters = map(st.local_tensor, self.parameters) if self.sharded else self.parameters
-        return (
-            list(map(Tensor.data_ptr, parameters)) == self.thetas
-            and all(map(operator.is_, map(_STATE1, self.states), self.firsts))
-            and self.firsts[0].data_ptr() == self.first_address
-        )
+        if list(map(Tensor.data_ptr, parameters)) != self.thetas or self.first_address != self.tensors[0][0].data_ptr():
+            return False
+        try:  # identical objects compare equal at once; others are tensors, whose == is no answer, or lack a key
+            return (
+                list(map(state_of.__getitem__, self.parameters)) == self.states
+                and list(map(self.tensors_of, self.states)) == self.tensors
+            )
+        except (KeyError, RuntimeError):
+            return False
 
     def gradients(self) -> tuple[list[int], list[Tensor | None]] | None:
         """Each member's gradient's address (0 for none), and what keeps copies alive; None if a dtype has changed."""

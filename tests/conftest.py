@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
     # Triton reads it when it is imported, which bitsandbytes does: the kernels then run, interpreted, on CPU tensors.
     os.environ["TRITON_INTERPRET"] = "1"
 
-from automagic_bnb import bnb, notices  # noqa: E402
+from automagic_bnb import bnb, notices
 
 sys.path.append(str(Path(__file__).parent))  # importlib mode does not: for `import rule_in_float64`
 

@@ -1,0 +1,327 @@
+"""The kernels' device functions: 8-bit codes without a search, random bits, stochastic rounding.
+
+Held to bitsandbytes' code books and to `quantization`. Interpreted where there is no CUDA device: see `kernel_cases`.
+"""
+
+from __future__ import annotations
+
+import bitsandbytes.functional as bnb_functional
+import pytest
+import torch
+from kernel_cases import DEVICE, DTYPES, FEW_SHAPES, give, gradient, optimizer, parameters, parameters_of
+from torch import Tensor
+
+from automagic_bnb import quantization as q
+
+triton = pytest.importorskip("triton", reason="the kernels need Triton")
+tl = pytest.importorskip("triton.language")
+codec = pytest.importorskip("automagic_bnb.kernels.codec", reason="the kernels need Triton")
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy: the logarithm of 0
+
+SIGNED = {"signed": True, "unsigned": False}
+BESIDE = 1e-5
+"""How far from a threshold, relatively, a quotient's code is certain: scaling is good to 4 units of 2^-24, and y, which
+reaches 255, keeps a step's fraction to 1.5e-5."""
+NEAR_THRESHOLD = 1e-3
+"""Share of random quotients that may lie nearer than that to a threshold, and go to its other side."""
+
+
+# --- the device functions as functions of tensors -----------------------------------------------------------------
+
+
+@triton.jit
+def encode_kernel(x_ptr, absmax_ptr, centred_ptr, codes_ptr, SIGNED_MAP: tl.constexpr):
+    place = tl.program_id(0) * 256 + tl.arange(0, 256)
+    x, absmax = tl.load(x_ptr + place), tl.load(absmax_ptr + tl.program_id(0))
+    if SIGNED_MAP:
+        codes = codec.encode_signed(x, absmax)
+    else:
+        codes = codec.encode_unsigned(x, absmax, tl.load(centred_ptr + place))
+    tl.store(codes_ptr + place, codes)
+
+
+@triton.jit
+def decode_kernel(codes_ptr, book_ptr, values_ptr):
+    place = tl.arange(0, 256)
+    tl.store(values_ptr + place, codec.decode(tl.load(codes_ptr + place), book_ptr))
+
+
+@triton.jit
+def random_kernel(key_ptr, start_ptr, bits_ptr, uniform_ptr):
+    program, lanes = tl.program_id(0), tl.arange(0, 256)
+    key = tl.load(key_ptr).to(tl.uint32, bitcast=True)
+    bits = codec.random_bits(key, tl.load(start_ptr + program))
+    tl.store(bits_ptr + program * 256 + lanes, bits.to(tl.int32))
+    tl.store(uniform_ptr + program * 256 + lanes, codec.centred(bits) + 0.5)
+
+
+@triton.jit
+def round_kernel(x_ptr, bits_ptr, out_ptr, DTYPE: tl.constexpr):
+    place = tl.program_id(0) * 256 + tl.arange(0, 256)
+    bits = tl.load(bits_ptr + place).to(tl.uint32)
+    tl.store(out_ptr + place, codec.round_stochastic(tl.load(x_ptr + place), bits, DTYPE))
+
+
+def blocks_of(x: Tensor, fill: float = 0.0) -> Tensor:
+    """[blocks, 256] of any number of elements, on the device."""
+    flat = x.reshape(-1)
+    return torch.nn.functional.pad(flat, (0, -flat.numel() % 256), value=fill).view(-1, 256).to(DEVICE)
+
+
+def encode(x: Tensor, kind: str, uniform: Tensor | None = None, absmax: Tensor | None = None) -> Tensor:
+    """The kernels' codes of flat float32 x, int64 on the CPU; absmax is 1 where none is given."""
+    padded = blocks_of(x.float())
+    centred = torch.zeros_like(padded) if uniform is None else blocks_of(uniform - 0.5)
+    absmax = torch.ones(len(padded)) if absmax is None else absmax
+    codes = torch.empty(padded.shape, dtype=torch.uint8, device=DEVICE)
+    encode_kernel[(len(padded),)](padded, absmax.to(DEVICE), centred, codes, SIGNED[kind])
+    return codes.view(-1)[: x.numel()].long().cpu()
+
+
+def random_of(key: int, starts: list[int]) -> tuple[Tensor, Tensor]:
+    """The kernels' bits and uniforms of the blocks that begin at these indices."""
+    bits = torch.empty(len(starts), 256, dtype=torch.int32, device=DEVICE)
+    uniform = torch.empty(len(starts), 256, device=DEVICE)
+    signed_key = key - (1 << 32) if key >= 1 << 31 else key
+    keys, begins = torch.tensor([signed_key], dtype=torch.int32), torch.tensor(starts, dtype=torch.int64)
+    random_kernel[(len(starts),)](keys.to(DEVICE), begins.to(DEVICE), bits, uniform)
+    return bits.cpu(), uniform.cpu()
+
+
+def rounded(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """The kernels' stochastic rounding of flat float32 x by 16 bits each."""
+    padded, random = blocks_of(x), blocks_of(bits.int())
+    out = torch.empty(padded.shape, dtype=dtype, device=DEVICE)
+    round_kernel[(len(padded),)](padded, random, out, tl.bfloat16 if dtype == torch.bfloat16 else tl.float16)
+    return out.view(-1)[: x.numel()].cpu()
+
+
+def book_of(kind: str) -> Tensor:
+    """bitsandbytes' own, made here and now."""
+    return bnb_functional.create_dynamic_map(signed=SIGNED[kind])
+
+
+def random_values(kind: str, blocks: int, seed: int = 0) -> Tensor:
+    """Flat quotients of every decade of the map, ends included."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(blocks * 256, generator=generator) * 2 - 1
+    x = x * 10 ** (-7.5 * torch.rand(blocks * 256, generator=generator))
+    x[:3] = torch.tensor([1.0, -1.0, 0.0])
+    return x if kind == "signed" else x.abs()
+
+
+# --- codes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", SIGNED)
+@pytest.mark.parametrize("exponent", [-100, -30, 0, 30, 100])
+def test_every_code_comes_back(kind: str, exponent: int) -> None:
+    """Each of the 256 values decodes from its code exactly and encodes to it, whatever the size of the block."""
+    book, codes = book_of(kind), torch.arange(256)
+    values = torch.empty(256, device=DEVICE)
+    decode_kernel[(1,)](codes.to(torch.uint8).to(DEVICE), book.to(DEVICE), values)
+    assert torch.equal(values.cpu(), book)
+    absmax = torch.tensor([2.0**exponent])
+    assert torch.equal(encode(book * absmax, kind, absmax=absmax), codes)
+
+
+@pytest.mark.parametrize("draw", [2.0**-14, 0.25, 0.5, 0.75, 1 - 2.0**-14])
+def test_code_values_do_not_move_by_chance(draw: float) -> None:
+    """What is exactly a code's value keeps its code, but for random bits as small as the rounding of y (1.5e-5)."""
+    assert torch.equal(encode(book_of("unsigned"), "unsigned", torch.full((256,), draw)), torch.arange(256))
+
+
+@pytest.mark.parametrize("kind", SIGNED)
+@pytest.mark.parametrize("side", [-1, 1], ids=["below", "above"])
+def test_thresholds_lie_halfway_between_codes(kind: str, side: int) -> None:
+    """Just below the middle of two values the lower is taken, just above it the upper."""
+    book = book_of(kind).double()
+    middles = (book[1:] + book[:-1]) / 2
+    codes = encode(middles + side * BESIDE * middles.abs(), kind)
+    assert torch.equal(codes, torch.arange(255) + (side > 0))
+
+
+def test_thresholds_of_chance_lie_where_they_should() -> None:
+    """A quotient a share f of the way from one value to the next goes up just where U passes 1 - f."""
+    book = book_of("unsigned").double()
+    for share in (0.125, 0.5, 0.75):
+        between = book[:-1] + share * (book[1:] - book[:-1])
+        for side in (-1, 1):
+            uniform = torch.full((255,), 1 - share + side * 2.0**-12)
+            codes = encode(between, "unsigned", uniform)
+            assert torch.equal(codes, torch.arange(255) + (side > 0)), (share, side)
+
+
+@pytest.mark.parametrize("kind", SIGNED)
+def test_random_quotients_take_the_nearest_code(kind: str) -> None:
+    """As a full search finds it; only quotients within rounding of a threshold may go to its other side."""
+    x = random_values(kind, blocks=64)
+    # Around the decades' ends, where another line begins, though no threshold lies.
+    ends = (10.0 ** torch.arange(-6, 0) * (1 + 3e-5 * torch.linspace(-1, 1, 21))[:, None]).view(-1)
+    x = torch.cat([x, ends, -ends] if kind == "signed" else [x, ends])
+    middles = (book_of(kind).double()[1:] + book_of(kind).double()[:-1]) / 2
+    nearest = torch.searchsorted(middles, x.double(), right=True)
+    codes = encode(x, kind)
+    off = codes != nearest
+    distance = (middles[torch.minimum(codes, nearest)[off]] - x[off]).abs()
+    assert (codes - nearest).abs().max() <= 1
+    assert x[off][distance > BESIDE * x[off].abs()].tolist() == [], "not within rounding of a threshold"
+    assert off.float().mean() <= NEAR_THRESHOLD
+
+
+@pytest.mark.parametrize("kind", SIGNED)
+def test_codes_are_quantizations(kind: str) -> None:
+    """With blocks of any size and the same uniforms, `quantization.encode` gives the same codes."""
+    blocks = 32
+    x = random_values(kind, blocks, seed=1).view(blocks, 256)
+    x = x * 10 ** torch.linspace(-30, 30, blocks)[:, None]
+    uniform = q.uniform(q.random_bits(123, x.shape, torch.device("cpu"))) if kind == "unsigned" else None
+    expected, absmax = q.encode(x, book_of(kind), uniform)
+    codes = encode(x, kind, uniform.view(-1) if uniform is not None else None, absmax)
+    off = codes - expected.view(-1).long()
+    assert off.abs().max() <= 1
+    assert (off != 0).float().mean() <= NEAR_THRESHOLD
+
+
+def test_other_uniforms_give_other_codes() -> None:
+    """Negative control for the test above."""
+    x = random_values("unsigned", 4)
+    draws = [q.uniform(q.random_bits(key, x.shape, torch.device("cpu"))) for key in (1, 2)]
+    first, second = (encode(x, "unsigned", draw) for draw in draws)
+    assert (first != second).float().mean() > 0.1
+
+
+@pytest.mark.parametrize("kind", SIGNED)
+def test_ends_of_the_map(kind: str) -> None:
+    """1 has the last code; the signed map has none for -1, which takes the first, of -0.993."""
+    x = torch.tensor([1.0, -1.0, -0.9931, 0.0, -0.0] if kind == "signed" else [1.0, 0.0])
+    assert encode(x, kind).tolist() == ([255, 0, 0, 127, 127] if kind == "signed" else [255, 0])
+
+
+@pytest.mark.parametrize("kind", SIGNED)
+@pytest.mark.parametrize("draw", [0.5 / 65536, 1 - 0.5 / 65536])
+def test_blocks_without_size_decode_to_nothing(kind: str, draw: float) -> None:
+    """Zeros, denormal numbers and all else below the least absmax: the codes are those of `quantization`."""
+    book, blocks = book_of(kind), 4
+    x = random_values(kind, blocks).view(blocks, 256) * torch.tensor([[0.0], [1e-44], [1e-39], [1e-37]])
+    uniform = torch.full(x.shape, draw if kind == "unsigned" else 0.5)
+    expected, absmax = q.encode(x, book, uniform if kind == "unsigned" else None)
+    codes = encode(x, kind, uniform.view(-1), absmax)
+    assert (absmax == q.TINY_ABSMAX).all()
+    assert (codes[:256] == (127 if kind == "signed" else 0)).all()
+    # The device may take denormal numbers for 0, which here is less than the least code's value.
+    decoded, other = (q.decode(c.view(blocks, 256), absmax, book) for c in (codes, expected))
+    assert (decoded - other).abs().max() <= 2e-7 * q.TINY_ABSMAX + 2.0**-126
+
+
+# --- random bits ------------------------------------------------------------------------------------------------------
+
+
+def plain_bits(key: int, index: int) -> int:
+    """The rule in plain integers: neighbours share a mixed word, the even one takes the lower half."""
+
+    def mix(x: int) -> int:
+        x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+        x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+        return x ^ (x >> 16)
+
+    pair = index // 2
+    word = mix((pair & 0xFFFFFFFF) ^ key ^ mix(pair >> 32))
+    return word >> 16 if index % 2 else word & 0xFFFF
+
+
+@pytest.mark.parametrize("key", [0, 1, 0x7FFFFFFF, 0x80000000, 0xDEADBEEF, 0xFFFFFFFF])
+def test_random_bits_are_quantizations(key: int) -> None:
+    """The same bits and uniforms for each flat index, the uniforms exact."""
+    bits, uniform = random_of(key, [0, 256, 512])
+    expected = q.random_bits(key, torch.Size([768]), torch.device("cpu"))
+    assert torch.equal(bits.view(-1).long(), expected)
+    assert torch.equal(uniform.view(-1), q.uniform(expected))
+
+
+@pytest.mark.parametrize("start", [2**20, 2**31 - 256, 2**31, 2**33 - 256, 2**33, 2**33 + 256, 2**40])
+def test_random_bits_of_far_elements(start: int) -> None:
+    """Beyond 32 bits of elements, and of pairs, every index still has bits of its own."""
+    bits, _ = random_of(0x12345678, [start])
+    assert bits.view(-1).tolist() == [plain_bits(0x12345678, start + i) for i in range(256)]
+    assert bits.view(-1).tolist() != random_of(0x12345678, [start - 2**20])[0].view(-1).tolist()
+
+
+# --- stochastic rounding of parameters --------------------------------------------------------------------------------
+
+NARROW = {name: dtype for name, dtype in DTYPES.items() if dtype != torch.float32}
+
+
+def values_to_round(dtype: torch.dtype) -> Tensor:
+    """float32 of every magnitude the dtype holds, subnormal ones included, and exact ones among them."""
+    info = torch.finfo(dtype)
+    generator = torch.Generator().manual_seed(3)
+    low, high = (-26.0, 15.9) if dtype == torch.float16 else (-126.0, 127.9)
+    exponents = low + (high - low) * torch.rand(4000, generator=generator)
+    x = torch.exp2(exponents) * torch.sign(torch.randn(4000, generator=generator))
+    exact = torch.tensor([0.0, 1.0, -1.5, info.tiny, -info.tiny, info.max, -info.max, info.smallest_normal])
+    between = torch.tensor([info.tiny * (1 + info.eps / 3), info.tiny * (1 - info.eps / 3)])
+    return torch.cat([x, exact, between])
+
+
+@pytest.mark.parametrize("name", NARROW)
+@pytest.mark.parametrize("key", [5, 6])
+def test_parameters_are_rounded_as_quantization_rounds(name: str, key: int) -> None:
+    """The same number by the same bits, for all the dtype holds: normal, subnormal, exact."""
+    dtype, x = NARROW[name], values_to_round(NARROW[name])
+    bits = q.random_bits(key, x.shape, torch.device("cpu"))
+    assert torch.equal(rounded(x, bits, dtype), q.round_to(x, dtype, q.uniform(bits)))
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_other_bits_round_to_the_other_neighbour(name: str) -> None:
+    """Negative control for the test above: the lowest and the highest bits bracket the value, 0 aside."""
+    dtype, x = NARROW[name], values_to_round(NARROW[name])[:4000]
+    down, up = (rounded(x, torch.full(x.shape, bits), dtype).float() for bits in (0, 65535))
+    assert (down.abs() <= x.abs()).all()
+    assert (up.abs() >= x.abs()).all()
+    assert (down != up).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("bits", [0, 32768, 65535])
+def test_float16_saturates(bits: int) -> None:
+    """Beyond the largest float16 lies nothing, not infinity."""
+    x = torch.tensor([65504.0, 65519.0, 65535.0, 65536.0, 1e6, 3e38])
+    x = torch.cat([x, -x])
+    ours = rounded(x, torch.full(x.shape, bits), torch.float16)
+    assert torch.equal(ours.float(), x.clamp(-65504, 65504))
+
+
+@pytest.mark.parametrize("bits", [0, 32768, 65535])
+@pytest.mark.parametrize("name", NARROW)
+def test_exact_values_never_move(name: str, bits: int) -> None:
+    """A number that the dtype holds is kept whatever the bits."""
+    x = values_to_round(NARROW[name]).to(NARROW[name]).float()
+    assert torch.equal(rounded(x, torch.full(x.shape, bits), NARROW[name]).float(), x)
+
+
+# --- states that a step wrote -----------------------------------------------------------------------------------------
+
+
+def test_bitsandbytes_decodes_what_the_kernels_wrote() -> None:
+    """m, v and r of an 8-bit step, decoded by bitsandbytes itself, lie within a gap of the 32-bit step's."""
+    opts = {s: optimizer(parameters(FEW_SHAPES, torch.float32), "triton", s) for s in ("8bit", "32bit")}
+    for opt in opts.values():
+        for index, p in enumerate(parameters_of(opt)):
+            give(p, gradient(tuple(p.shape), index, 1))
+        opt.step()
+    for p, exact in zip(parameters_of(opts["8bit"]), parameters_of(opts["32bit"]), strict=True):
+        state, wanted = opts["8bit"].state[p], opts["32bit"].state[exact]
+        for number, kind in ((1, "signed"), (2, "unsigned"), (3, "unsigned")):
+            codes, absmax = state[f"state{number}"].cpu(), state[f"absmax{number}"].cpu()
+            book = book_of(kind)
+            decoded = bnb_functional.dequantize_blockwise(codes, absmax=absmax, code=book, blocksize=256)
+            value = wanted[f"state{number}"].cpu()
+            scale = absmax.repeat_interleave(256)[: value.numel()].view(value.shape)
+            # To nearest half a gap, stochastically a whole one, of those around the value; the signed map ends early.
+            upper = torch.searchsorted(book, value / scale).clamp(1, 255)
+            gap = (book[upper] - book[upper - 1]) * scale
+            allowed = gap * (0.5 if kind == "signed" else 1.0) + 1e-6 * scale
+            short = (value < -0.9929 * scale) if kind == "signed" else torch.zeros_like(value, dtype=torch.bool)
+            assert (((decoded - value).abs() <= allowed) | short).all()

@@ -1,0 +1,894 @@
+"""The Triton kernels, held to the plain-PyTorch reference: equal seeds must give equal runs.
+
+Interpreted on the CPU where there is no CUDA device, compiled where there is one; what the interpreter has no time for
+is marked `gpu`. Tolerances, and how they are applied, are in `kernel_cases`.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from kernel_cases import (
+    ALL_SHAPES,
+    BITS,
+    COMPILED,
+    DEVICE,
+    DTYPES,
+    FEW_SHAPES,
+    NEEDS_GPU,
+    ONE_STEP,
+    SOME_SHAPES,
+    Differences,
+    Shapes,
+    follow,
+    give,
+    gradient,
+    optimizer,
+    parameters,
+    parameters_of,
+    synchronise,
+)
+from torch import Tensor
+
+from automagic_bnb import bnb, fused
+from automagic_bnb import state as st
+from automagic_bnb.optimizer import Automagic, Automagic8bit
+
+step = pytest.importorskip("automagic_bnb.kernels.step", reason="the kernels need Triton")
+statistics = pytest.importorskip("automagic_bnb.kernels.statistics", reason="the kernels need Triton")
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy: 1 / 0 in masked lanes
+
+
+Gradients = Callable[[tuple[int, ...], int, int], Tensor]
+
+
+# --- the rule, switch by switch -------------------------------------------------------------------------------------
+
+SWITCHES: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "no edges": {"edge_suppression": False},
+    "no frequency filter": {"frequency_penalty": 0.0},
+    "no spatial filter": {"edge_suppression": False, "frequency_penalty": 0.0},
+    "no spatial awareness": {"spatial_awareness": False},
+    "no background": {"background_regularization": False},
+    "no torque": {"torque": False},
+    "no confidence": {"came": False},
+    "not cautious": {"cautious": False},
+    "rounding to nearest": {"stochastic_rounding": False},
+    "percentile clipping": {"percentile_clipping": 50},
+    "rate found": {"lr": 0.01, "auto_lr": True},
+    "mask freezes": {"warmup_steps": 2},
+    "mask never moves": {"warmup_steps": 0},
+    "LoRA": {"lora": True, "low_rank_emphasis": 1.3, "rank_penalty_strength": 0.1},
+    "narrow bounds": {"min_lr": 0.0198, "max_lr": 0.0203},
+    "betas of 0": {"betas": (0.5, 0.0, 0.0)},
+}
+
+
+def steady(shape: tuple[int, ...], index: int, step: int) -> Tensor:
+    """A gradient that hardly changes, along which a rate too small is seen to be so."""
+    generator = torch.Generator().manual_seed(1000 * step + index)
+    return (1 + 0.3 * torch.randn(shape, generator=generator)) * 1e-3
+
+
+def start_at(opt: Automagic, number: int) -> None:
+    """Let the next step be this one for every parameter."""
+    for group in opt.param_groups:
+        for p in group["params"]:
+            opt.init_state(group, p)
+            opt.state[p]["step"] = number - 1
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run of kernels and reference."""
+
+    storage: str
+    dtype: str
+    switch: str = "defaults"
+    grad_dtype: str | None = None
+    shapes: Shapes = SOME_SHAPES
+    steps: int = 3
+
+    def __str__(self) -> str:
+        grads = f", {self.grad_dtype} gradients" if self.grad_dtype else ""
+        return f"{self.storage}, {self.dtype}{grads}: {self.switch}, {len(self.shapes)} shapes"
+
+
+COVERING = [
+    Case("8bit", "bfloat16", shapes=ALL_SHAPES, steps=2),
+    Case("32bit", "float32", shapes=ALL_SHAPES, steps=2),
+    Case("8bit", "float32"),
+    Case("8bit", "float16", grad_dtype="float32"),
+    Case("32bit", "bfloat16", grad_dtype="float32"),
+    Case("32bit", "float16", grad_dtype="bfloat16"),
+    Case("8bit", "bfloat16", "no edges"),
+    Case("32bit", "float32", "no frequency filter"),
+    Case("8bit", "float16", "no spatial filter"),
+    Case("32bit", "float32", "no spatial awareness"),
+    Case("8bit", "float32", "no background"),
+    Case("8bit", "float32", "no torque"),
+    Case("8bit", "bfloat16", "no confidence"),
+    Case("32bit", "bfloat16", "not cautious"),
+    Case("32bit", "float16", "rounding to nearest"),
+    Case("8bit", "float16", "percentile clipping"),
+    Case("8bit", "bfloat16", "rate found", steps=4),
+    Case("32bit", "bfloat16", "mask freezes"),
+    Case("8bit", "float32", "mask freezes"),
+    Case("8bit", "float16", "mask never moves", steps=2),
+    Case("8bit", "bfloat16", "LoRA"),
+    Case("32bit", "float32", "narrow bounds"),
+    Case("8bit", "float32", "betas of 0"),
+]
+"""Every switch, storage and dtype at least once. Rounding to the nearest bfloat16 is left to the product: the
+interpreter cuts the low bits off instead."""
+PRODUCT = [
+    Case(storage, dtype, switch, shapes=ALL_SHAPES, steps=4)
+    for storage, dtype, switch in itertools.product(BITS, DTYPES, SWITCHES)
+]
+LARGE_SHAPES: Shapes = ((1000, 1000), (64, 4096), (5, 7, 129, 257), (1 << 20 | 3,), (4096, 8), (3, 100_000))
+LARGE = [Case(storage, dtype, shapes=LARGE_SHAPES, steps=4) for storage, dtype in itertools.product(BITS, DTYPES)]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=str(case)) for case in COVERING]
+    + [pytest.param(case, id=f"product: {case}", marks=NEEDS_GPU) for case in PRODUCT]
+    + [pytest.param(case, id=f"large: {case}", marks=NEEDS_GPU) for case in LARGE],
+)
+def test_kernels_follow_the_reference(case: Case) -> None:
+    """After every step from equal states, and after some steps on their own, both hold the same numbers."""
+    options = SWITCHES[case.switch]
+    finds, lora = case.switch == "rate found", case.switch == "LoRA"
+
+    def build(backend: str) -> Automagic:
+        opt = optimizer(parameters(case.shapes, DTYPES[case.dtype]), backend, case.storage, **options)
+        if lora:  # the second step is the 10th, which lowers the singular values
+            start_at(opt, 9)
+        return opt
+
+    grad_dtype = DTYPES[case.grad_dtype] if case.grad_dtype else None
+    run = follow(build, case.steps, steady if finds else gradient, grad_dtype)
+    assert run.violations(case.storage) == []
+    if finds:
+        assert run.kernel.param_groups[0]["auto_lr_rate"] > 1.1 * 0.01, "the rate found did not move: nothing was seen"
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "lr": {"lr": 0.0201},
+    "weight decay": {"weight_decay": 0.101},
+    "beta1": {"betas": (0.801, 0.97, 0.995)},
+    "beta2": {"betas": (0.8, 0.971, 0.995)},
+    "beta3": {"betas": (0.8, 0.97, 0.996)},
+    "eps2": {"eps": (1e-30, 1e-3)},
+    "clip_threshold": {"clip_threshold": 0.99},
+    "edge_penalty": {"edge_penalty": 0.101},
+    "edge_threshold": {"edge_threshold": 0.61},
+    "frequency_penalty": {"frequency_penalty": 0.0501},
+    "detail_preservation": {"detail_preservation": 0.801},
+    "low_rank_emphasis": {"low_rank_emphasis": 1.01},
+    "max_lr": {"max_lr": 0.0201},
+    "warmup_steps": {"warmup_steps": 2},
+    **{name: options for name, options in SWITCHES.items() if name.startswith(("no ", "not "))},
+}
+
+
+@pytest.fixture(scope="module")
+def kernel_run() -> Iterator[list[tuple[Automagic, Automagic]]]:
+    """Copies of one 32-bit LoRA run of the kernels, from before and from after each of three steps."""
+    kernel = optimizer(parameters(SOME_SHAPES, torch.float32), "triton", "32bit", lora=True, low_rank_emphasis=1.0)
+    moments = []
+    for number in range(1, 4):
+        before = copy.deepcopy(kernel)
+        for index, p in enumerate(parameters_of(kernel)):
+            give(p, gradient(tuple(p.shape), index, number))
+        kernel.step()
+        moments.append((before, copy.deepcopy(kernel)))
+    return moments
+
+
+def differences_to(kernel_run: list[tuple[Automagic, Automagic]], **options: Any) -> Differences:
+    """What the reference, under other options, does differently from these steps of the kernels."""
+    defaults = {"lora": True, "low_rank_emphasis": 1.0}
+    other = optimizer(parameters(SOME_SHAPES, torch.float32), "torch", "32bit", **{**defaults, **options})
+    seen = Differences()
+    for number, (before, after) in enumerate(kernel_run, start=1):
+        synchronise(before, other)
+        for index, p in enumerate(parameters_of(other)):
+            give(p, gradient(tuple(p.shape), index, number))
+        other.step()
+        seen.take(after, other)
+    return seen
+
+
+def test_the_run_that_others_are_told_from_is_the_references(kernel_run: list[tuple[Automagic, Automagic]]) -> None:
+    """With the options equal nothing is found: what the next test finds is the change."""
+    assert differences_to(kernel_run).violations(ONE_STEP) == []
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_option_is_told_apart(change: str, kernel_run: list[tuple[Automagic, Automagic]]) -> None:
+    """Negative control: any number of the rule off by one percent, or any part left out, exceeds the tolerance."""
+    assert differences_to(kernel_run, **CHANGES[change]).violations(ONE_STEP) != []
+
+
+def test_another_seed_is_told_apart() -> None:
+    """Negative control for stochastic rounding: other random bits change codes and a bfloat16 θ."""
+
+    def build(backend: str) -> Automagic:
+        return optimizer(parameters(FEW_SHAPES, torch.bfloat16), backend, seed=7 if backend == "torch" else 8)
+
+    found = " ".join(follow(build, steps=2).one_step.violations(ONE_STEP))
+    assert all(f"{name}: " in found for name in ("theta", "state2", "state3"))
+
+
+# --- gradients of every kind ----------------------------------------------------------------------------------------
+
+POISONED: Shapes = ((5, 52), (12, 24), (700,), (300,), (2,))
+
+
+def poisoned(shape: tuple[int, ...], index: int, step: int) -> Tensor:
+    """First single elements that are not usable, then a whole block, then whole tensors; a clean step at the end."""
+    g = gradient(shape, index, step)
+    flat = g.view(-1)
+    if step == 1:
+        flat[:: 7 + index] = float("nan")
+    elif step == 2:
+        # On both sides of the border between blocks, at both ends, and beyond what sums of squares hold.
+        for place, value in ((0, torch.inf), (255, torch.nan), (256, -torch.inf), (258, 1e18), (-1, -1e38)):
+            if place < len(flat):
+                flat[place] = value
+        flat[256:512] = torch.nan if index == 2 else flat[256:512]
+    elif step == 3 and index % 2:
+        flat[:] = (torch.nan, torch.inf)[index // 2]
+    return g
+
+
+@pytest.mark.parametrize(("storage", "dtype"), [("8bit", "float32"), ("32bit", "bfloat16")])
+@pytest.mark.parametrize("switch", ["defaults", pytest.param("percentile clipping", marks=NEEDS_GPU)])
+def test_gradients_that_are_not_finite_are_skipped_alike(storage: str, dtype: str, switch: str) -> None:
+    """Also where they stand beside or between usable ones; everything stays finite, and the skipped are counted."""
+
+    def build(backend: str) -> Automagic:
+        return optimizer(parameters(POISONED, DTYPES[dtype]), backend, storage, **SWITCHES[switch])
+
+    run = follow(build, 4, poisoned)
+    assert run.violations(storage) == []
+    for index, p in enumerate(parameters_of(run.kernel)):
+        values = [v for v in run.kernel.state[p].values() if isinstance(v, Tensor) and v.is_floating_point()]
+        assert all(x.isfinite().all() for x in [p, *values])
+        given = [poisoned(tuple(p.shape), index, n).to(p.dtype).float() for n in range(1, 5)]
+        bad = sum(int((~(g.abs() <= 2.0**50)).sum()) for g in given)
+        assert run.kernel.state[p]["tensor_stats"][st.SKIPPED] == bad > 0
+
+
+@pytest.mark.parametrize("storage", BITS)
+def test_what_is_skipped_keeps_its_bits(storage: str) -> None:
+    """A tensor, a block, and (32-bit) an element without a usable gradient hold exactly what they held."""
+    opt = optimizer(parameters(((300,), (520,)), torch.float32), "triton", storage)
+    whole, partly = parameters_of(opt)
+    for index, p in enumerate((whole, partly)):
+        give(p, gradient(tuple(p.shape), index, 1))
+    opt.step()
+    kept = ("state1", "state2", "state3", "lr_mask", "last_polarity", "absmax1", "absmax2", "absmax3")
+    held = [{k: v.clone() for k, v in opt.state[p].items() if k in kept} for p in (whole, partly)]
+    values = [whole.detach().clone(), partly.detach().clone()]
+    give(whole, torch.full(whole.shape, torch.nan))
+    mixed = gradient((520,), 1, 2)
+    mixed[:256], mixed[300] = torch.inf, torch.nan
+    give(partly, mixed)
+    opt.step()
+    assert torch.equal(whole, values[0])
+    assert all(torch.equal(opt.state[whole][k], v) for k, v in held[0].items())
+    skipped = ~mixed.isfinite().to(DEVICE)
+    assert torch.equal(partly[skipped], values[1][skipped])
+    assert not torch.equal(partly[~skipped], values[1][~skipped])
+    for name, old in held[1].items():
+        new = opt.state[partly][name]
+        if name.startswith("absmax"):
+            assert new[0] == old[0]
+        elif storage == "32bit" or name == "lr_mask":
+            assert torch.equal(new[skipped], old[skipped])
+        else:
+            assert torch.equal(new[:256], old[:256])
+
+
+@pytest.mark.parametrize("storage", BITS)
+@pytest.mark.parametrize("eps", [(1e-30, 1e-16), pytest.param((0.0, 0.0), marks=NEEDS_GPU)])
+def test_zero_gradients_are_followed(storage: str, eps: tuple[float, float]) -> None:
+    """From the first step on, or after others; in whole tensors, or in rows beside others."""
+
+    def with_zeros(shape: tuple[int, ...], index: int, step: int) -> Tensor:
+        g = gradient(shape, index, step)
+        if (step + index) % 2:
+            return g * 0
+        g.view(-1)[:100] = 0
+        return g
+
+    run = follow(
+        lambda backend: optimizer(parameters(POISONED[:4], torch.float32), backend, storage, eps=eps), 3, with_zeros
+    )
+    assert run.violations(storage) == []
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e9])
+def test_size_of_the_gradient_is_of_no_account(scale: float) -> None:
+    """Far outside what training sees, nothing overflows, underflows or meets an eps."""
+
+    def scaled(shape: tuple[int, ...], index: int, step: int) -> Tensor:
+        return gradient(shape, index, step) * scale
+
+    run = follow(lambda backend: optimizer(parameters(FEW_SHAPES, torch.float32), backend), 3, scaled)
+    assert run.violations("8bit") == []
+
+
+@pytest.mark.parametrize("storage", BITS)
+def test_parameters_of_one_launch_may_be_at_different_steps(storage: str) -> None:
+    """Some have no gradient at times: they stand still, and their mask freezes after steps of their own."""
+    absent = {(1, 2), (1, 3), (3, 1), (3, 2), (2, 4)}
+
+    def sometimes(shape: tuple[int, ...], index: int, step: int) -> Tensor | None:
+        return None if (index, step) in absent else gradient(shape, index, step)
+
+    shapes = ((5, 52), (7, 9), (40,), (3, 4))
+    run = follow(
+        lambda backend: optimizer(parameters(shapes, torch.float32), backend, storage, warmup_steps=2), 4, sometimes
+    )
+    assert run.violations(storage) == []
+    assert [run.kernel.state[p]["step"] for p in parameters_of(run.kernel)] == [4, 2, 3, 2]
+
+
+@pytest.mark.parametrize("stochastic", [True, False], ids=["stochastic", "nearest"])
+def test_float16_saturates(stochastic: bool) -> None:
+    """A parameter at the end of float16's range stays finite when it is pushed outwards."""
+
+    def build(backend: str) -> Automagic:
+        p = parameters(((40,),), torch.float16)[0]
+        p.data.fill_(65_000.0)
+        return optimizer([p], backend, lr=1000.0, weight_decay=0.0, stochastic_rounding=stochastic)
+
+    run = follow(build, 3, lambda shape, index, step: -gradient(shape, index, step).abs())
+    assert run.violations("8bit") == []
+    assert all((p == 65_504.0).all() for p in parameters_of(run.kernel))
+
+
+def test_no_gradient_at_all_does_nothing() -> None:
+    """Neither a launch nor a state."""
+    opt = optimizer(parameters(FEW_SHAPES, torch.float32), "triton")
+    opt.step()
+    assert not opt.state
+
+
+# --- options by group, by parameter, over time ------------------------------------------------------------------------
+
+
+def test_groups_schedules_and_overrides_are_followed() -> None:
+    """Two groups with options of their own, a parameter overridden to 32 bits, a rate and options that change."""
+
+    def build(backend: str) -> Automagic:
+        first, second, overridden, quiet = parameters(((5, 52), (300,), (7, 9), (40,)), torch.float32)
+        bnb.GlobalOptimManager.get_instance().override_config(
+            overridden, key_value_dict={"optim_bits": 32, "weight_decay": 0.3, "lr": 0.05}
+        )
+        groups = [
+            {"params": [first, overridden]},
+            {"params": [second, quiet], "lr": 0.004, "betas": (0.7, 0.9), "weight_decay": 0.0, "came": False},
+        ]
+        return optimizer(groups, backend)
+
+    def change(opt: Automagic, number: int) -> None:
+        first, second = opt.param_groups
+        first["lr"] = 0.02 / number
+        if number == 2:
+            second["weight_decay"], second["warmup_steps"] = 0.2, 2
+        elif number == 3:
+            second["betas"], second["torque"], second["came"] = (0.75, 0.95, 0.99), False, True
+            bnb.GlobalOptimManager.get_instance().override_config(second["params"][1], "weight_decay", 0.4)
+        elif number == 4:
+            first["lr"], first["clip_threshold"], first["lora"] = 0.0, 0.7, True
+
+    run = follow(build, 4, before=change)
+    assert run.violations("8bit") == []
+    held = {st.storage_held(run.kernel.state[p]) for p in parameters_of(run.kernel)}
+    assert held == {"8bit", "32bit"}
+
+
+def test_schedule_under_a_found_rate_is_followed() -> None:
+    """`lr` over the base rate scales what auto_lr finds, which each group finds for itself."""
+
+    def build(backend: str) -> Automagic:
+        first, second, third = parameters(((5, 52), (300,), (7, 9)), torch.float32)
+        groups = [{"params": [first]}, {"params": [second]}, {"params": [third], "lr": 0.01}]
+        return optimizer(groups, backend, "32bit", lr=None, min_lr=1e-3, max_lr=0.1)
+
+    def schedule(opt: Automagic, number: int) -> None:
+        for group in opt.param_groups:
+            group["lr"] = group["base_lr"] / number
+
+    run = follow(build, 4, steady, before=schedule)
+    assert run.violations("32bit") == []
+    assert [group["auto_lr"] for group in run.kernel.param_groups] == [True, True, False]
+
+
+def test_group_added_later_is_followed() -> None:
+    """A plan made for fewer parameters is not kept."""
+
+    def add(opt: Automagic, number: int) -> None:
+        if number == 2:
+            p = parameters(((7, 9),), torch.float32)[0]
+            give(p, gradient((7, 9), 9, 2))
+            opt.add_param_group({"params": [p], "lr": 0.03})
+
+    run = follow(lambda backend: optimizer(parameters(FEW_SHAPES, torch.float32), backend), 3, before=add)
+    assert run.violations("8bit") == []
+    assert run.kernel.state[parameters_of(run.kernel)[-1]]["step"] == 2
+
+
+def test_factored_states_fall_back_to_the_reference(tools: Any) -> None:
+    """A warning says so; the numbers are the reference's own, beside parameters that the kernels take."""
+
+    def build(backend: str) -> Automagic:
+        return optimizer(parameters(((64, 256), (7, 9)), torch.bfloat16), backend, factored=True)
+
+    ours, theirs = build("triton"), build("torch")
+    for opt in (ours, theirs):
+        for index, p in enumerate(parameters_of(opt)):
+            give(p, gradient(tuple(p.shape), index, 1))
+    with pytest.warns(UserWarning, match="factored states are updated in plain PyTorch"):
+        ours.step()
+    theirs.step()
+    (large, small), (their_large, _) = parameters_of(ours), parameters_of(theirs)
+    assert st.storage_held(ours.state[large]) == "factored"
+    assert st.storage_held(ours.state[small]) == "8bit"
+    assert torch.equal(large, their_large)
+    assert not tools.differences(dict(ours.state[large]), dict(theirs.state[their_large]))
+    seen = Differences()
+    seen.take(ours, theirs)
+    assert seen.violations(ONE_STEP) == []
+
+
+# --- where tensors lie ------------------------------------------------------------------------------------------------
+
+
+def run_kernels(
+    storage: str = "8bit",
+    before: Callable[[Automagic, int], Automagic | None] | None = None,
+    steps: int = 3,
+    step_with: Callable[[Automagic], Any] = Automagic.step,
+    gradients: Gradients = gradient,
+    **options: Any,
+) -> Automagic:
+    """Some steps of the kernels over bfloat16.
+
+    Args:
+        before: done to the optimizer before each step, after it has its gradients; may give another in its place.
+    """
+    opt = optimizer(parameters(FEW_SHAPES, torch.bfloat16), "triton", storage, **options)
+    for number in range(1, steps + 1):
+        for index, p in enumerate(parameters_of(opt)):
+            give(p, gradients(tuple(p.shape), index, number))
+        if before is not None:
+            opt = before(opt, number) or opt
+        step_with(opt)
+    return opt
+
+
+def differing_bits(tools: Any, a: Automagic, b: Automagic) -> list[str]:
+    """Where parameters, states or groups of two optimizers differ."""
+    return tools.differences(tools.snapshot(a), tools.snapshot(b))
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> Callable[[str], Automagic]:
+    """The run that the others are compared with bit for bit, by storage."""
+    made: dict[str, Automagic] = {}
+
+    def of(storage: str) -> Automagic:
+        if storage not in made:
+            made[storage] = run_kernels(storage)
+        return made[storage]
+
+    return of
+
+
+REPLACED: list[Any] = []
+"""What was replaced is kept: a kernel that missed it then fails the test, and spoils no one else's memory."""
+
+
+def nothing(opt: Automagic, number: int) -> None:
+    """The same again."""
+
+
+def gradients_move(opt: Automagic, number: int) -> None:
+    """Gradients of the same values elsewhere in memory, transposed, or at an odd address."""
+    for p in parameters_of(opt):
+        if number == 1 and p.dim() == 2:
+            p.grad = p.grad.t().contiguous().t()
+        elif number == 2:
+            padded = torch.zeros(p.numel() + 1, dtype=p.dtype, device=p.device)
+            padded[1:] = p.grad.view(-1)
+            p.grad = padded[1:].view(p.shape)
+
+
+def parameters_move(opt: Automagic, number: int) -> None:
+    """`.data` replaced: by a copy, then by a view at an odd address."""
+    for p in parameters_of(opt):
+        REPLACED.append(p.data)
+        if number == 2:
+            p.data = p.data.clone()
+        elif number == 3:
+            padded = torch.zeros(p.numel() + 1, dtype=p.dtype, device=p.device)
+            padded[1:] = p.data.view(-1)
+            p.data = padded[1:].view(p.shape)
+
+
+def states_are_replaced(opt: Automagic, number: int) -> None:
+    """Every tensor of the state by a copy, as offloading to the host and back does."""
+    for state in opt.state.values():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and number > 1:
+                REPLACED.append(value)
+                state[name] = value.clone()
+
+
+def states_move(opt: Automagic, number: int) -> None:
+    """The memory under every tensor of the state, the tensors staying."""
+    for state in opt.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor) and number > 1:
+                REPLACED.append(value.data)
+                value.data = value.data.clone()
+
+
+def state_dicts_are_replaced(opt: Automagic, number: int) -> None:
+    """Each parameter's dict, and all tensors in it, by copies."""
+    for p, state in list(opt.state.items()):
+        REPLACED.append(state)
+        opt.state[p] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+
+
+def second_moments_are_replaced(opt: Automagic, number: int) -> None:
+    """One tensor of one parameter's state by a copy."""
+    if number > 1:
+        state = opt.state[parameters_of(opt)[1]]
+        REPLACED.append(state["state2"])
+        state["state2"] = state["state2"].clone()
+
+
+def state_dict_is_loaded(opt: Automagic, number: int) -> None:
+    """Its own, in the middle, over states that have been spoilt."""
+    if number == 3:
+        saved = copy.deepcopy(opt.state_dict())
+        for state in opt.state.values():
+            for name in ("state1", "state2", "torque"):
+                state[name].zero_()
+        opt.load_state_dict(saved)
+
+
+def run_is_resumed(opt: Automagic, number: int) -> Automagic | None:
+    """By a new optimizer over copies of the parameters."""
+    if number != 3:
+        return None
+    fresh = [torch.nn.Parameter(p.detach().clone()) for p in parameters_of(opt)]
+    for p, q in zip(parameters_of(opt), fresh, strict=True):
+        give(q, p.grad)
+    resumed = optimizer(fresh, "triton", "32bit" if opt.config.optim_bits == 32 else "8bit")
+    resumed.load_state_dict(copy.deepcopy(opt.state_dict()))
+    return resumed
+
+
+def optimizer_is_copied(opt: Automagic, number: int) -> Automagic | None:
+    """Deeply, parameters and all; the original is stepped once more and must not matter."""
+    if number != 2:
+        return None
+    copied = copy.deepcopy(opt)
+    for p, q in zip(parameters_of(opt), parameters_of(copied), strict=True):
+        give(q, p.grad)
+    opt.step()
+    return copied
+
+
+DISTURBANCES = [
+    nothing,
+    gradients_move,
+    parameters_move,
+    states_are_replaced,
+    states_move,
+    state_dicts_are_replaced,
+    second_moments_are_replaced,
+    state_dict_is_loaded,
+    run_is_resumed,
+    optimizer_is_copied,
+]
+
+
+@pytest.mark.parametrize("disturbance", DISTURBANCES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("storage", ["8bit", pytest.param("32bit", marks=NEEDS_GPU)])
+def test_bits_do_not_depend_on_memory(
+    disturbance: Any, storage: str, undisturbed: Callable[[str], Automagic], tools: Any
+) -> None:
+    """Whatever moves, is replaced or is resumed between steps: the run ends in the very bits of the undisturbed one."""
+    opt = run_kernels(storage, disturbance)
+    assert differing_bits(tools, undisturbed(storage), opt) == []
+
+
+def test_a_disturbance_is_seen(undisturbed: Callable[[str], Automagic], tools: Any) -> None:
+    """Negative control: one gradient off by one spacing of bfloat16 changes the bits."""
+
+    def nudge(opt: Automagic, number: int) -> None:
+        grad = parameters_of(opt)[0].grad
+        grad.view(-1)[7] = torch.nextafter(grad.view(-1)[7], torch.tensor(1.0, dtype=grad.dtype, device=grad.device))
+
+    assert differing_bits(tools, undisturbed("8bit"), run_kernels("8bit", nudge)) != []
+
+
+@pytest.mark.parametrize("options", [{}, {"lr": 0.01, "auto_lr": True, "percentile_clipping": 50}], ids=str)
+def test_stepping_parameter_by_parameter_gives_the_same_bits(options: dict[str, Any], tools: Any) -> None:
+    """`step_parameter` over all parameters, in any order, equals `step`; a rate found is found from all of them."""
+
+    def one_by_one(opt: Automagic) -> None:
+        for group in opt.param_groups:
+            for p in reversed(group["params"]):
+                opt.step_parameter(p, group)
+
+    together = run_kernels(**options, steps=4, gradients=steady)
+    separate = run_kernels(**options, steps=4, gradients=steady, step_with=one_by_one)
+    assert differing_bits(tools, together, separate) == []
+    if options:
+        assert together.param_groups[0]["auto_lr_rate"] > 1.1 * 0.01
+
+
+def test_ways_of_stepping_may_alternate(undisturbed: Callable[[str], Automagic], tools: Any) -> None:
+    """`step` after `step_parameter` and the other way round go on from where the other left off."""
+    calls = itertools.count()
+
+    def either(opt: Automagic) -> None:
+        if next(calls) % 2:
+            for p in opt.param_groups[0]["params"]:
+                opt.step_parameter(p, opt.param_groups[0])
+        else:
+            opt.step()
+
+    opt = run_kernels(step_with=either)
+    assert differing_bits(tools, undisturbed("8bit"), opt) == []
+
+
+@dataclass
+class Guarded:
+    """A tensor's copy between two margins that must stay as they are."""
+
+    MARGIN = 64
+    whole: Tensor
+    size: int
+    first: int = field(default=MARGIN)
+
+    @classmethod
+    def around(cls, x: Tensor, odd: int = 0) -> Guarded:
+        """The copy begins at an aligned address, plus so many elements."""
+        made = cls(torch.full((x.numel() + 2 * cls.MARGIN,), 77, dtype=x.dtype, device=x.device), x.numel())
+        made.first += odd
+        made.inside().copy_(x.view(-1))
+        return made
+
+    def inside(self) -> Tensor:
+        return self.whole[self.first : self.first + self.size]
+
+    def is_intact(self) -> bool:
+        return bool((self.whole[: self.first] == 77).all() and (self.whole[self.first + self.size :] == 77).all())
+
+
+@pytest.mark.parametrize("storage", BITS)
+@pytest.mark.parametrize("odd", [0, 1], ids=["aligned", "odd address"])
+def test_nothing_is_written_beyond_the_ends(storage: str, odd: int) -> None:
+    """Neither of parameters (at an odd address too) nor of states, and gradients are not written at all."""
+    options = {"lr": 0.01, "auto_lr": True, "percentile_clipping": 50}
+    opt = optimizer(parameters(((300,), (3, 5)), torch.bfloat16), "triton", storage, **options)
+    guards = []
+    for index, p in enumerate(parameters_of(opt)):
+        opt.init_state(opt.param_groups[0], p)
+        guards.append(Guarded.around(p.data, odd))
+        p.data = guards[-1].inside().view(p.shape)
+        state = opt.state[p]
+        for name in [k for k, v in state.items() if isinstance(v, Tensor) and not k.startswith("qmap")]:
+            guards.append(Guarded.around(state[name]))
+            state[name] = guards[-1].inside().view(state[name].shape)
+        guard = Guarded.around(gradient(tuple(p.shape), index, 1).to(p), odd)
+        guards.append(guard)
+        p.grad = guard.inside().view(p.shape)
+    old = [p.detach().clone() for p in parameters_of(opt)]
+    grads = [p.grad.clone() for p in parameters_of(opt)]
+    for _ in range(2):
+        opt.step()
+    assert all(guard.is_intact() for guard in guards)
+    for p, before, grad in zip(parameters_of(opt), old, grads, strict=True):
+        assert not torch.equal(p, before)
+        assert torch.equal(p.grad, grad)
+
+
+def test_strided_and_empty_parameters_are_left_to_the_reference() -> None:
+    """A transposed parameter is updated in place by plain PyTorch, beside one that the kernels take."""
+
+    def build(backend: str) -> Automagic:
+        straight, strided, empty = parameters(((5, 52), (7, 9), (0, 4)), torch.float32)
+        strided.data = strided.data.t().contiguous().t()
+        return optimizer([straight, strided, empty], backend)
+
+    run = follow(build, 2)
+    assert run.violations("8bit") == []
+    assert parameters_of(run.kernel)[1].stride() == (1, 7)
+
+
+# --- what a step costs ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels launched from here on, which are not run."""
+    names: list[str] = []
+
+    def note(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        names.append(kernel.fn.__name__)
+
+    monkeypatch.setattr(type(step.step_kernel), "run", note)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, ["step_kernel", "_finalise_kernel"]),
+        ({"warmup_steps": 0}, ["step_kernel"]),
+        ({"percentile_clipping": 50}, ["_square_sums_kernel", "_clip_kernel", "step_kernel", "_finalise_kernel"]),
+        ({"auto_lr": True}, ["_find_rate_kernel", "step_kernel", "_finalise_kernel"]),
+    ],
+    ids=["defaults", "mask frozen", "percentile clipping", "rate found"],
+)
+def test_hundred_tensors_take_a_handful_of_launches(
+    options: dict[str, Any], expected: list[str], launches: list[str]
+) -> None:
+    """However many tensors, one launch of each kernel that the options call for."""
+    opt = optimizer(parameters(((3, 2),) * 60 + ((40,),) * 40, torch.float32), "triton", **options)
+    for _ in range(2):
+        launches.clear()
+        for p in parameters_of(opt):
+            p.grad = torch.ones_like(p)
+        opt.step()
+        # 40 elements are eight at a time, 6 are not: two buckets, with the rate found once for both
+        buckets = [name for name in launches if name != "_find_rate_kernel"]
+        assert sorted(buckets) == sorted(2 * [name for name in expected if name != "_find_rate_kernel"])
+        assert launches.count("_find_rate_kernel") == expected.count("_find_rate_kernel")
+
+
+def compiled_variants() -> int:
+    """How many compiled kernels are cached in this process."""
+    kernels = [step.step_kernel, statistics._finalise_kernel, statistics._square_sums_kernel]
+    kernels += [statistics._clip_kernel, statistics._find_rate_kernel]
+    total = 0
+    for kernel in kernels:
+        caches = kernel.device_caches.values() if hasattr(kernel, "device_caches") else [kernel.cache]
+        total += sum(len(cache[0] if isinstance(cache, tuple) else cache) for cache in caches)
+    return total
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not COMPILED, reason="the interpreter compiles nothing")
+def test_numbers_never_recompile() -> None:
+    """Rates, decay, betas, eps and thresholds are arguments; only the end of the warm-up is another kernel."""
+    opt = optimizer(parameters(SOME_SHAPES, torch.bfloat16), "triton", percentile_clipping=50)
+
+    def steps(count: int) -> int:
+        for number in range(1, count + 1):
+            for index, p in enumerate(parameters_of(opt)):
+                give(p, gradient(tuple(p.shape), index, number))
+            opt.step()
+        return compiled_variants()
+
+    known = steps(2)
+    assert known > 0
+    group = opt.param_groups[0]
+    for changes in (
+        {"lr": 0.0, "weight_decay": 0.0},
+        {"lr": 1.0, "weight_decay": 1.0, "min_lr": 0.0, "max_lr": 1.0},
+        {"betas": (0.0, 0.5, 0.25), "eps": (1e-8, 0.0)},
+        {"clip_threshold": 2.0, "edge_penalty": 1.0, "edge_threshold": 0.0, "frequency_penalty": 1.0},
+        {"detail_preservation": 0.0, "low_rank_emphasis": 2.0, "percentile_clipping": 1, "seed": 1},
+    ):
+        group.update(changes)
+        assert steps(1) == known, changes
+    group["warmup_steps"] = 0
+    assert steps(1) > known, "negative control: another switch does compile"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not COMPILED, reason="only a CUDA device can be waited for")
+@pytest.mark.parametrize("switch", ["defaults", "rate found", "percentile clipping"])
+@pytest.mark.parametrize("storage", BITS)
+def test_a_step_does_not_wait_for_the_device(switch: str, storage: str) -> None:
+    """No host synchronisation once the plan is made; the low-rank step, every tenth, is the one that may wait."""
+    opt = optimizer(parameters(SOME_SHAPES, torch.bfloat16), "triton", storage, **SWITCHES[switch])
+    for number in range(1, 9):
+        for index, p in enumerate(parameters_of(opt)):
+            give(p, gradient(tuple(p.shape), index, number))
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if number > 2 else "default")
+        try:
+            opt.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not COMPILED, reason="only a CUDA device can be waited for")
+def test_waiting_for_the_device_is_seen() -> None:
+    """Negative control for the test above: reading a number off the device is an error there."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            torch.ones(1, device="cuda").item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# --- choosing a backend -----------------------------------------------------------------------------------------------
+
+
+def test_kernels_on_the_cpu_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names the option, its value and both ways out; nothing has been touched."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    p = torch.nn.Parameter(torch.ones(4))
+    opt = Automagic8bit([p], lr=1e-3, backend="triton")
+    p.grad = torch.ones(4)
+    with pytest.raises(RuntimeError) as error:
+        opt.step()
+    assert all(
+        part in str(error.value) for part in ("backend='triton'", "cpu", "TRITON_INTERPRET=1", "backend='torch'")
+    )
+    assert torch.equal(p, torch.ones(4))
+    assert not opt.state.get(p)
+
+
+@pytest.mark.parametrize("backend", ["torch", None])
+def test_plain_pytorch_launches_nothing(
+    backend: str | None, launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked for, or on the CPU without being asked for: Triton is not even looked for."""
+
+    def look() -> str:
+        raise AssertionError("Triton was looked for")
+
+    if backend == "torch":
+        monkeypatch.setattr(fused, "triton_missing", look)
+    p = torch.nn.Parameter(torch.ones(4))
+    opt = Automagic8bit([p], lr=1e-3, backend=backend)
+    p.grad = torch.ones(4)
+    opt.step()
+    opt.step_parameter(p, opt.param_groups[0])
+    assert opt.state[p]["step"] == 2
+    assert not torch.equal(p, torch.ones(4))
+    assert launches == []
+
+
+@pytest.mark.parametrize("backend", ["cuda", "Triton", "", 1, True])
+def test_unknown_backend_is_an_error(backend: Any) -> None:
+    """The error names the option, the value and the choices."""
+    with pytest.raises((TypeError, ValueError), match=r"option backend=.*'triton', 'torch'") as error:
+        Automagic8bit([torch.nn.Parameter(torch.ones(4))], backend=backend)
+    assert repr(backend) in str(error.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not COMPILED, reason="the kernels are the default on a CUDA device only")
+def test_kernels_are_the_default_on_cuda(launches: list[str]) -> None:
+    """Without being asked for."""
+    p = parameters(((40,),), torch.float32)[0]
+    opt = Automagic8bit([p], lr=1e-3)
+    p.grad = torch.ones_like(p)
+    opt.step()
+    assert "step_kernel" in launches
