@@ -64,12 +64,11 @@ def _position(scaled, F: tl.constexpr, EXACT: tl.constexpr):
 
     Without EXACT what it rounds to is right, but not how far it is from there.
     """
-    # floor(log10 a) + 7, at least 0. Within 1e-4 of a decade's end the neighbour may be taken: with EXACT the lower one,
-    # whose line is right on both sides; without, the upper one, from which what lies below rounds down as it should.
+    # floor(log10 a) + 7, at least 0. Within 1e-4 of a decade's end the neighbour may be taken: with EXACT the lower,
+    # whose line is right on both sides; without, the upper, from which what lies below rounds down as it should.
     half = 6.5 + (-3.5e-5 if EXACT else 3.5e-5)
-    rounded = (
-        tl.maximum(log2(scaled) * 0.30102999566 + (half - (1.8519374645 if F == 1 else 2.1529674602)), 0.0) + MAGIC
-    )
+    shift = half - (1.8519374645 if F == 1 else 2.1529674602)  # log10 of 64 F / 0.9
+    rounded = tl.maximum(log2(scaled) * 0.30102999566 + shift, 0.0) + MAGIC
     missing = (MAGIC + 6.0) - rounded  # 6 - d
     bins = ((rounded.to(tl.int32, bitcast=True) << 23) + (0x3F800000 if F == 1 else 0x40000000)).to(
         tl.float32, bitcast=True
