@@ -514,4 +514,4 @@ def _write_back(chunk: list[RankTask], values: Tensor) -> None:
         shape = torch.Size([values[0].numel()])
         uniform = q.uniform(q.random_bits(keys, shape, values.device)).view(values.shape)
     rounded = q.round_to(values, dtype, uniform)
-    torch._foreach_copy_([task.theta for task in chunk], list(rounded.unbind()))
+    torch._foreach_copy_([task.theta for task in chunk], list(rounded.unbind()))  # pyright: ignore[reportPrivateImportUsage]
