@@ -129,12 +129,16 @@ def _laplacian_even(g_ptr, g, lanes, column, start, size, width, valid, scale, S
 
 @triton.jit
 def _write_moment(ptr, absmax_ptr, place, x, centred, valid, touched, EIGHT: tl.constexpr, SIGNED: tl.constexpr):
-    """Store m to nearest, or v or r stochastically. A block in which all was skipped keeps its very codes."""
+    """Store m to nearest, or v or r stochastically. A block in which all was skipped keeps its very codes.
+
+    Args:
+        touched: int32, how many elements were not skipped.
+    """
     if EIGHT:
         absmax = tl.maximum(tl.max(tl.abs(x) if SIGNED else x, 0), _TINY_ABSMAX)
         codes = codec.encode_signed(x, absmax) if SIGNED else codec.encode_unsigned(x, absmax, centred)
-        tl.store(ptr + place, codes, mask=valid & touched)
-        tl.store(absmax_ptr, absmax, mask=touched)
+        tl.store(ptr + place, codes, mask=tl.where(valid, touched, 0) > 0)
+        tl.store(absmax_ptr, absmax, mask=touched > 0)
     else:
         tl.store(ptr + place, x, mask=valid)
 
@@ -217,10 +221,10 @@ def _block(
         tl.store(torque_ptr, torque)
         damping = damping * (1 + tl.clamp(tl.load(numbers_ptr + N_KAPPA) * torque, -1.0, 1.0))
     m = (beta1 * absmax1) * m_old + damping * u
-    touched = True
+    touched = 1
     if CAREFUL:
         m = tl.where(usable, m, m_old * absmax1)
-        touched = tl.sum((usable & valid).to(tl.int32), 0) > 0
+        touched = tl.sum((usable & valid).to(tl.int32), 0)
 
     key = tl.load(numbers_ptr + N_KEY).to(tl.uint32, bitcast=True)
     start = block.to(tl.int64) * BLOCK

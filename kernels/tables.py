@@ -202,6 +202,7 @@ class Bucket:
         self.sharded = any(m.sharded for m in members)
         self.thetas = [m.theta.data_ptr() for m in members]
         self.first_address = self.tensors[0][0].data_ptr()
+        self.short = [row for row, m in enumerate(members) if m.theta.numel() <= q.BLOCK]
         self.aligned = all(m.theta.data_ptr() % 16 == 0 for m in members) and self.spec.wide
         self.sources: dict[int, np.ndarray] = {}
         for source in {m.source for m in members}:
@@ -239,12 +240,16 @@ class Bucket:
         if list(map(Tensor.data_ptr, parameters)) != self.thetas or self.first_address != self.tensors[0][0].data_ptr():
             return False
         try:  # identical objects compare equal at once; others are tensors, whose == is no answer, or lack a key
-            return (
+            same = (
                 list(map(state_of.__getitem__, self.parameters)) == self.states
                 and list(map(self.tensors_of, self.states)) == self.tensors
             )
         except (KeyError, RuntimeError):
             return False
+        # Tensors of one element do have an answer, but a copy is not the same tensor.
+        return same and all(
+            all(map(operator.is_, self.tensors_of(self.states[row]), self.tensors[row])) for row in self.short
+        )
 
     def gradients(self) -> tuple[list[int], list[Tensor | None]] | None:
         """Each member's gradient's address (0 for none), and what keeps copies alive; None if a dtype has changed."""

@@ -235,7 +235,7 @@ POISONED: Shapes = ((5, 52), (12, 24), (700,), (300,), (2,))
 
 
 def poisoned(shape: tuple[int, ...], index: int, step: int) -> Tensor:
-    """First single elements that are not usable, then a whole block, then whole tensors; a clean step at the end."""
+    """First single elements that are not usable, then a whole block, then whole tensors; then one beyond a border."""
     g = gradient(shape, index, step)
     flat = g.view(-1)
     if step == 1:
@@ -247,7 +247,9 @@ def poisoned(shape: tuple[int, ...], index: int, step: int) -> Tensor:
                 flat[place] = value
         flat[256:512] = torch.nan if index == 2 else flat[256:512]
     elif step == 3 and index % 2:
-        flat[:] = (torch.nan, torch.inf)[index // 2]
+        flat[:] = (1e18, torch.inf)[index // 2]  # equal all over, so that no Laplacian shows it
+    elif step == 4:
+        flat[256:257] = 1e18
     return g
 
 
@@ -275,7 +277,8 @@ def test_what_is_skipped_keeps_its_bits(storage: str) -> None:
     opt = optimizer(parameters(((300,), (520,)), torch.float32), "triton", storage)
     whole, partly = parameters_of(opt)
     for index, p in enumerate((whole, partly)):
-        give(p, gradient(tuple(p.shape), index, 1))
+        # The largest momentum is negative, for which the code book has no 1: coding it again would change it.
+        give(p, -gradient(tuple(p.shape), index, 1).abs())
     opt.step()
     kept = ("state1", "state2", "state3", "lr_mask", "last_polarity", "absmax1", "absmax2", "absmax3")
     held = [{k: v.clone() for k, v in opt.state[p].items() if k in kept} for p in (whole, partly)]
@@ -316,6 +319,36 @@ def test_zero_gradients_are_followed(storage: str, eps: tuple[float, float]) -> 
         lambda backend: optimizer(parameters(POISONED[:4], torch.float32), backend, storage, eps=eps), 3, with_zeros
     )
     assert run.violations(storage) == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=NEEDS_GPU)])
+def test_silent_block_beside_a_loud_one(dtype: str) -> None:
+    """Its border is all edge, 1e9 times what it holds itself: bounded, as is the penalty, and nothing overflows."""
+
+    def split(shape: tuple[int, ...], index: int, step: int) -> Tensor:
+        g = gradient(shape, index, step)
+        g.view(-1)[:256] *= 1e-9
+        return g
+
+    def build(backend: str) -> Automagic:
+        return optimizer(parameters(((10, 52), (8, 64)), DTYPES[dtype]), backend, edge_penalty=20.0)
+
+    run = follow(build, 2, split)
+    assert run.violations("8bit") == []
+    for p in parameters_of(run.kernel):
+        quiet, loud = run.kernel.state[p]["edge_history"][:2]
+        assert quiet > 1 > loud > 0, "no border of this kind was seen"
+
+
+def test_every_sixteenth_block_is_watched() -> None:
+    """The 17th block is a probe, and a short one; the 2nd is none."""
+    options = {"lr": 0.01, "auto_lr": True, "came": False, "torque": False}
+    run = follow(lambda backend: optimizer(parameters(((4100,),), torch.float32), backend, "32bit", **options), 1)
+    assert run.violations("32bit") == []
+    z = run.kernel.state[parameters_of(run.kernel)[0]]["probe_sum"]
+    assert z.shape == (2, 256)
+    assert (z[0] != 0).all()
+    assert (z[1] != 0).sum() == 4
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e9])
@@ -554,12 +587,22 @@ def state_dicts_are_replaced(opt: Automagic, number: int) -> None:
         opt.state[p] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
 
 
-def second_moments_are_replaced(opt: Automagic, number: int) -> None:
-    """One tensor of one parameter's state by a copy."""
-    if number > 1:
+def replace_one(opt: Automagic, number: int, name: str) -> None:
+    """One tensor of the second parameter's state by a copy, before the third step."""
+    if number == 3:
         state = opt.state[parameters_of(opt)[1]]
-        REPLACED.append(state["state2"])
-        state["state2"] = state["state2"].clone()
+        REPLACED.append(state[name])
+        state[name] = state[name].clone()
+
+
+def second_moment_is_replaced(opt: Automagic, number: int) -> None:
+    """Codes of three elements."""
+    replace_one(opt, number, "state2")
+
+
+def absmax_is_replaced(opt: Automagic, number: int) -> None:
+    """A tensor of one element."""
+    replace_one(opt, number, "absmax2" if "absmax2" in opt.state[parameters_of(opt)[1]] else "torque")
 
 
 def state_dict_is_loaded(opt: Automagic, number: int) -> None:
@@ -602,7 +645,8 @@ DISTURBANCES = [
     states_are_replaced,
     states_move,
     state_dicts_are_replaced,
-    second_moments_are_replaced,
+    second_moment_is_replaced,
+    absmax_is_replaced,
     state_dict_is_loaded,
     run_is_resumed,
     optimizer_is_copied,
