@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from automagic_bnb import bnb, checkpoint, config, reference
+from automagic_bnb import bnb, checkpoint, config, metrics, reference
 from automagic_bnb import state as st
 from automagic_bnb.fused import FusedStep
 from automagic_bnb.notices import warn_once
@@ -373,7 +373,10 @@ class Automagic(bnb.Optimizer2State):
     def _get_lr(self, group: Group, state: st.State) -> Tensor:
         """The group's mean rate as a 0-d tensor on its parameters' device: the name that some trainers log from."""
         device = local_tensor(group["params"][0]).device if group["params"] else None
-        return torch.as_tensor(self._group_rate(group), dtype=torch.float32, device=device)
+        rate = self._group_rate(group)
+        if isinstance(rate, Tensor):
+            return rate.to(device or rate.device)
+        return torch.full((), rate, dtype=torch.float32, device=device)  # filled there: an upload would wait
 
     def element_learning_rates(self, p: Tensor) -> Tensor:
         """The rate of every element of p as the next step would use it, float32, shaped like p.
@@ -390,6 +393,19 @@ class Automagic(bnb.Optimizer2State):
         d = group["auto_lr_rate"].to(local.device) if options["auto_lr"] else None
         rates = reference.element_rates(k, state["tensor_stats"][st.MASK_MEAN], scalars, d)
         return blocks.join(rates).view(local.shape)
+
+    def get_metrics(self, per_group: bool = False, per_parameter: bool = False) -> dict[str, float]:
+        """Learning rates, agreement, damping, clipping and the like: `metrics.METRICS` lists the names.
+
+        Read-only, and the device is waited for once. Those that need gradients describe the step just taken, so call it
+        between `step()` and `zero_grad()`; without gradients they are NaN. The set of names depends on the arguments
+        and on the parameters only. Of a sharded parameter, the figures are those of the shard that lives here.
+
+        Args:
+            per_group: adds the same names after "group0/", "group1/" and so on.
+            per_parameter: adds them after each parameter's name and a slash, or "group0/parameter0/" where it has none.
+        """
+        return metrics.collect(self, per_group, per_parameter)
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
