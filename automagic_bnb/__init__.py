@@ -2,6 +2,7 @@
 
 from automagic_bnb.bnb import BITSANDBYTES_AVAILABLE
 from automagic_bnb.config import AutomagicConfig, OptimizationProfiles
+from automagic_bnb.hardware import get_adaptive_config, get_hardware_optimized_config
 from automagic_bnb.optimizer import (
     Automagic,
     Automagic8bit,
@@ -12,6 +13,7 @@ from automagic_bnb.optimizer import (
     PagedAutomagic32bit,
     create_improved_8bit_optimizer,
 )
+from automagic_bnb.timing import BenchmarkResult, benchmark_optimizer
 
 __version__ = "0.1.0"
 
@@ -23,8 +25,12 @@ __all__ = [
     "AutomagicConfig",
     "Automagic_CameAMP_8Bit",
     "Automagic_CameAMP_Improved_8Bit",
+    "BenchmarkResult",
     "OptimizationProfiles",
     "PagedAutomagic8bit",
     "PagedAutomagic32bit",
+    "benchmark_optimizer",
     "create_improved_8bit_optimizer",
+    "get_adaptive_config",
+    "get_hardware_optimized_config",
 ]
