@@ -13,6 +13,9 @@ from automagic_bnb.optimizer import (
     PagedAutomagic32bit,
     create_improved_8bit_optimizer,
 )
+from automagic_bnb.plots import plot_singular_values, plot_spectrum
+from automagic_bnb.singular import effective_rank, singular_values, stable_rank
+from automagic_bnb.spectrum import Spectrum, spectrum
 from automagic_bnb.timing import BenchmarkResult, benchmark_optimizer
 
 __version__ = "0.1.0"
@@ -29,8 +32,15 @@ __all__ = [
     "OptimizationProfiles",
     "PagedAutomagic8bit",
     "PagedAutomagic32bit",
+    "Spectrum",
     "benchmark_optimizer",
     "create_improved_8bit_optimizer",
+    "effective_rank",
     "get_adaptive_config",
     "get_hardware_optimized_config",
+    "plot_singular_values",
+    "plot_spectrum",
+    "singular_values",
+    "spectrum",
+    "stable_rank",
 ]
