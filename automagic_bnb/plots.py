@@ -67,11 +67,14 @@ def plot_spectrum(spectrum: Spectrum, path: str | Path | None = None) -> Figure:
     )
     for colour, (label, power, share, style) in zip(COLOURS, curves, strict=False):
         seen = power > 0  # not in empty bins (NaN), nor where a logarithm has nothing to show
-        label = f"{label}; {share:.2%} of the energy above the cut-off"
+        label += f"; {share:.2%} of the energy above the cut-off" if spectrum.energy_before > 0 else ""
         axes.plot(spectrum.radius[seen], power[seen], style, color=colour, lw=2, marker="o", ms=4, label=label)
     axes.axvline(spectrum.cutoff, color="black", ls=":", lw=1.5, label=f"cut-off {spectrum.cutoff:g}")
     axes.set_xlim(0, 1)
-    axes.set_yscale("log")
+    if spectrum.energy_before > 0:
+        axes.set_yscale("log")
+    else:
+        axes.set_title("all elements are 0", fontsize=12)
     axes.set_xlabel("spatial frequency (0: constant, 1: chequerboard)")
     axes.set_ylabel("mean power of a mode")
     axes.grid(alpha=0.3)

@@ -202,10 +202,19 @@ def test_picture(tmp_path: Path) -> None:
     assert pixels[..., :3].std() > 0.02  # a blank page has 0
 
 
-def test_picture_of_nothing_and_without_a_file() -> None:
-    """Zeros and 3×3 kernels, most of whose bins are empty, are drawn too."""
-    for x in (torch.zeros(16, 4), normal(6, 5, 3, 3)):
-        assert len(plot_spectrum(spectrum(x)).axes) == 1
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_pictures_with_gaps_and_of_nothing(suffix: str, tmp_path: Path) -> None:
+    """3×3 kernels, most of whose bins are empty, a constant and zeros are drawn too, in each format."""
+    for name, x in (("gaps", normal(6, 5, 3, 3)), ("constant", torch.ones(8, 8)), ("zeros", torch.zeros(16, 4))):
+        figure = plot_spectrum(spectrum(x), tmp_path / f"{name}.{suffix}")
+        assert (tmp_path / f"{name}.{suffix}").stat().st_size > 1000
+        assert "nan" not in "".join(str(label) for label in figure.axes[0].get_legend_handles_labels()[1])
+
+
+def test_without_a_path_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    plot_spectrum(spectrum(normal(4, 4)))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_matplotlib_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
