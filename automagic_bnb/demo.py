@@ -11,9 +11,7 @@ validation loss is taken on held-out images with noise and times drawn once, so 
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib
-import math
 import statistics
 import tempfile
 import time
@@ -24,16 +22,25 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.parameter import Parameter
 from torch.optim.optimizer import Optimizer
 
+from automagic_bnb import singular
+from automagic_bnb.demo_model import (
+    PIXELS,
+    FlowBatch,
+    VelocityModel,
+    flow_matching_loss,
+    lora_matrices,
+    make_base,
+    random_stream,
+    sample,
+    trainable,
+    with_lora,
+)
+
 BASE_CLASSES = range(5)
 LORA_CLASSES = range(5, 10)
-PIXELS = 64
-WIDTH = 512
-"""Hidden width. At rank 8 every LoRA matrix then has 4096 elements, the size from which states are kept in 8 bits."""
-BLOCKS = 3
 BATCH = 128
 BASE_LR = 1e-3
 ADAMW_LR = 2e-3
@@ -41,7 +48,6 @@ ADAMW_LR = 2e-3
 seed 0, and of the four rates from 1e-3 to 5e-3 by the mean over the seeds 0, 1 and 2."""
 VALIDATION_INTERVAL = 25
 SAMPLES_PER_CLASS = 8
-SAMPLING_STEPS = 50
 
 
 class DemoError(RuntimeError):
@@ -63,14 +69,6 @@ class DemoOptions:
     device: str | None = None
 
 
-RANDOM_STREAMS = ("split", "base weights", "LoRA weights", "batches", "validation", "samples")
-
-
-def random_stream(seed: int, purpose: str) -> torch.Generator:
-    """The CPU's random numbers for one of the `RANDOM_STREAMS`, independent of the others and of global state."""
-    return torch.Generator().manual_seed(len(RANDOM_STREAMS) * seed + RANDOM_STREAMS.index(purpose))
-
-
 # ---------------------------------------------------------------------------------------------------------------- data
 
 
@@ -78,15 +76,6 @@ class Examples(NamedTuple):
     """Images, float32 [n, 64] with pixels from -1 (paper) to 1 (ink), and labels, int64 [n]."""
 
     images: Tensor
-    labels: Tensor
-
-
-class FlowBatch(NamedTuple):
-    """A flow-matching problem: images and noise, float32 [n, 64]; times in 0…1, float32 [n]; labels, int64 [n]."""
-
-    images: Tensor
-    noise: Tensor
-    times: Tensor
     labels: Tensor
 
 
@@ -119,141 +108,32 @@ def validation_batch(examples: Examples, seed: int, device: torch.device, draws:
     return FlowBatch(*(x.to(device) for x in (images, noise, times, labels)))
 
 
-# --------------------------------------------------------------------------------------------------------------- model
-
-
-class ResidualBlock(nn.Module):
-    """h + down(silu(up(norm(h)) + condition(c))), with h and c of shape [n, WIDTH]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(WIDTH, elementwise_affine=False)
-        self.condition = nn.Linear(WIDTH, WIDTH)
-        self.up = nn.Linear(WIDTH, WIDTH)
-        self.down = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, hidden: Tensor, condition: Tensor) -> Tensor:
-        return hidden + self.down(F.silu(self.up(self.norm(hidden)) + self.condition(condition)))
-
-
-class VelocityModel(nn.Module):
-    """Predicts the velocity of a noisy image at a time, given its class: ([n, 64], [n], [n]) → [n, 64].
-
-    Classes are fixed random codes. So a class that the base never saw has a code of its own from the start, and what
-    the model makes of it is up to `class_projection`, which the LoRA adapts.
-    """
-
-    frequencies: Tensor
-    class_codes: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("frequencies", torch.exp(torch.linspace(0, math.log(1000), PIXELS // 2)))
-        self.register_buffer("class_codes", torch.randn(10, WIDTH))
-        self.time_projection = nn.Linear(PIXELS, WIDTH)
-        self.class_projection = nn.Linear(WIDTH, WIDTH)
-        self.image_in = nn.Linear(PIXELS, WIDTH)
-        self.blocks = nn.ModuleList(ResidualBlock() for _ in range(BLOCKS))
-        self.norm = nn.LayerNorm(WIDTH, elementwise_affine=False)
-        self.velocity_out = nn.Linear(WIDTH, PIXELS)
-
-    def forward(self, noisy: Tensor, times: Tensor, labels: Tensor) -> Tensor:
-        angles = times[:, None] * self.frequencies
-        time_features = self.time_projection(torch.cat([angles.sin(), angles.cos()], dim=1))
-        condition = F.silu(time_features + self.class_projection(self.class_codes[labels]))
-        hidden = self.image_in(noisy)
-        for block in self.blocks:
-            hidden = block(hidden, condition)
-        return self.velocity_out(self.norm(hidden))
-
-
-def make_base(seed: int, device: torch.device) -> VelocityModel:
-    """A freshly initialised model; the global random state is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(random_stream(seed, "base weights").initial_seed())
-        return VelocityModel().to(device)
-
-
-def flow_matching_loss(model: nn.Module, batch: FlowBatch) -> Tensor:
-    """Conditional flow matching on straight paths (arXiv 2210.02747, 2209.03003); a 0-d tensor, mean over pixels.
-
-    x_t = (1 - t) x_0 + t x_1 runs from noise x_0 to the image x_1; the model predicts its velocity x_1 - x_0.
-    """
-    t = batch.times[:, None]
-    predicted = model((1 - t) * batch.noise + t * batch.images, batch.times, batch.labels)
-    return F.mse_loss(predicted, batch.images - batch.noise)
-
-
-@torch.no_grad()
-def sample(model: VelocityModel, labels: Tensor, seed: int) -> Tensor:
-    """Images [n, 64] of the classes `labels` [n]: Euler's method along the velocity, from noise fixed by the seed."""
-    device = model.class_codes.device
-    noise = torch.randn(len(labels), PIXELS, generator=random_stream(seed, "samples"))
-    images, labels = noise.to(device), labels.to(device)
-    for i in range(SAMPLING_STEPS):
-        times = torch.full((len(labels),), i / SAMPLING_STEPS, device=device)
-        images = images + model(images, times, labels) / SAMPLING_STEPS
-    return images
-
-
-# ---------------------------------------------------------------------------------------------------------------- LoRA
-
-
-class LoRALinear(nn.Module):
-    """A frozen linear layer plus a trainable product of two thin matrices: W x + b + B A x.
-
-    A is [rank, in] and random, B is [out, rank] and zero, so the layer starts out as the frozen one.
-    """
-
-    def __init__(self, frozen: nn.Linear, rank: int, generator: torch.Generator) -> None:
-        super().__init__()
-        self.frozen = frozen
-        lora_a = torch.randn(rank, frozen.in_features, generator=generator) / math.sqrt(frozen.in_features)
-        self.lora_A = Parameter(lora_a.to(frozen.weight))
-        self.lora_B = Parameter(frozen.weight.new_zeros(frozen.out_features, rank))
-        for matrix in (self.lora_A, self.lora_B):
-            matrix._is_lora_layer = True  # pyright: ignore[reportAttributeAccessIssue]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.frozen(x) + F.linear(F.linear(x, self.lora_A), self.lora_B)
-
-
-def with_lora(base: VelocityModel, rank: int, seed: int) -> VelocityModel:
-    """A frozen copy of the base whose class projection and residual blocks carry a LoRA, the only trainable part."""
-    model = copy.deepcopy(base).requires_grad_(False)
-    generator = random_stream(seed, "LoRA weights")
-    for parent, name in [(model, "class_projection")] + [(b, n) for b in model.blocks for n in ("up", "down")]:
-        setattr(parent, name, LoRALinear(getattr(parent, name), rank, generator))
-    return model
-
-
-def trainable(model: nn.Module) -> list[Parameter]:
-    """The parameters that an optimizer is to move."""
-    return [p for p in model.parameters() if p.requires_grad]
-
-
 # ------------------------------------------------------------------------------------------------------------ training
 
 
 @dataclass
 class History:
-    """What a training run records: one entry a step, but validation, if any, every `VALIDATION_INTERVAL` steps."""
+    """What a training run records: one entry a step, or one a validation, every `VALIDATION_INTERVAL` steps if any."""
 
     train_loss: list[float] = field(default_factory=list)
     learning_rate: list[float] = field(default_factory=list)
     step_ms: list[float] = field(default_factory=list)
     validation_step: list[int] = field(default_factory=list)
     validation_loss: list[float] = field(default_factory=list)
+    effective_rank: dict[str, list[float]] = field(default_factory=lambda: {"lora_A": [], "lora_B": []})
+    """By kind of LoRA matrix, at each validation: the mean over the layers."""
     interrupted: bool = False
 
-    def validate(self, model: nn.Module, batch: FlowBatch | None) -> None:
-        """Append the loss on the validation batch, if there is one, unless this step has it already."""
+    def validate(self, model: VelocityModel, batch: FlowBatch | None) -> None:
+        """Append loss and ranks, if there is a validation batch and this step has none yet."""
         taken = len(self.train_loss)
         if batch is not None and taken not in self.validation_step:
             with torch.no_grad():
                 loss = flow_matching_loss(model, batch).item()
             self.validation_step.append(taken)
             self.validation_loss.append(loss)
+            for kind, matrices in lora_matrices(model).items():
+                self.effective_rank[kind].append(statistics.fmean(map(singular.effective_rank, matrices)))
 
 
 def train(
@@ -385,11 +265,10 @@ def learned_rates(run: Run) -> dict[str, Tensor]:
     optimizer: Any = run.optimizer
     if not hasattr(optimizer, "element_learning_rates"):
         return {}
-    rates: dict[str, list[Tensor]] = {"lora_A": [], "lora_B": []}
-    for name, p in run.model.named_parameters():
-        if p.requires_grad:
-            rates[name.rpartition(".")[2]].append(optimizer.element_learning_rates(p).flatten().cpu())
-    return {kind: torch.cat(parts) for kind, parts in rates.items()}
+    return {
+        kind: torch.cat([optimizer.element_learning_rates(p).flatten().cpu() for p in matrices])
+        for kind, matrices in lora_matrices(run.model).items()
+    }
 
 
 def mean_rate(run: Run) -> float:
@@ -464,7 +343,7 @@ def prepare_folder(folder: Path) -> Path:
 
 
 def save_pictures(folder: Path, base: VelocityModel, runs: list[Run], seed: int) -> None:
-    """Write samples.png, loss.png and learning_rates.png."""
+    """Write samples.png, loss.png, learning_rates.png and effective_rank.png."""
     from automagic_bnb import demo_pictures
 
     labels = torch.tensor(LORA_CLASSES).repeat_interleave(SAMPLES_PER_CLASS)
@@ -481,6 +360,22 @@ def save_pictures(folder: Path, base: VelocityModel, runs: list[Run], seed: int)
     marks = {"mean": mean_rate(runs[0]), "upper bound (max_lr)": runs[0].optimizer.param_groups[0]["max_lr"]}
     marks |= {f"{run.label}, all weights": mean_rate(run) for run in runs[1:]}
     demo_pictures.save_learning_rates(folder / "learning_rates.png", learned, marks)
+    save_ranks(folder / "effective_rank.png", runs)
+
+
+def save_ranks(path: Path, runs: list[Run]) -> None:
+    """Write the singular values that the LoRA matrices end with, and their effective rank on the way there."""
+    from automagic_bnb import plots
+
+    values, ranks = {}, {}
+    for kind in ("lora_A", "lora_B"):
+        for run in runs:
+            label, history = f"{run.label}, {kind}", run.history
+            of_layers = [singular.singular_values(p) for p in lora_matrices(run.model)[kind]]
+            values[label] = torch.stack(of_layers).mean(dim=0)
+            ranks[label] = dict(zip(history.validation_step, history.effective_rank[kind], strict=True))
+    title = "LoRA matrices: singular values after the last step, and effective rank\n(means over the layers)"
+    plots.plot_singular_values(values, ranks, path, title=title)
 
 
 @contextlib.contextmanager

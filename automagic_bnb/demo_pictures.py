@@ -1,4 +1,4 @@
-"""The demo's pictures, drawn with matplotlib's object interface on the Agg canvas: no window, no global state."""
+"""The demo's own pictures; what they share with others is in `plots`."""
 
 from __future__ import annotations
 
@@ -7,31 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+
+from automagic_bnb.plots import COLOURS, new_figure, saved
 
 if TYPE_CHECKING:
     from automagic_bnb.demo import History
 
-COLOURS = ("#0072b2", "#d55e00")
-"""Blue and vermilion, told apart with any colour vision; in the order of the runs."""
 SHADES = ("#56b4e9", "#0072b2")
 MARK_STYLES = (("black", "-"), ("black", ":"), (COLOURS[1], "--"))
-DPI = 150
 SMOOTHING = 25
 """Steps of the trailing mean over the training loss, whose batches are far noisier than the differences shown."""
 BINS_PER_OCTAVE = 8
 """Histogram bins per factor of two in the learning rate."""
 CELL = 10
 """Side of a picture with its rim, in pixels."""
-
-
-def new_figure(width: float, height: float, title: str) -> Figure:
-    """An empty figure of that size in inches, ready to be saved."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=14)
-    return figure
 
 
 def save_samples(path: Path, images: Mapping[str, np.ndarray], digits: Sequence[int]) -> None:
@@ -44,7 +33,7 @@ def save_samples(path: Path, images: Mapping[str, np.ndarray], digits: Sequence[
     """
     rows = -(-len(images) // 2)
     title = "Digits 5-9 before and after the LoRA\n(8×8 pixels, smoothly enlarged; all samples from the same noise)"
-    figure = new_figure(9, 0.8 + 2.8 * rows, title)
+    figure = new_figure(title, height=0.8 + 2.8 * rows)
     panels = figure.subplots(rows, 2).flat
     for axes, (title, pictures) in zip(panels, images.items(), strict=False):
         axes.imshow(tile(pictures, len(digits)), cmap="gray_r", vmin=-1, vmax=1, interpolation="bicubic")
@@ -56,7 +45,7 @@ def save_samples(path: Path, images: Mapping[str, np.ndarray], digits: Sequence[
         axes.spines[:].set_color("lightgrey")
     for axes in list(figure.axes)[len(images) :]:
         axes.set_axis_off()
-    figure.savefig(path, dpi=DPI)
+    saved(figure, path)
 
 
 def tile(pictures: np.ndarray, rows: int) -> np.ndarray:
@@ -69,7 +58,7 @@ def tile(pictures: np.ndarray, rows: int) -> np.ndarray:
 
 def save_curves(path: Path, histories: Mapping[str, History]) -> None:
     """Losses over steps, and below them the mean learning rate, by label of the optimizer."""
-    figure = new_figure(9, 7.5, "LoRA onto the digits 5-9")
+    figure = new_figure("LoRA onto the digits 5-9", height=7.5)
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(5, 3))
     for colour, (label, history) in zip(COLOURS, histories.items(), strict=False):
         steps = np.arange(1, len(history.train_loss) + 1)
@@ -87,7 +76,7 @@ def save_curves(path: Path, histories: Mapping[str, History]) -> None:
     rates.legend()
     for axes in (losses, rates):
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=DPI)
+    saved(figure, path)
 
 
 def trailing_mean(values: Sequence[float], window: int) -> np.ndarray:
@@ -106,7 +95,7 @@ def save_learning_rates(path: Path, learned: Mapping[str, np.ndarray], marks: Ma
         learned: by kind of matrix, the rates of its weights, float [n], above 0.
         marks: rates to draw as vertical lines, by label.
     """
-    figure = new_figure(9, 5, "Learning rates of single weights after the last step")
+    figure = new_figure("Learning rates of single weights after the last step")
     axes = figure.subplots()
     octaves = np.log2(np.concatenate(list(learned.values())))
     # The top bin ends where the rates do, so that rates held at their bound share one bin.
@@ -122,4 +111,4 @@ def save_learning_rates(path: Path, learned: Mapping[str, np.ndarray], marks: Ma
     axes.set_ylabel("weights per bin of 1/8 octave")
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=DPI)
+    saved(figure, path)

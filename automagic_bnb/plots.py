@@ -86,6 +86,7 @@ def plot_singular_values(
     values: Mapping[str, Tensor],
     history: Mapping[str, Mapping[int, float]] | None = None,
     path: str | Path | None = None,
+    title: str = "Singular values",
 ) -> Figure:
     """Singular values by index, and beside them the effective rank over the steps where a history is given.
 
@@ -93,11 +94,12 @@ def plot_singular_values(
         values: by label, what `singular_values` returned, [n].
         history: by label, the effective rank by step. Ranks of 0, of matrices still all zero, are left out.
         path: where to write the picture, too.
+        title: what stands above it.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    figure = new_figure("Singular values", width=13 if history else 9)
+    figure = new_figure(title, width=13 if history else 9)
     panels = figure.subplots(1, 2 if history else 1, squeeze=False)[0]
     for place, (label, sigma) in enumerate(values.items()):
         sigma = sigma.detach().cpu()

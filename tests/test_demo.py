@@ -11,9 +11,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from automagic_bnb import Automagic8bit, bnb, cli, demo
+from automagic_bnb import Automagic8bit, bnb, cli, demo, demo_model
 
 CPU = torch.device("cpu")
+PICTURES = ["effective_rank.png", "learning_rates.png", "loss.png", "samples.png"]
 SHORT = ["demo", "--steps", "2", "--base-steps", "2", "--device", "cpu"]
 needs_bitsandbytes = pytest.mark.skipif(not bnb.BITSANDBYTES_AVAILABLE, reason="bitsandbytes is not installed")
 
@@ -31,7 +32,7 @@ def runs() -> list[demo.Run]:
 @pytest.fixture(autouse=True)
 def coarse_samples(monkeypatch):
     """Pictures of an untrained model need no fine integration."""
-    monkeypatch.setattr(demo, "SAMPLING_STEPS", 4)
+    monkeypatch.setattr(demo_model, "SAMPLING_STEPS", 4)
 
 
 def assert_picture(path: Path) -> None:
@@ -65,7 +66,7 @@ def test_command_prints_the_comparison_and_writes_the_pictures(tmp_path, capsys)
     assert str(folder) in out
     for text in ("validation loss before", "validation loss after", "bytes per parameter", "ms", "learning rate"):
         assert text in out
-    assert sorted(p.name for p in folder.iterdir()) == ["learning_rates.png", "loss.png", "samples.png"]
+    assert sorted(p.name for p in folder.iterdir()) == PICTURES
     for picture in folder.iterdir():
         assert_picture(picture)
 
@@ -156,7 +157,7 @@ def test_interrupted_comparison_shows_what_there_is(call, labels, tmp_path, caps
     assert cli.main([*SHORT, "--out", str(tmp_path)]) == cli.INTERRUPTED
     header = next(line for line in capsys.readouterr().out.splitlines() if "Automagic" in line)
     assert [name for name in ("Automagic", "AdamW") if name in header] == labels
-    for name in ("samples.png", "loss.png", "learning_rates.png"):
+    for name in PICTURES:
         assert_picture(tmp_path / name)
 
 
@@ -222,6 +223,25 @@ def test_automagic_is_given_a_rate_only_on_request(runs):
 
 
 # --- figures ----------------------------------------------------------------------------------------------------
+
+
+def test_effective_ranks_are_those_of_the_matrices(runs):
+    """Before the first step, when B is 0, and after the last, as means over the layers, by an SVD."""
+    start = demo.with_lora(demo.make_base(0, CPU), rank=8, seed=0)
+    for run in runs:
+        for index, model in ((0, start), (-1, run.model)):
+            for kind in ("lora_A", "lora_B"):
+                found = []
+                for name, matrix in model.named_parameters():
+                    if name.endswith(kind):
+                        values = torch.linalg.svdvals(matrix.detach().double())
+                        shares = values[values > 0] / values.sum()
+                        found.append((-shares * shares.log()).sum().exp().item() if len(shares) else 0.0)
+                assert len(found) == 7
+                wanted = sum(found) / len(found)
+                assert run.history.effective_rank[kind][index] == pytest.approx(wanted, rel=1e-5)
+        assert run.history.effective_rank["lora_B"][0] == 0 < run.history.effective_rank["lora_B"][-1]
+        assert len(run.history.effective_rank["lora_A"]) == len(run.history.validation_step)
 
 
 def test_a_shared_storage_counts_once():
