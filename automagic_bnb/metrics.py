@@ -292,6 +292,14 @@ def usable(grad: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(keep, values, 0.0), keep
 
 
+def second_moment(part: Part, moments: reference.Moments) -> Tensor:
+    """v as it is held, [blocks, 256]; of factored storage row_i · col_j / mean(row)."""
+    if st.storage_held(part.state) != "factored":
+        return moments.read(2)
+    row, col, mean = part.state["exp_avg_sq_row"], part.state["exp_avg_sq_col"], part.state["tensor_stats"][st.ROW_MEAN]
+    return part.blocks.cut(torch.outer(row, col / torch.where(mean > 0, mean, 1.0)))
+
+
 def summed_gradient(part: Part, subject: Subject, scale: Tensor | float) -> list[Tensor]:
     """The numbers of elements whose gradient agrees with m and of background blocks, and Σ clip factor; 0 without one.
 
@@ -311,7 +319,7 @@ def summed_gradient(part: Part, subject: Subject, scale: Tensor | float) -> list
         lap = torch.where(keep, blocks.cut(reference.laplacian(shaped)[own]), 0.0)
         filtered = reference.spatial_filter(g, lap, part.state["edge_history"].view(-1, 1).clone(), blocks, options)
     moments = reference.Moments(part.state, blocks, keep)
-    v_hat = moments.read(2) / (1 - options["betas"][1] ** part.state["step"])
+    v_hat = second_moment(part, moments) / (1 - options["betas"][1] ** part.state["step"])
     activity = blocks.mean((filtered / v_hat.clamp_min(reference.FLOAT_TINY).sqrt()).square())
     clip = (options["clip_threshold"] / activity.clamp_min(reference.FLOAT_TINY).sqrt()).clamp_max(1)
     m = moments.read(1)
