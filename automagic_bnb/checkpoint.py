@@ -128,8 +128,8 @@ def complete(state: st.State, p: Tensor, storage: str, options: dict[str, Any], 
     if joins and state["step"] > 0:
         value = 1 - options["betas"][2] ** state["step"]
         if storage == "factored":
-            for tensor in (state["exp_avg_res_row"], state["exp_avg_res_col"], state["tensor_stats"][st.RES_ROW_MEAN]):
-                tensor.fill_(value)
+            state["exp_avg_res_row"].fill_(value)
+            state["exp_avg_res_col"].fill_(value)
         elif storage == "8bit":
             state["state3"].fill_(255)  # the code of 1
             state["absmax3"].fill_(value)

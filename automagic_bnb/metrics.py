@@ -19,6 +19,8 @@ from torch import Tensor
 from automagic_bnb import quantization as q
 from automagic_bnb import reference
 from automagic_bnb import state as st
+from automagic_bnb.factored import Tiling
+from automagic_bnb.moments import moments_of
 
 if TYPE_CHECKING:
     from automagic_bnb.optimizer import Automagic
@@ -199,7 +201,7 @@ def subject_of(optimizer: Automagic, group: dict[str, Any], p: Tensor) -> Subjec
         grad=None if p.grad is None else st.checked_gradient(p),
         state=state,
         options=options,
-        scalars=reference.step_scalars(options, state["step"] + 1, facts.is_lora, facts.ordinal, False),
+        scalars=reference.step_scalars(options, state["step"] + 1, facts.is_lora, facts.ordinal),
         d=d,
     )
 
@@ -233,10 +235,13 @@ class Part:
 
 
 def parts(subject: Subject) -> Iterator[Part]:
-    """A parameter cut into parts of about `CHUNK` elements; each but the last ends with a block, too."""
+    """A parameter cut into parts of about `CHUNK` elements; each but the last ends with a block, and with its tiles."""
     rows, columns = st.matrix_shape(subject.p)
-    rows_to_block_end = q.BLOCK // math.gcd(columns, q.BLOCK)
-    stride = rows_to_block_end * max(1, CHUNK // (rows_to_block_end * columns))
+    unit = math.lcm(columns, q.BLOCK)
+    tiling = Tiling.of(subject.p) if st.storage_held(subject.state) == "factored" else None
+    if tiling is not None:
+        unit *= tiling.height
+    stride = unit * max(1, CHUNK // unit) // columns
     for start in range(0, rows, stride):
         stop = min(start + stride, rows)
         in_blocks = slice(start * columns // q.BLOCK, -(-stop * columns // q.BLOCK))
@@ -246,8 +251,12 @@ def parts(subject: Subject) -> Iterator[Part]:
                 value = value.view(rows, columns)[start:stop]
             elif name in BLOCK_KEYS:
                 value = value[in_blocks]
-            elif name.endswith("_row"):
-                value = value[start:stop]
+            elif tiling is not None and name.endswith("_row"):
+                value = value[start * columns // tiling.width : -(-stop * columns // tiling.width)]
+            elif tiling is not None and name.endswith("_col"):
+                per_chunk = tiling.strips * tiling.height * q.BLOCK
+                first, last = start * columns // per_chunk, -(-stop * columns // per_chunk)
+                value = value[first * tiling.strips : last * tiling.strips]
             held[name] = value
         yield Part(slice(start, stop), reference.Blocks(held["lr_mask"]), held)
 
@@ -292,14 +301,6 @@ def usable(grad: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(keep, values, 0.0), keep
 
 
-def second_moment(part: Part, moments: reference.Moments) -> Tensor:
-    """v as it is held, [blocks, 256]; of factored storage row_i · col_j / mean(row)."""
-    if st.storage_held(part.state) != "factored":
-        return moments.read(2)
-    row, col, mean = part.state["exp_avg_sq_row"], part.state["exp_avg_sq_col"], part.state["tensor_stats"][st.ROW_MEAN]
-    return part.blocks.cut(torch.outer(row, col / torch.where(mean > 0, mean, 1.0)))
-
-
 def summed_gradient(part: Part, subject: Subject, scale: Tensor | float) -> list[Tensor]:
     """The numbers of elements whose gradient agrees with m and of background blocks, and Σ clip factor; 0 without one.
 
@@ -318,8 +319,8 @@ def summed_gradient(part: Part, subject: Subject, scale: Tensor | float) -> list
     if reference.is_spatial(grad, options):
         lap = torch.where(keep, blocks.cut(reference.laplacian(shaped)[own]), 0.0)
         filtered = reference.spatial_filter(g, lap, part.state["edge_history"].view(-1, 1).clone(), blocks, options)
-    moments = reference.Moments(part.state, blocks, keep)
-    v_hat = second_moment(part, moments) / (1 - options["betas"][1] ** part.state["step"])
+    moments = moments_of(part.state, blocks, keep)
+    v_hat = moments.read(2) / (1 - options["betas"][1] ** part.state["step"])
     activity = blocks.mean((filtered / v_hat.clamp_min(reference.FLOAT_TINY).sqrt()).square())
     clip = (options["clip_threshold"] / activity.clamp_min(reference.FLOAT_TINY).sqrt()).clamp_max(1)
     m = moments.read(1)

@@ -303,8 +303,7 @@ class Automagic(bnb.Optimizer2State):
             return []
         state["step"] += 1
         t, is_lora = state["step"], facts.counts_as_lora(options)
-        factored = st.storage_held(state) == "factored"
-        scalars = reference.step_scalars(options, t, is_lora, facts.ordinal, factored)
+        scalars = reference.step_scalars(options, t, is_lora, facts.ordinal)
         d = self.found_rate(group, t, theta.device) if options["auto_lr"] else None
         flat = theta.contiguous()
         reference.update_parameter(flat, grad.contiguous(), state, options, scalars, d)
@@ -387,7 +386,7 @@ class Automagic(bnb.Optimizer2State):
         group = next(g for g in self.param_groups if any(q is p for q in g["params"]))
         options, state, local = self.effective_options(group, p), self.state[p], local_tensor(p)
         facts = self.facts_of(p)
-        scalars = reference.step_scalars(options, state["step"] + 1, facts.is_lora, facts.ordinal, False)
+        scalars = reference.step_scalars(options, state["step"] + 1, facts.is_lora, facts.ordinal)
         blocks = reference.Blocks(local)
         k, _ = reference.read_mask(state, blocks)
         d = group["auto_lr_rate"].to(local.device) if options["auto_lr"] else None

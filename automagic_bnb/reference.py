@@ -2,8 +2,8 @@
 
 One call updates one parameter. Everything is float32 over blocks, [blocks, 256] with the last block padded; θ, g, m, v,
 u, r, n, k, π, s, h, σ, W are the symbols of the rule as the docstrings use them. Sources: CAME (arXiv 2307.02047),
-Torque-Aware Momentum (2412.18790), Cautious Optimizers (2411.16085), the lagged second moment of ADOPT (2411.02853),
-the distance estimate of Prodigy (2306.06101), and Automagic's sign-agreement learning rates.
+Torque-Aware Momentum (2412.18790), Cautious Optimizers (2411.16085), the distance estimate of Prodigy (2306.06101), and
+Automagic's sign-agreement learning rates.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from automagic_bnb import low_rank
 from automagic_bnb import quantization as q
 from automagic_bnb import state as st
+from automagic_bnb.moments import moments_of
 
 FLOAT_TINY = 1e-37
 STATISTIC_DECAY = 0.9
@@ -47,7 +48,7 @@ class Scalars:
     beta2: float
     beta3: float
     correction1: float  # 1 - beta1**t
-    correction2: float  # 1 - beta2**t; with factored storage, t - 1
+    correction2: float
     correction3: float
     rate: float  # lr, or ρ = lr / base where auto_lr supplies d
     low: float  # bounds of the per-element factor; where auto_lr supplies d, of d times that factor
@@ -71,7 +72,7 @@ def relative_rate(options: dict[str, Any]) -> float:
     return float(options["lr"]) / base if base > 0 else 0.0
 
 
-def step_scalars(options: dict[str, Any], t: int, is_lora: bool, ordinal: int, factored: bool) -> Scalars:
+def step_scalars(options: dict[str, Any], t: int, is_lora: bool, ordinal: int) -> Scalars:
     """The scalars of step t (from 1) of the parameter with this ordinal.
 
     Args:
@@ -79,7 +80,6 @@ def step_scalars(options: dict[str, Any], t: int, is_lora: bool, ordinal: int, f
             a scheduler set one, `initial_lr`.
     """
     beta1, beta2, beta3 = options["betas"]
-    lag = t - 1 if factored else t
     base, relative = base_rate(options), relative_rate(options)
     automatic = options["auto_lr"]
     warm = t <= options["warmup_steps"]
@@ -90,8 +90,8 @@ def step_scalars(options: dict[str, Any], t: int, is_lora: bool, ordinal: int, f
         beta2=beta2,
         beta3=beta3,
         correction1=1 - beta1**t,
-        correction2=1 - beta2**lag if lag else 1.0,
-        correction3=1 - beta3**lag if lag else 1.0,
+        correction2=1 - beta2**t,
+        correction3=1 - beta3**t,
         rate=relative if automatic else float(options["lr"]),
         low=options["min_lr"] / base if bounded else options["min_lr"] if automatic else 0.0,
         high=options["max_lr"] / base if bounded else options["max_lr"] if automatic else math.inf,
@@ -188,87 +188,6 @@ def spatial_filter(g: Tensor, lap: Tensor, edge_history: Tensor, blocks: Blocks,
     return filtered
 
 
-class Moments:
-    """v and r of element-wise storage: what the rule asks of them, whichever way they are kept."""
-
-    def __init__(self, state: st.State, blocks: Blocks, keep: Tensor) -> None:
-        self.state, self.blocks, self.keep = state, blocks, keep
-        self.new: dict[int, Tensor] = {}
-
-    def read(self, number: int) -> Tensor:
-        values = self.blocks.cut(self.state[f"state{number}"])
-        if values.dtype != torch.uint8:
-            return values
-        book = self.state["qmap1" if number == 1 else "qmap2"]
-        return self.blocks.cut(self.blocks.join(q.decode(values, self.state[f"absmax{number}"], book)))
-
-    def write(self, number: int, values: Tensor, uniform: Tensor | None) -> None:
-        target = self.state[f"state{number}"]
-        if target.dtype != torch.uint8:
-            target.view(-1).copy_(self.blocks.join(values))
-            return
-        codes, absmax = q.encode(values, self.state["qmap1" if number == 1 else "qmap2"], uniform)
-        # A block in which every gradient was skipped keeps its very codes.
-        changed = self.keep.any(dim=1, keepdim=True)
-        codes = torch.where(changed, codes, self.blocks.cut(target))
-        target.view(-1).copy_(self.blocks.join(codes))
-        held = self.state[f"absmax{number}"]
-        held.copy_(torch.where(changed[:, 0], absmax, held))
-
-    def second(self, x: Tensor, s: Scalars, eps: float) -> Tensor:
-        """v ← β2 v + (1 - β2)(x + eps1) and its bias-corrected value, [blocks, 256]; x = g̃²."""
-        return self._ema(2, x + eps, s.beta2) / s.correction2
-
-    def residual(self, x: Tensor, s: Scalars, eps: float) -> Tensor:
-        """r ← β3 r + (1 - β3)(x + eps2) and its bias-corrected value; x = (u - m)²."""
-        return self._ema(3, x + eps, s.beta3) / s.correction3
-
-    def _ema(self, number: int, x: Tensor, beta: float) -> Tensor:
-        old = self.read(number)
-        new = torch.where(self.keep, beta * old + (1 - beta) * x, old)
-        self.new[number] = new
-        return new
-
-    def store(self, m: Tensor, uniform: Tensor) -> None:
-        """m to nearest, v and r stochastically where they are codes."""
-        self.write(1, m, None)
-        for number, values in self.new.items():
-            self.write(number, values, uniform)
-
-
-class FactoredMoments(Moments):
-    """v and r as row and column means, one step behind: V̂_ij = row_i · col_j / mean(row).
-
-    The eps are added where the estimate is used, not to the means: means of exactly zero tell that nothing has been
-    seen yet.
-    """
-
-    def __init__(self, state: st.State, blocks: Blocks, keep: Tensor, p: Tensor) -> None:
-        super().__init__(state, blocks, keep)
-        self.matrix = st.matrix_shape(p)
-
-    def second(self, x: Tensor, s: Scalars, eps: float) -> Tensor:
-        # Before anything is held: rms_b(g̃), so that u = g̃ / rms_b(g̃).
-        return self._lagged("exp_avg_sq", st.ROW_MEAN, x, s.beta2, s.correction2, self.blocks.mean(x)) + eps
-
-    def residual(self, x: Tensor, s: Scalars, eps: float) -> Tensor:
-        one = torch.ones_like(x[:, :1])
-        return self._lagged("exp_avg_res", st.RES_ROW_MEAN, x, s.beta3, s.correction3, one) + eps
-
-    def _lagged(self, name: str, slot: int, x: Tensor, beta: float, correction: float, empty: Tensor) -> Tensor:
-        row, col = self.state[f"{name}_row"], self.state[f"{name}_col"]
-        mean = self.state["tensor_stats"][slot]
-        held = mean > 0
-        estimate = self.blocks.cut(torch.outer(row, col / torch.where(held, mean, 1.0)))
-        # A skipped element stands in with its own estimate, which leaves the means where they are.
-        seen = self.blocks.join(torch.where(self.keep, x, estimate)).view(self.matrix)
-        row.mul_(beta).add_(seen.mean(dim=1), alpha=1 - beta)
-        col.mul_(beta).add_(seen.mean(dim=0), alpha=1 - beta)
-        result = torch.where(held, estimate / correction, empty)
-        mean.copy_(row.mean())
-        return result
-
-
 def update_parameter(
     p: Tensor,
     grad: Tensor,
@@ -294,8 +213,7 @@ def update_parameter(
     keep = blocks.cut(keep_flat)
     stats[st.SKIPPED] += blocks.n - keep.sum()
     g = blocks.cut(g_shaped)
-    factored = st.storage_held(state) == "factored"
-    moments = FactoredMoments(state, blocks, keep, p) if factored else Moments(state, blocks, keep)
+    moments = moments_of(state, blocks, keep)
     # θ, v, r and k round by the same bits: each is unbiased for itself, which is what matters.
     uniform = q.uniform(q.random_bits(s.rounding_key, keep.shape, p.device))
 

@@ -8,12 +8,13 @@
 | `lr_mask` | k (and π) | float32 [shape] | uint8 [shape], π in bit 0 | as 8-bit |
 | `last_polarity` | π | uint8 [shape] | – | – |
 | `torque`, `edge_history`, `spatial_variance` | s, h, σ | float32 [blocks] | same | same |
-| `tensor_stats` | see `STATS` | float32 [6] | same | same |
+| `tensor_stats` | see `STATS` | float32 [4] | same | same |
 | `gnorm_vec` | last 100 gradient norms | float32 [100], with percentile_clipping < 100 | same | same |
 | `probe_start`, `probe_sum` | θ0, z of auto_lr | [probes, 256], θ's dtype and float32 | same | same |
 
 `qmap1`, `qmap2` are bitsandbytes' code books, one tensor for all parameters of a device; `step` is an int. A block is
-256 consecutive elements of the contiguous parameter.
+256 consecutive elements of the contiguous parameter; the row and column means are those of the tiles of
+`factored.Tiling`, float32 [rows] and [tiles, width].
 """
 
 from __future__ import annotations
@@ -25,15 +26,14 @@ import torch
 from torch import Tensor
 
 from automagic_bnb import bnb
+from automagic_bnb.factored import Tiling
 from automagic_bnb.quantization import BLOCK
 
 State = dict[str, Any]
 
-MASK_MEAN, ROW_MEAN, RES_ROW_MEAN, LR_NUMERATOR, LR_DENOMINATOR, SKIPPED = range(6)
+MASK_MEAN, LR_NUMERATOR, LR_DENOMINATOR, SKIPPED = range(4)
 STATS = (
     "W: mean of 2^(k/16) over the tensor",
-    "mean of exp_avg_sq_row",
-    "mean of exp_avg_res_row",
     "auto_lr's numerator",
     "auto_lr's Σ|z|",
     "elements skipped so far because their gradient was not finite",
@@ -70,7 +70,7 @@ def checked_gradient(p: Tensor) -> Tensor:
 
 
 def matrix_shape(p: Tensor) -> tuple[int, int]:
-    """The view under which second moments are factored: (shape[0], n / shape[0])."""
+    """The view as a matrix: (shape[0], n / shape[0])."""
     rows = p.shape[0] if p.dim() else 1
     return rows, p.numel() // max(rows, 1)
 
@@ -84,14 +84,14 @@ def probe_count(p: Tensor) -> int:
 
 
 def factors_well(p: Tensor) -> bool:
-    """Whether row and column means cost less than 8-bit codes and fit the grid of blocks.
+    """Whether the row and column means of the tiles cost less than the byte an element that codes take, with a margin.
 
-    Two float32 vectors of rows + columns must stay below the one byte an element that codes take, with some margin,
-    and a block must hold either whole rows or parts of at most two: columns >= 256, or a divisor of 256.
+    They do from about 8 rows of 8 columns on. Beyond 2^19 strips a tile's blocks would lie too far apart for 32-bit
+    offsets.
     """
-    rows, columns = matrix_shape(p)
-    aligned = columns >= BLOCK or (columns > 0 and BLOCK % columns == 0)
-    return p.dim() >= 2 and min(rows, columns) >= 8 and aligned and 4 * (rows + columns) <= 0.75 * p.numel()
+    tiling = Tiling.of(p)
+    means = tiling.rows + tiling.tiles * tiling.width
+    return min(matrix_shape(p)) >= 8 and 4 * means <= 0.75 * p.numel() and tiling.strips <= 2**19
 
 
 def storage_of(p: Tensor, options: dict[str, Any], embedding: bool = False) -> str:
@@ -150,15 +150,15 @@ def recipes(p: Tensor, storage: str, options: dict[str, Any], paged: bool = Fals
 
 
 def _moment_recipes(p: Tensor, storage: str, options: dict[str, Any], paged: bool) -> Recipes:
-    blocks, device, (rows, columns) = block_count(p), p.device, matrix_shape(p)
+    blocks, device, tiling = block_count(p), p.device, Tiling.of(p)
     numbers = [1, 2, 3] if options["came"] else [1, 2]
     if storage == "32bit":
         return {f"state{i}": lambda: _element_state(p, torch.float32, 0, paged) for i in numbers}
     made: Recipes = {}
     if storage == "factored":
         for name in ("exp_avg_sq", "exp_avg_res")[: len(numbers) - 1]:
-            made[f"{name}_row"] = lambda: torch.zeros(rows, device=device)
-            made[f"{name}_col"] = lambda: torch.zeros(columns, device=device)
+            made[f"{name}_row"] = lambda: torch.zeros(tiling.rows, device=device)
+            made[f"{name}_col"] = lambda: torch.zeros(tiling.tiles, tiling.width, device=device)
         numbers = [1]
     for i in numbers:
         made[f"state{i}"] = lambda: _element_state(p, torch.uint8, 0, paged)
@@ -214,13 +214,12 @@ def state_bytes(state: State) -> int:
 
 def expected_shape(name: str, p: Tensor) -> tuple[int, ...]:
     """The shape a tensor of this name has for parameter p; the check of a loaded checkpoint."""
-    rows, columns = matrix_shape(p)
     if name in ELEMENT_KEYS:
         return tuple(p.shape)
     if name.endswith("_row"):
-        return (rows,)
+        return (Tiling.of(p).rows,)
     if name.endswith("_col"):
-        return (columns,)
+        return (Tiling.of(p).tiles, Tiling.of(p).width)
     fixed = {"tensor_stats": len(STATS), "gnorm_vec": NORM_WINDOW, "qmap1": 256, "qmap2": 256}
     if name in fixed:
         return (fixed[name],)

@@ -302,7 +302,7 @@ class Bucket:
             options = sources[source]
             of_source = steps[rows]
             for t in {*of_source.tolist()}:
-                s = reference.step_scalars(options, max(t, 1), False, 0, False)
+                s = reference.step_scalars(options, max(t, 1), False, 0)
                 numbers[rows[of_source == t]] = _number_row(s, options, t)
                 warm |= s.learn_polarity
             numbers[rows[self.lora[rows]], Number.KAPPA] = options["low_rank_emphasis"]

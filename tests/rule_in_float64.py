@@ -46,7 +46,7 @@ class ElementMeans:
         self.beta, self.eps = beta, eps
         self.held = np.zeros(int(np.prod(shape)))
 
-    def estimate(self, at: slice, new: np.ndarray, kept: np.ndarray, t: int, empty: float) -> np.ndarray:
+    def estimate(self, at: slice, new: np.ndarray, kept: np.ndarray, t: int) -> np.ndarray:
         moved = self.beta * self.held[at] + (1 - self.beta) * (new + self.eps)
         self.held[at] = np.where(kept, moved, self.held[at])
         return self.held[at] / (1 - self.beta**t)
@@ -55,29 +55,46 @@ class ElementMeans:
         pass
 
 
-class LaggedMeans:
-    """v or r of factored storage: row and column means, read as the step before left them."""
+class TileMeans:
+    """v or r of factored storage: row and column means of each tile, told from every element's own indices."""
 
     def __init__(self, shape: tuple[int, ...], beta: float, eps: float) -> None:
         self.beta, self.eps = beta, eps
-        self.matrix = (shape[0], int(np.prod(shape[1:])))
-        self.row, self.col = np.zeros(self.matrix[0]), np.zeros(self.matrix[1])
-        self.seen = np.zeros(int(np.prod(shape)))
+        i = np.arange(int(np.prod(shape)))
+        columns = i.size // shape[0]
+        width = columns if columns in (8, 16, 32, 64, 128, 256) else 256
+        strips, height = np.lcm(columns, BLOCK) // BLOCK, max(16, width // 2)
+        block = i // BLOCK
+        self.tile_of = block // strips // height * strips + block % strips
+        self.row_of, self.col_of = i // width, self.tile_of * width + i % width
+        self.row, self.col = np.zeros(self.row_of.max() + 1), np.zeros((self.tile_of.max() + 1) * width)
+        self.seen = np.zeros(i.size)
 
-    def estimate(self, at: slice, new: np.ndarray, kept: np.ndarray, t: int, empty: float) -> np.ndarray:
-        self.seen[at] = new
-        if self.row.mean() == 0:
-            return np.full(new.shape, empty) + self.eps
-        return self._outer()[at] / (1 - self.beta ** (t - 1)) + self.eps
+    @staticmethod
+    def _means(x: np.ndarray, of: np.ndarray, size: int) -> np.ndarray:
+        return np.bincount(of, x, size) / np.maximum(np.bincount(of, minlength=size), 1)
+
+    def held(self) -> np.ndarray:
+        """The estimate of every element, flat."""
+        tile_mean = self._means(self.col[self.col_of], self.tile_of, self.tile_of.max() + 1)[self.tile_of]
+        product = self.row[self.row_of] * self.col[self.col_of]
+        return np.divide(product, tile_mean, out=np.zeros_like(product), where=tile_mean > 0)
+
+    def estimate(self, at: slice, new: np.ndarray, kept: np.ndarray, t: int) -> np.ndarray:
+        old = self.held()[at]
+        self.seen[at] = np.where(kept, new + self.eps, old)
+        return np.where(kept, self.beta * old + (1 - self.beta) * (new + self.eps), old) / (1 - self.beta**t)
 
     def finish_step(self, kept: np.ndarray) -> None:
-        seen = np.where(kept, self.seen, self._outer()).reshape(self.matrix)
-        self.row = self.beta * self.row + (1 - self.beta) * seen.mean(axis=1)
-        self.col = self.beta * self.col + (1 - self.beta) * seen.mean(axis=0)
-
-    def _outer(self) -> np.ndarray:
-        mean = self.row.mean()
-        return np.outer(self.row, self.col).reshape(-1) / (mean if mean else 1.0)
+        touched_row = self._means(kept.astype(float), self.row_of, self.row.size) > 0
+        touched_tile = self._means(kept.astype(float), self.tile_of, self.tile_of.max() + 1) > 0
+        row, col = (
+            self._means(self.seen, self.row_of, self.row.size),
+            self._means(self.seen, self.col_of, self.col.size),
+        )
+        self.row = np.where(touched_row, self.beta * self.row + (1 - self.beta) * row, self.row)
+        touched_col = np.repeat(touched_tile, self.col.size // touched_tile.size)
+        self.col = np.where(touched_col, self.beta * self.col + (1 - self.beta) * col, self.col)
 
 
 class RuleInFloat64:
@@ -93,7 +110,7 @@ class RuleInFloat64:
         self.theta = theta.astype(np.float64).reshape(-1)
         n = self.theta.size
         self.slices = [slice(i, min(i + BLOCK, n)) for i in range(0, n, BLOCK)]
-        means = LaggedMeans if factored else ElementMeans
+        means = TileMeans if factored else ElementMeans
         self.v, self.r = (means(self.shape, o["betas"][1 + i], o["eps"][i]) for i in (0, 1))
         self.m, self.k, self.polarity = np.zeros(n), np.zeros(n), np.zeros(n, bool)
         blocks = len(self.slices)
@@ -160,7 +177,7 @@ class RuleInFloat64:
         """Steps 2 to 8 for one block."""
         o, t = self.options, self.t
         beta1 = o["betas"][0]
-        v_hat = self.v.estimate(at, filtered**2, kept, t, empty=(filtered**2).mean())
+        v_hat = self.v.estimate(at, filtered**2, kept, t)
         u = np.divide(filtered, np.sqrt(v_hat), out=np.zeros_like(g), where=kept)
         activity = (u**2).mean()
         u = u * min(1.0, o["clip_threshold"] / np.sqrt(activity)) if activity > 0 else u
@@ -176,7 +193,7 @@ class RuleInFloat64:
 
         n = m / (1 - beta1**t)
         if o["came"]:
-            r_hat = self.r.estimate(at, (u - m) ** 2, kept, t, empty=1.0)
+            r_hat = self.r.estimate(at, (u - m) ** 2, kept, t)
             n = n / np.sqrt(np.maximum(r_hat, 0.01))
         if o["cautious"]:
             self._near(n[(g != 0) & (n != 0)])

@@ -12,6 +12,7 @@ import scipy.ndimage
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as some
+from rule_in_float64 import TileMeans
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -36,8 +37,9 @@ def bits_of(opt: Any) -> type:
 def moment(state: dict[str, Any], number: int) -> np.ndarray:
     """m or v, flat float64, decoded with the state's own code book."""
     if number == 2 and "exp_avg_sq_row" in state:
-        row, col = (state[f"exp_avg_sq_{x}"].numpy(force=True).astype(np.float64) for x in ("row", "col"))
-        return np.outer(row, col / row.mean()).reshape(-1)
+        means = TileMeans(tuple(state["state1"].shape), beta=0, eps=0)
+        means.row, means.col = (state[f"exp_avg_sq_{x}"].numpy(force=True).reshape(-1) for x in ("row", "col"))
+        return means.held()
     held = state[f"state{number}"].numpy(force=True).reshape(-1)
     if held.dtype != np.uint8:
         return held.astype(np.float64)
@@ -255,7 +257,8 @@ def test_the_parts_do_not_show(
     monkeypatch.setattr(metrics, "CHUNK", 512)
     subject = metrics.subject_of(opt, opt.param_groups[0], p)
     assert subject is not None
-    assert len(list(metrics.parts(subject))) > 1
+    in_one_piece = factored(opt) and shape != (300, 512)  # no more than one tile below the other
+    assert in_one_piece or len(list(metrics.parts(subject))) > 1
     # Sums in another order differ in float64's last digits; the norm behind percentile_clipping in float32's.
     assert opt.get_metrics() == pytest.approx(
         whole, rel=1e-6 if "percentile_clipping" in options else 1e-12, nan_ok=True

@@ -14,6 +14,7 @@ from torch import Tensor
 from automagic_bnb import bnb, reference
 from automagic_bnb import quantization as q
 from automagic_bnb import state as st
+from automagic_bnb.moments import Moments, moments_of
 from automagic_bnb.optimizer import Automagic8bit
 
 STEPS = 500
@@ -192,7 +193,7 @@ def v_after_a_drop(storage: str) -> Tensor:
         p.grad = normal(q.BLOCK, seed=t) * (1.0 if t < 20 else 0.1)
         opt.step()
     keep = torch.ones(1, q.BLOCK, dtype=torch.bool)
-    return reference.Moments(opt.state[p], reference.Blocks(p), keep).read(2)
+    return moments_of(opt.state[p], reference.Blocks(p), keep).read(2)
 
 
 def test_optimizer_follows_a_falling_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +202,7 @@ def test_optimizer_follows_a_falling_gradient(monkeypatch: pytest.MonkeyPatch) -
     stochastic = (v_after_a_drop("8bit") / exact).log()
     assert stochastic.mean().abs() < 0.03  # measured 0.01
     assert stochastic.abs().mean() < 0.08  # measured 0.05: the random walk of codes 1.4 % apart
-    store = reference.Moments.store
-    monkeypatch.setattr(reference.Moments, "store", lambda self, m, uniform: store(self, m, None))
+    store = Moments.store
+    monkeypatch.setattr(Moments, "store", lambda self, m, uniform: store(self, m, None))
     nearest = (v_after_a_drop("8bit") / exact).log()
     assert nearest.abs().mean() > 0.15  # measured 0.25
