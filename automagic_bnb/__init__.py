@@ -14,6 +14,7 @@ from automagic_bnb.optimizer import (
     create_improved_8bit_optimizer,
 )
 from automagic_bnb.plots import plot_singular_values, plot_spectrum
+from automagic_bnb.run_log import RunLog, read_run
 from automagic_bnb.singular import effective_rank, singular_values, stable_rank
 from automagic_bnb.spectrum import Spectrum, spectrum
 from automagic_bnb.timing import BenchmarkResult, benchmark_optimizer
@@ -32,6 +33,7 @@ __all__ = [
     "OptimizationProfiles",
     "PagedAutomagic8bit",
     "PagedAutomagic32bit",
+    "RunLog",
     "Spectrum",
     "benchmark_optimizer",
     "create_improved_8bit_optimizer",
@@ -40,6 +42,7 @@ __all__ = [
     "get_hardware_optimized_config",
     "plot_singular_values",
     "plot_spectrum",
+    "read_run",
     "singular_values",
     "spectrum",
     "stable_rank",
