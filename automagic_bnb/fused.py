@@ -194,12 +194,6 @@ class FusedStep:
                 plan.rest.append((group, p))
             else:
                 options = optimizer.effective_options(group, p)
-                if st.storage_held(optimizer.prepared_state(group, p, options)) == "factored":
-                    warn_once(
-                        "factored states are updated in plain PyTorch, also on a GPU: much slower than the kernels"
-                    )
-                    plan.rest.append((group, p))
-                    continue
                 overriding = None if options is group else p
                 key = id(group) if overriding is None else id(p)
                 if key not in own_sources:

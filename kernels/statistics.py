@@ -76,7 +76,10 @@ def finalise(bucket: Bucket, addresses: Tensor, numbers: Tensor, partials: Tenso
 def _square_sums_kernel(
     table_ptr, grads_ptr, owners_ptr, partials_ptr, G: tl.constexpr, ALIGN: tl.constexpr, SPAN: tl.constexpr
 ):
-    """Σ g² over a program's share of its gradient, elements that are not finite left out."""
+    """Σ g² over a program's share of its gradient, elements that are not finite left out.
+
+    A tensor's programs take turns, `SPAN` elements each.
+    """
     program = tl.program_id(0)
     row = tl.load(owners_ptr + program).to(tl.int64)
     address = tl.load(grads_ptr + row)
@@ -84,11 +87,16 @@ def _square_sums_kernel(
         entry = table_ptr + row * _ROW
         size = tl.load(entry + SIZE)
         start = (program - tl.load(entry + FIRST_PROGRAM)) * SPAN
+        stride = tl.load(entry + PROGRAMS) * SPAN
         lanes = tl.arange(0, SPAN)
-        grad_ptr = tl.multiple_of(address.to(tl.pointer_type(G)), ALIGN) + start
-        g = tl.load(grad_ptr + lanes, mask=lanes < size - start, other=0).to(tl.float32)
-        g = tl.where(tl.abs(g) <= MAX_GRADIENT, g, 0.0)
-        tl.store(partials_ptr + program, tl.sum(g * g, 0))
+        total = 0.0
+        while start < size:
+            grad_ptr = tl.multiple_of(address.to(tl.pointer_type(G)), ALIGN) + start
+            g = tl.load(grad_ptr + lanes, mask=lanes < size - start, other=0).to(tl.float32)
+            g = tl.where(tl.abs(g) <= MAX_GRADIENT, g, 0.0)
+            total += tl.sum(g * g, 0)
+            start += stride
+        tl.store(partials_ptr + program, total)
 
 
 @triton.jit

@@ -1,8 +1,9 @@
 """The one-pass kernel: every tensor of a parameter is read once and written once; see `automagic_bnb.reference`.
 
-A program walks a few consecutive blocks of one parameter. A block of 256 elements is one warp's work, 8 neighbouring
-elements a thread; its statistics are reductions inside the warp. Whether any gradient of a block is not finite shows in
-the block's sum of squares; only then are elements looked at one by one.
+A program walks a few consecutive blocks of one parameter, or with factored moments the blocks of one tile. A block of
+256 elements is one warp's work, 8 neighbouring elements a thread; its statistics are reductions inside the warp.
+Whether any gradient of a block is not finite shows in the block's sum of squares; only then are elements looked at one
+by one.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from automagic_bnb.kernels.tables import BLOCKS_PER_PROGRAM, Bucket, Column, Num
 from automagic_bnb import bnb, reference
 from automagic_bnb import quantization as q
 from automagic_bnb import state as st
+from automagic_bnb.factored import tile_height
 
 BLOCK = tl.constexpr(256)
 _C = {column.name: tl.constexpr(int(column)) for column in Column}
@@ -29,7 +31,8 @@ POLARITY, ABSMAX1, ABSMAX2, ABSMAX3 = _C["POLARITY"], _C["ABSMAX1"], _C["ABSMAX2
 TORQUE, EDGE, SIGMA, STATS = _C["TORQUE"], _C["EDGE"], _C["SIGMA"], _C["STATS"]
 N_SKIPPED = tl.constexpr(st.SKIPPED)
 PROBE_START, PROBE_SUM, RATE = _C["PROBE_START"], _C["PROBE_SUM"], _C["RATE"]
-SIZE, ROWS, COLS, FIRST_PROGRAM = _C["SIZE"], _C["ROWS"], _C["COLS"], _C["FIRST_PROGRAM"]
+V_ROW, V_COL, R_ROW, R_COL = _C["V_ROW"], _C["V_COL"], _C["R_ROW"], _C["R_COL"]
+SIZE, ROWS, COLS, STRIPS, FIRST_PROGRAM = _C["SIZE"], _C["ROWS"], _C["COLS"], _C["STRIPS"], _C["FIRST_PROGRAM"]
 
 _N = {number.name: tl.constexpr(int(number)) for number in Number}
 _NUMBERS = tl.constexpr(len(Number))
@@ -144,30 +147,108 @@ def _write_moment(ptr, absmax_ptr, place, x, centred, valid, touched, EIGHT: tl.
 
 
 @triton.jit
+def _tile_counts(size, first, strips, blocks, WIDTH: tl.constexpr):
+    """How many elements each column of a tile has, float32 [WIDTH]; the tile's blocks are `strips` apart."""
+    last = (first + (blocks - 1) * strips).to(tl.int64) * BLOCK
+    remaining = tl.minimum(size - last, BLOCK).to(tl.int32)
+    below = tl.maximum(remaining - tl.arange(0, WIDTH) + (WIDTH - 1), 0) // WIDTH
+    return ((blocks - 1) * (BLOCK // WIDTH) + below).to(tl.float32)
+
+
+@triton.jit
+def _tile_scale(col_ptr, counts, WIDTH: tl.constexpr):
+    """1 / mean of a tile, from its columns' means."""
+    mean = tl.sum(tl.load(col_ptr + tl.arange(0, WIDTH)) * counts, 0) / tl.sum(counts, 0)
+    return codec.reciprocal(tl.maximum(mean, _TINY))
+
+
+@triton.jit
+def _row_ptr(entry_ptr, column: tl.constexpr, block, WIDTH: tl.constexpr):
+    """Where the row means of a block begin."""
+    return address(entry_ptr, column, tl.float32, 4) + block.to(tl.int64) * (BLOCK // WIDTH)
+
+
+@triton.jit
+def _tile_estimate(entry_ptr, column: tl.constexpr, block, col_ptr, scale, remaining, WIDTH: tl.constexpr):
+    """row · col / mean of a block's elements, float32 [256].
+
+    Args:
+        column: of the table, with the address of the row means.
+        scale: 1 / mean.
+    """
+    lanes = tl.arange(0, BLOCK)
+    row_ptr = _row_ptr(entry_ptr, column, block, WIDTH)
+    if WIDTH == BLOCK:
+        return tl.load(col_ptr + lanes) * (tl.load(row_ptr) * scale)
+    else:  # the 8 elements of a thread lie in one row
+        threads = tl.arange(0, BLOCK // 8) * 8
+        rows = tl.load(row_ptr + threads // WIDTH, mask=threads < remaining, other=0.0) * scale
+        rows = tl.reshape(tl.broadcast_to(rows[:, None], (BLOCK // 8, 8)), (BLOCK,))
+        return tl.load(col_ptr + lanes % WIDTH) * rows
+
+
+@triton.jit
+def _move_rows(row_ptr, seen, touched, remaining, per, beta, WIDTH: tl.constexpr):
+    """Move a block's row means towards those of `seen`, float32 [256], 0 behind the end.
+
+    Args:
+        touched: bool [256], what was not skipped. A row in which all was keeps its very mean.
+    """
+    if WIDTH == BLOCK:
+        moved = beta * tl.load(row_ptr) + (1 - beta) * (tl.sum(seen, 0) * per)
+        tl.store(row_ptr, moved, mask=tl.sum(touched.to(tl.int32), 0) > 0)
+    else:
+        rows = tl.arange(0, BLOCK // WIDTH)
+        inside = rows * WIDTH < remaining
+        means = tl.sum(tl.reshape(seen, (BLOCK // WIDTH, WIDTH)), 1) * (1 / WIDTH)
+        moved = beta * tl.load(row_ptr + rows, mask=inside, other=0.0) + (1 - beta) * means
+        any_touched = tl.sum(tl.reshape(touched.to(tl.int32), (BLOCK // WIDTH, WIDTH)), 1) > 0
+        tl.store(row_ptr + rows, moved, mask=inside & any_touched)
+
+
+@triton.jit
+def _move_columns(col_ptr, sums, counts, beta, WIDTH: tl.constexpr):
+    """Move a tile's column means towards those of what its program has seen: sums float32 [256] over its blocks."""
+    if WIDTH < BLOCK:
+        sums = tl.sum(tl.reshape(sums, (BLOCK // WIDTH, WIDTH)), 0)
+    columns = tl.arange(0, WIDTH)
+    held = tl.load(col_ptr + columns)
+    tl.store(col_ptr + columns, beta * held + (1 - beta) * (sums / tl.maximum(counts, 1.0)), mask=counts > 0)
+
+
+@triton.jit
 def _block(
     entry_ptr, numbers_ptr, block, remaining, place, valid, g_raw, g, lap, sum_squares, m_raw, v_raw, r_raw, mask_raw,
-    theta_raw, theta_ptr, m_ptr, v_ptr, r_ptr, k_ptr, book1_ptr, book2_ptr,
-    beta1, beta2, beta3, eps1, eps2, clip_threshold, frequency, edge_penalty, edge_threshold, detail,
-    P: tl.constexpr, EIGHT: tl.constexpr, SPATIAL: tl.constexpr, EDGES: tl.constexpr, TORQUE_ON: tl.constexpr,
-    CAME: tl.constexpr, CAUTIOUS: tl.constexpr, BACKGROUND: tl.constexpr, AWARE: tl.constexpr, WARM: tl.constexpr,
-    AUTO: tl.constexpr, STOCHASTIC: tl.constexpr, CAREFUL: tl.constexpr,
+    theta_raw, theta_ptr, m_ptr, v_ptr, r_ptr, k_ptr, rule,
+    P: tl.constexpr, EIGHT: tl.constexpr, WIDTH: tl.constexpr, SPATIAL: tl.constexpr, EDGES: tl.constexpr,
+    TORQUE_ON: tl.constexpr, CAME: tl.constexpr, CAUTIOUS: tl.constexpr, BACKGROUND: tl.constexpr, AWARE: tl.constexpr,
+    WARM: tl.constexpr, AUTO: tl.constexpr, STOCHASTIC: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """One block; returns Σ 2^(k/16) and auto_lr's two sums over it.
+    """One block; returns Σ 2^(k/16) and auto_lr's two sums over it, and what factored v and r have seen.
 
     Elements behind the end are held at g = m = v = r = 0, which leaves every sum alone. CAREFUL: some gradient of the
     block (g_raw) is not finite, and those elements keep what they have.
 
     Args:
         place: int32 [256], where the elements lie from the program's first on; the pointers point there.
+        v_raw, r_raw: codes, float32 values, or the tile's estimates.
+        rule: the run-time numbers of the rule, as `step_kernel` puts them together.
     """
+    (
+        beta1, beta2, beta3, eps1, eps2, clip_threshold, frequency, edge_penalty, edge_threshold, detail, book1_ptr,
+        book2_ptr,
+    ) = rule  # fmt: skip
     per = codec.reciprocal(remaining.to(tl.float32)) if CAREFUL else 1 / 256
     usable = _usable(g_raw)
     absmax1_ptr = address(entry_ptr, ABSMAX1, tl.float32, 4) + block
     absmax2_ptr = address(entry_ptr, ABSMAX2, tl.float32, 4) + block
     absmax3_ptr = address(entry_ptr, ABSMAX3, tl.float32, 4) + block
     absmax1, absmax2, absmax3 = 1.0, 1.0, 1.0
+    CODES: tl.constexpr = EIGHT and WIDTH == 0
     if EIGHT:
-        absmax1, absmax2 = tl.load(absmax1_ptr), tl.load(absmax2_ptr)
+        absmax1 = tl.load(absmax1_ptr)
+    if CODES:
+        absmax2 = tl.load(absmax2_ptr)
         if CAME:
             absmax3 = tl.load(absmax3_ptr)
     if EDGES:
@@ -178,10 +259,12 @@ def _block(
         torque = tl.load(torque_ptr)
     # The moments over their absmax: that is multiplied in together with the decay.
     m_old, v_old, r_old = m_raw, v_raw, r_raw
+    if CODES:
+        v_old = codec.decode(v_raw, book2_ptr)
     if EIGHT:
-        v_old, m_old = codec.decode(v_raw, book2_ptr), codec.decode(m_raw, book1_ptr)
-        if CAME:
-            r_old = codec.decode(r_raw, book2_ptr)
+        m_old = codec.decode(m_raw, book1_ptr)
+    if CODES and CAME:
+        r_old = codec.decode(r_raw, book2_ptr)
 
     # 1. Spatial filter.
     filtered = g
@@ -199,9 +282,11 @@ def _block(
             filtered = filtered * tl.maximum(1 - (edge_penalty * history * scale) * e, 0.1)
 
     # 2. Second moment, activity, clipping.
-    v = (beta2 * absmax2) * v_old + (1 - beta2) * (filtered * filtered + eps1)
+    v_seen = filtered * filtered + eps1
+    v = (beta2 * absmax2) * v_old + (1 - beta2) * v_seen
     if CAREFUL:
         v = tl.where(usable, v, v_old * absmax2)
+        v_seen = tl.where(valid, tl.where(usable, v_seen, v_old), 0.0)
     # The bias correction, 1 / sqrt(correction), is a factor of the block too.
     # eps1 keeps v above 0 (see `launch`), but where an element was skipped from the start
     u = filtered * tl.rsqrt(tl.maximum(v, _TINY) if CAREFUL else v)
@@ -231,21 +316,30 @@ def _block(
     lanes = tl.arange(0, BLOCK)
     bits = codec.random_bits(key, start)
     centred = codec.centred(bits)
-    _write_moment(v_ptr, absmax2_ptr, place, v, centred, valid, touched, EIGHT, False)
+    if WIDTH:
+        _move_rows(_row_ptr(entry_ptr, V_ROW, block, WIDTH), v_seen, usable & valid, remaining, per, beta2, WIDTH)
+    else:
+        _write_moment(v_ptr, absmax2_ptr, place, v, centred, valid, touched, EIGHT, False)
     _write_moment(m_ptr, absmax1_ptr, place, m, 0.0, valid, touched, EIGHT, True)
 
     # 4. Confidence.
     n = m
     weight = tl.load(numbers_ptr + N_CORRECTION1)
+    r_seen = v_seen
     if CAME:
         off = u - m
-        r = (beta3 * absmax3) * r_old + (1 - beta3) * (off * off + eps2)
+        r_seen = off * off + eps2
+        r = (beta3 * absmax3) * r_old + (1 - beta3) * r_seen
         if CAREFUL:
             r = tl.where(usable, r, r_old * absmax3)
+            r_seen = tl.where(valid, tl.where(usable, r_seen, r_old), 0.0)
         correction3 = tl.load(numbers_ptr + N_CORRECTION3)  # 1 - β3^t: r / correction3 >= 0.01
         n = m * tl.rsqrt(tl.maximum(r, 0.01 * correction3))
         weight = weight * tl.sqrt(correction3)
-        _write_moment(r_ptr, absmax3_ptr, place, r, centred, valid, touched, EIGHT, False)
+        if WIDTH:
+            _move_rows(_row_ptr(entry_ptr, R_ROW, block, WIDTH), r_seen, usable & valid, remaining, per, beta3, WIDTH)
+        else:
+            _write_moment(r_ptr, absmax3_ptr, place, r, centred, valid, touched, EIGHT, False)
 
     # 5. Cautious, 6. background: both end in a factor of the block.
     if CAUTIOUS:
@@ -298,7 +392,7 @@ def _block(
     if CAREFUL:
         rounded = tl.where(usable, rounded, theta_raw)
     tl.store(theta_ptr + place, rounded, mask=valid)
-    return mask_sum, numerator, denominator
+    return mask_sum, numerator, denominator, v_seen, r_seen
 
 
 @triton.jit
@@ -350,17 +444,20 @@ def _probe(entry_ptr, block, lanes, valid, g, theta, omega, decay, P: tl.constex
 
 @triton.jit
 def _blocks(
-    entry_ptr, numbers_ptr, first, blocks, unusual, size, grad_address, clip, book1_ptr, book2_ptr, beta1, beta2, beta3,
-    eps1, eps2, clip_threshold, frequency, edge_penalty, edge_threshold, detail,
-    P: tl.constexpr, G: tl.constexpr, WIDE: tl.constexpr, EIGHT: tl.constexpr,
+    entry_ptr, numbers_ptr, first, stride, blocks, unusual, tile, v_sums, r_sums, size, grad_address, clip, rule,
+    P: tl.constexpr, G: tl.constexpr, WIDE: tl.constexpr, EIGHT: tl.constexpr, WIDTH: tl.constexpr,
     SPATIAL: tl.constexpr, EVEN: tl.constexpr, EDGES: tl.constexpr, TORQUE_ON: tl.constexpr, CAME: tl.constexpr,
     CAUTIOUS: tl.constexpr, BACKGROUND: tl.constexpr, AWARE: tl.constexpr, WARM: tl.constexpr,
     AUTO: tl.constexpr, SCALED: tl.constexpr, STOCHASTIC: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """A program's blocks: the usual ones, or (CAREFUL) those whose bit is set in `unusual`.
+    """Up to 16 blocks, `stride` apart: the usual ones, or (CAREFUL) those whose bit is set in `unusual`.
 
     A block is unusual if a gradient of it, or one beside it, is not finite. Returns the sums of `_block` and, of the
-    usual ones, the bits of the unusual; of those, the number of elements skipped.
+    usual ones, the bits of the unusual; of those, the number of elements skipped; and `v_sums`, `r_sums` with what
+    factored moments have seen added.
+
+    Args:
+        tile: with factored moments where the column means of v and r begin, and 1 / mean of the tile, of v and r.
     """
     STATE: tl.constexpr = tl.uint8 if EIGHT else tl.float32
     EMPTY: tl.constexpr = 127 if EIGHT else 0
@@ -375,29 +472,35 @@ def _blocks(
     k_ptr = address(entry_ptr, K, STATE) + first_element
     theta_ptr = address(entry_ptr, THETA, P, WIDE) + first_element
     grad_ptr = tl.multiple_of(grad_address.to(tl.pointer_type(G)), WIDE) + first_element
-    if EVEN:  # where in its row the block begins
+    if EVEN:  # where in its row the block begins; a tile's blocks all begin there
         column = (first_element % cols).to(tl.int32)
         width = tl.multiple_of(cols.to(tl.int32), 8)
     mask_sum, numerator, denominator = 0.0, 0.0, 0.0
     bits, end = first * 0, blocks
-    if not CAREFUL:  # the last block, if short, is left to the careful way
-        end = tl.minimum((size - first_element) // BLOCK, blocks).to(tl.int32)
+    if not CAREFUL:  # the tensor's last block, if short, is left to the careful way
+        end = tl.where((first.to(tl.int64) + (blocks - 1) * stride + 1) * BLOCK > size, blocks - 1, blocks)
         bits = tl.where(end < blocks, 1 << end, 0)
     i = first * 0
     while i < end:
-        block = first + i
-        start = first_element + i * BLOCK
+        block = first + i * stride
+        start = block.to(tl.int64) * BLOCK
         remaining = tl.minimum(size - start, BLOCK).to(tl.int32)
         valid = lanes < (remaining if CAREFUL else BLOCK)
-        place = i * BLOCK + lanes
-        g_ptr = grad_ptr + i * BLOCK
+        place = i * stride * BLOCK + lanes
+        g_ptr = grad_ptr + i * stride * BLOCK
         # Everything is asked for before anything is waited for.
         g_raw = tl.load(grad_ptr + place, mask=valid, other=0).to(tl.float32)
-        v_raw = tl.load(v_ptr + place, mask=valid, other=0)
         m_raw = tl.load(m_ptr + place, mask=valid, other=EMPTY)
+        if WIDTH:
+            v_raw = _tile_estimate(entry_ptr, V_ROW, block, tile[0], tile[2], remaining, WIDTH)
+        else:
+            v_raw = tl.load(v_ptr + place, mask=valid, other=0)
         r_raw = v_raw
         if CAME:
-            r_raw = tl.load(r_ptr + place, mask=valid, other=0)
+            if WIDTH:
+                r_raw = _tile_estimate(entry_ptr, R_ROW, block, tile[1], tile[3], remaining, WIDTH)
+            else:
+                r_raw = tl.load(r_ptr + place, mask=valid, other=0)
         mask_raw = tl.load(k_ptr + place, mask=valid, other=0)
         theta_raw = tl.load(theta_ptr + place, mask=valid, other=0)
         if SCALED:
@@ -405,7 +508,6 @@ def _blocks(
         g = g_raw
         if CAREFUL:
             g = tl.where(_usable(g_raw), g_raw, 0.0)
-            mine = ((unusual >> i) & 1) != 0
         lap = g
         if SPATIAL:
             if EVEN and not CAREFUL:
@@ -423,27 +525,101 @@ def _blocks(
             sum_squares = tl.sum(g * g + 0.0 * (lap * 2.0**77), 0)
             mine = sum_squares < MAX_GRADIENT * MAX_GRADIENT
         if mine:
-            w, a, b = _block(
+            w, a, b, v_seen, r_seen = _block(
                 entry_ptr, numbers_ptr, block, remaining, place, valid, g_raw, g, lap, sum_squares, m_raw, v_raw, r_raw,
-                mask_raw, theta_raw, theta_ptr, m_ptr, v_ptr, r_ptr, k_ptr, book1_ptr, book2_ptr, beta1, beta2, beta3,
-                eps1, eps2, clip_threshold, frequency, edge_penalty, edge_threshold, detail, P, EIGHT, SPATIAL, EDGES,
+                mask_raw, theta_raw, theta_ptr, m_ptr, v_ptr, r_ptr, k_ptr, rule, P, EIGHT, WIDTH, SPATIAL, EDGES,
                 TORQUE_ON, CAME, CAUTIOUS, BACKGROUND, AWARE, WARM, AUTO, STOCHASTIC, CAREFUL,
             )  # fmt: skip
             mask_sum += w
             numerator += a
             denominator += b
+            if WIDTH:
+                v_sums += v_seen
+                if CAME:
+                    r_sums += r_seen
             if CAREFUL:
                 bits += tl.sum(tl.where(_usable(g_raw), 0, 1), 0)
         elif not CAREFUL:
             bits |= 1 << i
-        if EVEN:
+        if EVEN and WIDTH == 0:
             column += BLOCK
             if width >= BLOCK:
                 column = tl.where(column >= width, column - width, column)
             else:
                 column = column % width
         i += 1
-    return mask_sum, numerator, denominator, bits
+    return mask_sum, numerator, denominator, bits, v_sums, r_sums
+
+
+@triton.jit
+def _span(
+    entry_ptr, numbers_ptr, first, stride, blocks, tile, v_sums, r_sums, size, grad_address, clip, rule,
+    P: tl.constexpr, G: tl.constexpr, WIDE: tl.constexpr, EIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    SPATIAL: tl.constexpr, EVEN: tl.constexpr, EDGES: tl.constexpr, TORQUE_ON: tl.constexpr, CAME: tl.constexpr,
+    CAUTIOUS: tl.constexpr, BACKGROUND: tl.constexpr, AWARE: tl.constexpr, WARM: tl.constexpr,
+    AUTO: tl.constexpr, SCALED: tl.constexpr, STOCHASTIC: tl.constexpr,
+):  # fmt: skip
+    """`_blocks`, first the usual ones and then the others; returns the same, but the elements skipped for the bits."""
+    skipped = first * 0
+    mask_sum, numerator, denominator, unusual, v_sums, r_sums = _blocks(
+        entry_ptr, numbers_ptr, first, stride, blocks, 0, tile, v_sums, r_sums, size, grad_address, clip, rule, P, G,
+        WIDE, EIGHT, WIDTH, SPATIAL, EVEN, EDGES, TORQUE_ON, CAME, CAUTIOUS, BACKGROUND, AWARE, WARM, AUTO, SCALED,
+        STOCHASTIC, False,
+    )  # fmt: skip
+    if unusual != 0:
+        w, a, b, skipped, v_sums, r_sums = _blocks(
+            entry_ptr, numbers_ptr, first, stride, blocks, unusual, tile, v_sums, r_sums, size, grad_address, clip,
+            rule, P, G, WIDE, EIGHT, WIDTH, SPATIAL, EVEN, EDGES, TORQUE_ON, CAME, CAUTIOUS, BACKGROUND, AWARE, WARM,
+            AUTO, SCALED, STOCHASTIC, True,
+        )  # fmt: skip
+        mask_sum += w
+        numerator += a
+        denominator += b
+        # Whole numbers: the order of the additions does not matter.
+        tl.atomic_add(address(entry_ptr, STATS, tl.float32, 4) + N_SKIPPED, skipped.to(tl.float32))
+    return mask_sum, numerator, denominator, skipped, v_sums, r_sums
+
+
+@triton.jit
+def _tile(
+    entry_ptr, numbers_ptr, local, size, grad_address, clip, rule,
+    P: tl.constexpr, G: tl.constexpr, WIDE: tl.constexpr, BLOCKS: tl.constexpr, EIGHT: tl.constexpr,
+    WIDTH: tl.constexpr, HEIGHT: tl.constexpr, SPATIAL: tl.constexpr, EVEN: tl.constexpr, EDGES: tl.constexpr,
+    TORQUE_ON: tl.constexpr, CAME: tl.constexpr, CAUTIOUS: tl.constexpr, BACKGROUND: tl.constexpr, AWARE: tl.constexpr,
+    WARM: tl.constexpr, AUTO: tl.constexpr, SCALED: tl.constexpr, STOCHASTIC: tl.constexpr,
+):  # fmt: skip
+    """One tile of factored moments: see `factored.Tiling`. Its column means stay as they were until all is seen."""
+    strips = tl.load(entry_ptr + STRIPS).to(tl.int32)
+    first = local // strips * HEIGHT * strips + local % strips
+    blocks = tl.minimum(tl.cdiv(tl.cdiv(size, BLOCK) - first, strips), HEIGHT).to(tl.int32)
+    mask_sum, numerator, denominator, skipped = 0.0, 0.0, 0.0, local * 0
+    if blocks > 0:
+        counts = _tile_counts(size, first, strips, blocks, WIDTH)
+        v_col_ptr = address(entry_ptr, V_COL, tl.float32) + local * WIDTH
+        r_col_ptr = address(entry_ptr, R_COL, tl.float32) + local * WIDTH
+        v_scale = _tile_scale(v_col_ptr, counts, WIDTH)
+        r_scale = v_scale
+        if CAME:
+            r_scale = _tile_scale(r_col_ptr, counts, WIDTH)
+        tile = (v_col_ptr, r_col_ptr, v_scale, r_scale)
+        v_sums, r_sums = tl.zeros((BLOCK,), dtype=tl.float32), tl.zeros((BLOCK,), dtype=tl.float32)
+        done = local * 0
+        while done < blocks:
+            w, a, b, skips, v_sums, r_sums = _span(
+                entry_ptr, numbers_ptr, first + done * strips, strips, tl.minimum(blocks - done, BLOCKS), tile, v_sums,
+                r_sums, size, grad_address, clip, rule, P, G, WIDE, EIGHT, WIDTH, SPATIAL, EVEN, EDGES, TORQUE_ON, CAME,
+                CAUTIOUS, BACKGROUND, AWARE, WARM, AUTO, SCALED, STOCHASTIC,
+            )  # fmt: skip
+            mask_sum += w
+            numerator += a
+            denominator += b
+            skipped += skips
+            done += BLOCKS
+        if skipped.to(tl.float32) < tl.sum(counts, 0):  # a tile in which all was skipped keeps its very means
+            _move_columns(v_col_ptr, v_sums, counts, rule[1], WIDTH)  # β2
+            if CAME:
+                _move_columns(r_col_ptr, r_sums, counts, rule[2], WIDTH)  # β3
+    return mask_sum, numerator, denominator
 
 
 @triton.jit
@@ -451,9 +627,9 @@ def step_kernel(
     table_ptr, numbers_ptr, grads_ptr, owners_ptr, partials_ptr, book1_ptr, book2_ptr, clips_ptr,
     beta1, beta2, beta3, eps1, eps2, clip_threshold, frequency, edge_penalty, edge_threshold, detail,
     P: tl.constexpr, G: tl.constexpr, WIDE: tl.constexpr, BLOCKS: tl.constexpr, EIGHT: tl.constexpr,
-    SPATIAL: tl.constexpr, EVEN: tl.constexpr, EDGES: tl.constexpr, TORQUE_ON: tl.constexpr, CAME: tl.constexpr,
-    CAUTIOUS: tl.constexpr, BACKGROUND: tl.constexpr, AWARE: tl.constexpr, WARM: tl.constexpr,
-    AUTO: tl.constexpr, SCALED: tl.constexpr, STOCHASTIC: tl.constexpr,
+    WIDTH: tl.constexpr, HEIGHT: tl.constexpr, SPATIAL: tl.constexpr, EVEN: tl.constexpr, EDGES: tl.constexpr,
+    TORQUE_ON: tl.constexpr, CAME: tl.constexpr, CAUTIOUS: tl.constexpr, BACKGROUND: tl.constexpr, AWARE: tl.constexpr,
+    WARM: tl.constexpr, AUTO: tl.constexpr, SCALED: tl.constexpr, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
     """Update every tensor of a bucket.
 
@@ -470,30 +646,28 @@ def step_kernel(
     if grad_address != 0:
         entry_ptr = table_ptr + row.to(tl.int64) * _ROW
         size = tl.load(entry_ptr + SIZE)
-        first = (program - tl.load(entry_ptr + FIRST_PROGRAM).to(tl.int32)) * BLOCKS
-        blocks = tl.minimum(tl.cdiv(size, BLOCK) - first, BLOCKS).to(tl.int32)
+        local = program - tl.load(entry_ptr + FIRST_PROGRAM).to(tl.int32)
         numbers_ptr += row * _NUMBERS
         clip = 1.0
         if SCALED:
             clip = tl.load(clips_ptr + row)
-        skipped = first * 0
-        mask_sum, numerator, denominator, unusual = _blocks(
-            entry_ptr, numbers_ptr, first, blocks, 0, size, grad_address, clip, book1_ptr, book2_ptr, beta1, beta2,
-            beta3, eps1, eps2, clip_threshold, frequency, edge_penalty, edge_threshold, detail, P, G, WIDE, EIGHT,
-            SPATIAL, EVEN, EDGES, TORQUE_ON, CAME, CAUTIOUS, BACKGROUND, AWARE, WARM, AUTO, SCALED, STOCHASTIC, False,
+        rule = (
+            beta1, beta2, beta3, eps1, eps2, clip_threshold, frequency, edge_penalty, edge_threshold, detail, book1_ptr,
+            book2_ptr,
         )  # fmt: skip
-        if unusual != 0:
-            w, a, b, skipped = _blocks(
-                entry_ptr, numbers_ptr, first, blocks, unusual, size, grad_address, clip, book1_ptr, book2_ptr, beta1,
-                beta2, beta3, eps1, eps2, clip_threshold, frequency, edge_penalty, edge_threshold, detail, P, G, WIDE,
-                EIGHT, SPATIAL, EVEN, EDGES, TORQUE_ON, CAME, CAUTIOUS, BACKGROUND, AWARE, WARM, AUTO, SCALED,
-                STOCHASTIC, True,
+        if WIDTH:
+            mask_sum, numerator, denominator = _tile(
+                entry_ptr, numbers_ptr, local, size, grad_address, clip, rule, P, G, WIDE, BLOCKS, EIGHT, WIDTH, HEIGHT,
+                SPATIAL, EVEN, EDGES, TORQUE_ON, CAME, CAUTIOUS, BACKGROUND, AWARE, WARM, AUTO, SCALED, STOCHASTIC,
             )  # fmt: skip
-            mask_sum += w
-            numerator += a
-            denominator += b
-            # Whole numbers: the order of the additions does not matter.
-            tl.atomic_add(address(entry_ptr, STATS, tl.float32, 4) + N_SKIPPED, skipped.to(tl.float32))
+        else:
+            first = local * BLOCKS
+            blocks = tl.minimum(tl.cdiv(size, BLOCK) - first, BLOCKS).to(tl.int32)
+            mask_sum, numerator, denominator, _skipped, _v, _r = _span(
+                entry_ptr, numbers_ptr, first, 1, blocks, (), 0.0, 0.0, size, grad_address, clip, rule, P, G, WIDE,
+                EIGHT, WIDTH, SPATIAL, EVEN, EDGES, TORQUE_ON, CAME, CAUTIOUS, BACKGROUND, AWARE, WARM, AUTO, SCALED,
+                STOCHASTIC,
+            )  # fmt: skip
         if WARM or AUTO:
             tl.store(partials_ptr + program * 3, mask_sum)
             tl.store(partials_ptr + program * 3 + 1, numerator)
@@ -550,7 +724,9 @@ def launch(bucket: Bucket, grads: list[int], sources: list[dict[str, Any]]) -> N
         G=DTYPES[spec.grad_dtype],
         WIDE=16 if aligned else 2,
         BLOCKS=BLOCKS_PER_PROGRAM,
-        EIGHT=spec.storage == "8bit",
+        EIGHT=spec.storage != "32bit",
+        WIDTH=spec.width,
+        HEIGHT=tile_height(spec.width),
         SPATIAL=spec.spatial,
         EVEN=spec.even,
         EDGES=spec.edges,

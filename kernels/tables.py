@@ -20,6 +20,7 @@ from torch import Tensor
 from automagic_bnb import quantization as q
 from automagic_bnb import reference
 from automagic_bnb import state as st
+from automagic_bnb.factored import Tiling
 
 
 class Column(IntEnum):
@@ -42,11 +43,16 @@ class Column(IntEnum):
     PROBE_SUM = 14
     RATE = 15
     NORMS = 16
-    SIZE = 17
-    ROWS = 18
-    COLS = 19
-    FIRST_PROGRAM = 20
-    PROGRAMS = 21
+    V_ROW = 17
+    V_COL = 18
+    R_ROW = 19
+    R_COL = 20
+    SIZE = 21
+    ROWS = 22
+    COLS = 23
+    STRIPS = 24
+    FIRST_PROGRAM = 25
+    PROGRAMS = 26
 
 
 STATE_COLUMNS = {
@@ -65,6 +71,10 @@ STATE_COLUMNS = {
     Column.PROBE_START: "probe_start",
     Column.PROBE_SUM: "probe_sum",
     Column.NORMS: "gnorm_vec",
+    Column.V_ROW: "exp_avg_sq_row",
+    Column.V_COL: "exp_avg_sq_col",
+    Column.R_ROW: "exp_avg_res_row",
+    Column.R_COL: "exp_avg_res_col",
 }
 
 
@@ -102,7 +112,7 @@ SHARED_NUMBERS = (
 )
 """Options that become arguments of a launch: tensors that differ in one go to different buckets."""
 BLOCKS_PER_PROGRAM = 16
-"""What a program works through; auto_lr's probes, every 16th block, then fall on the first of each."""
+"""What a program works through, or with factored moments a part of the tile that it does."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +123,8 @@ class Spec:
     theta_dtype: torch.dtype
     grad_dtype: torch.dtype
     storage: str
+    width: int
+    """Columns of a tile of factored moments; 0 in other storage."""
     spatial: bool
     wide: bool
     """Sizes are multiples of 8: eight elements are one access."""
@@ -131,12 +143,13 @@ class Spec:
 
 
 def spec_of(theta: Tensor, grad_dtype: torch.dtype, state: st.State, options: dict[str, Any]) -> Spec:
-    spatial = reference.is_spatial(theta, options)
+    spatial, storage = reference.is_spatial(theta, options), st.storage_held(state)
     return Spec(
         device=theta.device,
         theta_dtype=theta.dtype,
         grad_dtype=grad_dtype,
-        storage=st.storage_held(state),
+        storage=storage,
+        width=Tiling.of(theta).width if storage == "factored" else 0,
         spatial=spatial,
         wide=theta.numel() % 8 == 0,
         even=spatial and theta.dim() == 2 and theta.shape[-1] % 8 == 0,
@@ -185,7 +198,7 @@ class Bucket:
         owners = []
         for row, member in enumerate(members):
             table[row] = self._addresses(member)
-            count = -(-st.block_count(member.theta) // BLOCKS_PER_PROGRAM)
+            count = self._programs(member.theta)
             table[row, Column.FIRST_PROGRAM], table[row, Column.PROGRAMS] = programs, count
             programs += count
             owners.append(count)
@@ -214,6 +227,11 @@ class Bucket:
         ]
         self.numbers = np.zeros((len(members), len(Number)), dtype=np.float32)
 
+    def _programs(self, theta: Tensor) -> int:
+        if self.spec.width:
+            return Tiling.of(theta).tiles
+        return -(-st.block_count(theta) // BLOCKS_PER_PROGRAM)
+
     @staticmethod
     def _addresses(member: Member) -> np.ndarray:
         row = np.zeros(len(Column), dtype=np.int64)
@@ -228,6 +246,7 @@ class Bucket:
         row[Column.SIZE] = theta.numel()
         row[Column.ROWS] = theta.shape[-2] if theta.dim() >= 2 else 1
         row[Column.COLS] = theta.shape[-1] if theta.dim() >= 1 else 1
+        row[Column.STRIPS] = Tiling.of(theta).strips
         return row
 
     def is_current(self, state_of: Mapping[Tensor, st.State]) -> bool:

@@ -37,6 +37,9 @@ SOME_SHAPES: Shapes = ((7, 9), (300,), (3, 5, 3, 3), (3, 256), (12, 24))
 """Fewer blocks, of every kind: the interpreter takes some 50 ms for each."""
 FEW_SHAPES: Shapes = ((5, 52), (3,))
 """For comparisons of kernel with kernel."""
+TILED_SHAPES: Shapes = ((300, 16), (251, 24), (9, 256))
+"""Factored: two tiles of whole rows, three strips with a short last block, rows of exactly a block."""
+FEW_TILED_SHAPES: Shapes = ((40, 16), (9, 256))
 
 
 # --- parameters and gradients -------------------------------------------------------------------------------------
@@ -77,7 +80,8 @@ def optimizer(params: Iterable[Any], backend: str, storage: str = "8bit", **opti
         "weight_decay": 0.1,
         "betas": (0.8, 0.97, 0.995),
         "seed": 7,
-        "optim_bits": BITS[storage],
+        "optim_bits": BITS.get(storage, 8),
+        "factored": storage == "factored",
         "min_8bit_size": 0,
     }
     return Automagic(params, backend=backend, **{**defaults, **options})
