@@ -3,6 +3,7 @@
 from automagic_bnb.bnb import BITSANDBYTES_AVAILABLE
 from automagic_bnb.config import AutomagicConfig, OptimizationProfiles
 from automagic_bnb.hardware import get_adaptive_config, get_hardware_optimized_config
+from automagic_bnb.monitoring import AdaptiveTrainingMonitor, check_training_health
 from automagic_bnb.optimizer import (
     Automagic,
     Automagic8bit,
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BITSANDBYTES_AVAILABLE",
+    "AdaptiveTrainingMonitor",
     "Automagic",
     "Automagic8bit",
     "Automagic32bit",
@@ -36,6 +38,7 @@ __all__ = [
     "RunLog",
     "Spectrum",
     "benchmark_optimizer",
+    "check_training_health",
     "create_improved_8bit_optimizer",
     "effective_rank",
     "get_adaptive_config",
