@@ -138,7 +138,9 @@ def _write_moment(ptr, absmax_ptr, place, x, centred, valid, touched, EIGHT: tl.
         touched: int32, how many elements were not skipped.
     """
     if EIGHT:
-        absmax = tl.maximum(tl.max(tl.abs(x) if SIGNED else x, 0), _TINY_ABSMAX)
+        # The bits of numbers >= 0 are in their order, and whole numbers are compared over a warp in one instruction.
+        largest = tl.max((tl.abs(x) if SIGNED else x).to(tl.int32, bitcast=True), 0).to(tl.float32, bitcast=True)
+        absmax = tl.maximum(largest, _TINY_ABSMAX)
         codes = codec.encode_signed(x, absmax) if SIGNED else codec.encode_unsigned(x, absmax, centred)
         tl.store(ptr + place, codes, mask=tl.where(valid, touched, 0) > 0)
         tl.store(absmax_ptr, absmax, mask=touched > 0)
@@ -188,22 +190,26 @@ def _tile_estimate(entry_ptr, column: tl.constexpr, block, col_ptr, scale, remai
 
 
 @triton.jit
-def _move_rows(row_ptr, seen, touched, remaining, per, beta, WIDTH: tl.constexpr):
+def _move_rows(row_ptr, seen, used, remaining, per, beta, WIDTH: tl.constexpr, CAREFUL: tl.constexpr):
     """Move a block's row means towards those of `seen`, float32 [256], 0 behind the end.
 
     Args:
-        touched: bool [256], what was not skipped. A row in which all was keeps its very mean.
+        used: int32 [256], 1 for what was not skipped. A row in which all was skipped keeps its very mean.
     """
     if WIDTH == BLOCK:
         moved = beta * tl.load(row_ptr) + (1 - beta) * (tl.sum(seen, 0) * per)
-        tl.store(row_ptr, moved, mask=tl.sum(touched.to(tl.int32), 0) > 0)
+        if CAREFUL:
+            tl.store(row_ptr, moved, mask=tl.sum(used, 0) > 0)
+        else:
+            tl.store(row_ptr, moved)
     else:
         rows = tl.arange(0, BLOCK // WIDTH)
         inside = rows * WIDTH < remaining
         means = tl.sum(tl.reshape(seen, (BLOCK // WIDTH, WIDTH)), 1) * (1 / WIDTH)
         moved = beta * tl.load(row_ptr + rows, mask=inside, other=0.0) + (1 - beta) * means
-        any_touched = tl.sum(tl.reshape(touched.to(tl.int32), (BLOCK // WIDTH, WIDTH)), 1) > 0
-        tl.store(row_ptr + rows, moved, mask=inside & any_touched)
+        if CAREFUL:
+            inside = inside & (tl.sum(tl.reshape(used, (BLOCK // WIDTH, WIDTH)), 1) > 0)
+        tl.store(row_ptr + rows, moved, mask=inside)
 
 
 @triton.jit
@@ -291,7 +297,10 @@ def _block(
     # eps1 keeps v above 0 (see `launch`), but where an element was skipped from the start
     u = filtered * tl.rsqrt(tl.maximum(v, _TINY) if CAREFUL else v)
     correction = tl.load(numbers_ptr + N_CORRECTION2)  # the root of 1 - β2^t
+    # Both sums are taken before the factors of the block are known: neither then waits for the other.
     energy = tl.sum(u * u, 0) * (correction * correction)
+    if TORQUE_ON:
+        aligned = absmax1 * tl.sum(m_old * u, 0)
     activity = energy * per
     shrink = tl.minimum(clip_threshold * tl.rsqrt(tl.maximum(activity, _TINY)), 1.0)
     u = u * (shrink * correction)
@@ -301,15 +310,15 @@ def _block(
     damping = 1 - beta1
     if TORQUE_ON:
         norms = (absmax1 * absmax1) * tl.sum(m_old * m_old, 0) * energy
-        aligned = absmax1 * tl.sum(m_old * u, 0) * tl.rsqrt(norms + 1e-30)
-        torque = 0.9 * torque + 0.1 * aligned
+        torque = 0.9 * torque + 0.1 * (aligned * (shrink * correction) * tl.rsqrt(norms + 1e-30))
         tl.store(torque_ptr, torque)
         damping = damping * (1 + tl.clamp(tl.load(numbers_ptr + N_KAPPA) * torque, -1.0, 1.0))
     m = (beta1 * absmax1) * m_old + damping * u
+    used = (usable & valid).to(tl.int32)
     touched = 1
     if CAREFUL:
         m = tl.where(usable, m, m_old * absmax1)
-        touched = tl.sum((usable & valid).to(tl.int32), 0)
+        touched = tl.sum(used, 0)
 
     key = tl.load(numbers_ptr + N_KEY).to(tl.uint32, bitcast=True)
     start = block.to(tl.int64) * BLOCK
@@ -317,7 +326,7 @@ def _block(
     bits = codec.random_bits(key, start)
     centred = codec.centred(bits)
     if WIDTH:
-        _move_rows(_row_ptr(entry_ptr, V_ROW, block, WIDTH), v_seen, usable & valid, remaining, per, beta2, WIDTH)
+        _move_rows(_row_ptr(entry_ptr, V_ROW, block, WIDTH), v_seen, used, remaining, per, beta2, WIDTH, CAREFUL)
     else:
         _write_moment(v_ptr, absmax2_ptr, place, v, centred, valid, touched, EIGHT, False)
     _write_moment(m_ptr, absmax1_ptr, place, m, 0.0, valid, touched, EIGHT, True)
@@ -337,15 +346,16 @@ def _block(
         n = m * tl.rsqrt(tl.maximum(r, 0.01 * correction3))
         weight = weight * tl.sqrt(correction3)
         if WIDTH:
-            _move_rows(_row_ptr(entry_ptr, R_ROW, block, WIDTH), r_seen, usable & valid, remaining, per, beta3, WIDTH)
+            _move_rows(_row_ptr(entry_ptr, R_ROW, block, WIDTH), r_seen, used, remaining, per, beta3, WIDTH, CAREFUL)
         else:
             _write_moment(r_ptr, absmax3_ptr, place, r, centred, valid, touched, EIGHT, False)
 
     # 5. Cautious, 6. background: both end in a factor of the block.
     if CAUTIOUS:
-        agrees = tl.where(n * g > 0, 1.0, 0.0)
-        n = n * agrees
-        weight = weight * codec.reciprocal(tl.maximum(tl.sum(agrees, 0) * per, 0.25))
+        agrees = n * g > 0
+        n = tl.where(agrees, n, 0.0)
+        count = tl.sum(agrees.to(tl.int32), 0)  # whole numbers are summed over a warp in one instruction
+        weight = weight * codec.reciprocal(tl.maximum(count.to(tl.float32) * per, 0.25))
     if BACKGROUND:
         weight = tl.where(activity < 0.1, 0.5 * weight, weight)
 
@@ -674,15 +684,19 @@ def step_kernel(
             tl.store(partials_ptr + program * 3 + 2, denominator)
 
 
-MAX_REGISTERS = 96
-"""Per thread, on NVIDIA: more warps at once are worth a few spilled registers."""
+def _max_registers(warm: bool, factored: bool) -> int:
+    """Per thread, on NVIDIA: more warps at once are worth a few spilled registers, but not where all is to be held."""
+    return 128 if warm and not factored else 96
+
+
 LEAST_EPS1 = 1e-34
 """What stands in for eps1 = 0, so that v is never 0 and (1 - β2) eps1 is a normal number."""
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def _compiler_options(device: torch.device) -> dict[str, Any]:
-    return {"maxnreg": MAX_REGISTERS} if device.type == "cuda" and torch.version.hip is None else {}
+def _compiler_options(device: torch.device, warm: bool, factored: bool) -> dict[str, Any]:
+    on_nvidia = device.type == "cuda" and torch.version.hip is None
+    return {"maxnreg": _max_registers(warm, factored)} if on_nvidia else {}
 
 
 def launch(bucket: Bucket, grads: list[int], sources: list[dict[str, Any]]) -> None:
@@ -740,7 +754,7 @@ def launch(bucket: Bucket, grads: list[int], sources: list[dict[str, Any]]) -> N
         SCALED=spec.scaled,
         STOCHASTIC=spec.stochastic,
         num_warps=1,
-        **_compiler_options(spec.device),
+        **_compiler_options(spec.device, warm, bool(spec.width)),
     )
     if warm or spec.auto:
         statistics.finalise(bucket, addresses, numbers, partials, betas[1], warm)
