@@ -1,6 +1,7 @@
 """Automagic8bit: a bitsandbytes plugin optimizer that finds its own learning rates."""
 
 from automagic_bnb.bnb import BITSANDBYTES_AVAILABLE
+from automagic_bnb.callbacks import TensorBoardLogger, lightning_callback, trainer_callback, training_metrics
 from automagic_bnb.config import AutomagicConfig, OptimizationProfiles
 from automagic_bnb.hardware import get_adaptive_config, get_hardware_optimized_config
 from automagic_bnb.monitoring import AdaptiveTrainingMonitor, check_training_health
@@ -14,7 +15,7 @@ from automagic_bnb.optimizer import (
     PagedAutomagic32bit,
     create_improved_8bit_optimizer,
 )
-from automagic_bnb.plots import plot_singular_values, plot_spectrum
+from automagic_bnb.plots import plot_singular_values, plot_spectrum, plot_training
 from automagic_bnb.run_log import RunLog, read_run
 from automagic_bnb.singular import effective_rank, singular_values, stable_rank
 from automagic_bnb.spectrum import Spectrum, spectrum
@@ -37,16 +38,21 @@ __all__ = [
     "PagedAutomagic32bit",
     "RunLog",
     "Spectrum",
+    "TensorBoardLogger",
     "benchmark_optimizer",
     "check_training_health",
     "create_improved_8bit_optimizer",
     "effective_rank",
     "get_adaptive_config",
     "get_hardware_optimized_config",
+    "lightning_callback",
     "plot_singular_values",
     "plot_spectrum",
+    "plot_training",
     "read_run",
     "singular_values",
     "spectrum",
     "stable_rank",
+    "trainer_callback",
+    "training_metrics",
 ]

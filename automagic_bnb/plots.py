@@ -5,11 +5,15 @@ Every function returns the `matplotlib.figure.Figure` and, where a path is given
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor
+
+from automagic_bnb.panels import Curve, Panel, panels_of
+from automagic_bnb.run_log import Run, Series, as_run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,6 +24,8 @@ if TYPE_CHECKING:
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 """Blue, vermilion, green and purple, told apart with any colour vision."""
 DPI = 150
+SMOOTHED = 21
+"""Losses in a running median, which is drawn from ten times as many on."""
 
 
 def new_figure(title: str, width: float = 9, height: float = 5) -> Figure:
@@ -117,6 +123,96 @@ def plot_singular_values(
         panels[1].set_ylabel("effective rank")
         finish(panels[1])
     return saved(figure, path)
+
+
+def plot_training(
+    run_or_history: Run | str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    path: str | Path | None = None,
+    title: str = "",
+) -> Figure:
+    """A run at a glance: loss, learning rates, state memory, torque, edges and skipped elements over the steps.
+
+    Of the rates, the mean, the range from the 10th to the 90th percentile, and the bounds are drawn. What was not
+    logged is left out. A long loss is drawn with its running median.
+
+    Args:
+        run_or_history: a run, the folder of one (as `RunLog` and the callbacks write it), records with a "step" each
+            (Hugging Face's `trainer.state.log_history`), or sequences by name. The names are those of `get_metrics`,
+            and "loss", "eval_loss", "learning_rate", "state_bytes", "lr/bound_min" and "lr/bound_max".
+        path: where to write the picture, too.
+        title: what stands above it, in place of the run's name.
+
+    Raises:
+        FileNotFoundError: the folder holds no run.
+        ValueError: nothing of this was logged.
+        ImportError: matplotlib is not installed.
+    """
+    run = as_run(run_or_history)
+    panels = panels_of([run])
+    columns = 3 if len(panels) > 4 else min(len(panels), 2)
+    rows = -(-len(panels) // columns)
+    figure = new_figure(title or run.name, width=5.2 * columns, height=0.6 + 3.6 * rows)
+    places = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes, panel in zip(places, panels, strict=False):
+        draw_panel(axes, panel, run)
+    for axes in places[len(panels) :]:
+        axes.set_visible(False)
+    return saved(figure, path)
+
+
+def draw_panel(axes: Axes, panel: Panel, run: Run) -> None:
+    """The curves of one panel over its band."""
+    series = panel.drawn(run)
+    low, high = (series.get(name) for name in panel.band or ("", ""))
+    if low is not None and high is not None and np.array_equal(low.steps, high.steps):
+        axes.fill_between(low.steps, low.values, high.values, color=COLOURS[0], alpha=0.25, lw=0, label="10 % to 90 %")
+    for place, curve in enumerate(curve for curve in panel.curves if curve.metric in series):
+        draw_curve(axes, curve, series[curve.metric], COLOURS[place])
+    axes.set_title(panel.title, fontsize=12)
+    axes.set_xlabel("step")
+    axes.set_ylabel(panel.unit)
+    axes.locator_params(axis="x", integer=True)
+    if panel.logarithmic:
+        axes.set_yscale("log")
+    else:
+        set_range(axes, np.concatenate([values[np.isfinite(values)] for _, values in series.values()]))
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[1] not in ([], [panel.curves[0].label]):
+        axes.legend(fontsize=9)
+
+
+def set_range(axes: Axes, values: np.ndarray) -> None:
+    """From 0 where nothing is negative; and not up to a few values that would leave the others no room."""
+    if (values < 0).any():
+        return
+    ordinary = np.percentile(values, 99)
+    cut = values.max() > 5 * ordinary > 0
+    axes.set_ylim(bottom=0, top=2 * ordinary if cut else None if values.any() else 1)
+
+
+def draw_curve(axes: Axes, curve: Curve, series: Series, colour: str) -> None:
+    """One metric; of a loss also where it is no number, and of a long one the running median."""
+    steps, values = series
+    label, is_loss = curve.label, curve.metric == "loss"
+    if is_loss and len(steps) >= 10 * SMOOTHED:
+        axes.plot(steps, values, color=colour, lw=0.8, alpha=0.35)
+        label, values = f"{label}, running median", running_median(values)
+    style, marker = "--" if curve.dashed else "-", "o" if len(steps) == 1 else ""
+    axes.plot(steps, values, style, color=colour, lw=1.8, marker=marker, label=label)
+    lost = steps[~np.isfinite(series.values)]
+    if is_loss and len(lost):
+        at_the_bottom = {"transform": axes.get_xaxis_transform(), "clip_on": False}
+        axes.plot(lost, np.full(len(lost), 0.02), "x", color="#c00000", label="NaN or infinite", **at_the_bottom)
+
+
+def running_median(values: np.ndarray) -> np.ndarray:
+    """The median of the finite ones among `SMOOTHED` values around each; NaN where the value itself is not finite."""
+    half = SMOOTHED // 2
+    finite = np.where(np.isfinite(values), values, np.nan)
+    stretches = np.lib.stride_tricks.sliding_window_view(np.pad(finite, half, constant_values=np.nan), 2 * half + 1)
+    medians = np.full(len(values), np.nan)
+    medians[~np.isnan(finite)] = np.nanmedian(stretches[~np.isnan(finite)], axis=1)
+    return medians
 
 
 def line_style(place: int) -> dict[str, str]:

@@ -148,7 +148,7 @@ def find_runs(directory: str | Path) -> list[Path]:
     return found
 
 
-def as_run(source: Run | str | Path | Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]) -> Run:
+def as_run(source: Run | str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Run:
     """A run from whatever holds one.
 
     Args:
@@ -200,7 +200,7 @@ def _checked_step(step: Any) -> int:
     return number
 
 
-def _as_records(history: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+def _as_records(history: Mapping[str, Any]) -> list[dict[str, Any]]:
     lengths = {name: len(values) for name, values in history.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"the sequences of a history must be of one length, not {lengths}")
