@@ -235,7 +235,9 @@ def _trainer_callback_class() -> type:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if self._metrics and self._trainer is not None:
+                wanted = control.should_log
                 self._trainer.log(prefixed(self._metrics))
+                control.should_log = wanted  # logging clears it, and the loss of this step would not be logged
             self._metrics = {}
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
