@@ -29,6 +29,8 @@ MAX_GRADIENT = 2.0**50
 """An element beyond it, NaN and infinities included, is skipped: its square would leave float32's range in sums."""
 MAX_EDGE = 32.0
 """Bound of e. Within one block e cannot reach it; a silent block beside a loud one has no scale of its own."""
+LEAST_EPS1 = 1e-34
+"""What stands in for eps1 = 0, so that v is never 0 and (1 - β2) eps1 is a normal number."""
 MIN_RESIDUAL = 0.01
 MIN_CAUTIOUS_SHARE = 0.25
 K_MIN, K_MAX = -32.0, 31.0
@@ -224,7 +226,7 @@ def update_parameter(
         filtered = spatial_filter(g, lap, state["edge_history"].view(-1, 1), blocks, options)
 
     # 2. Second moment, activity, clipping.
-    v_hat = moments.second(filtered.square(), s, options["eps"][0])
+    v_hat = moments.second(filtered.square(), s, max(options["eps"][0], LEAST_EPS1))
     u = filtered / v_hat.clamp_min(FLOAT_TINY).sqrt()
     activity = blocks.mean(u.square())
     u = u * (options["clip_threshold"] / activity.clamp_min(FLOAT_TINY).sqrt()).clamp_max(1)

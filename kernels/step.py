@@ -45,6 +45,9 @@ _TINY_ABSMAX = tl.constexpr(q.TINY_ABSMAX)
 MAX_GRADIENT = tl.constexpr(reference.MAX_GRADIENT)
 MAX_EDGE = tl.constexpr(reference.MAX_EDGE)
 _PROBE_STRIDE = tl.constexpr(16)
+import os
+
+_PF = tl.constexpr(os.environ.get("PF", "1") == "1")
 
 
 @triton.jit
@@ -453,6 +456,27 @@ def _probe(entry_ptr, block, lanes, valid, g, theta, omega, decay, P: tl.constex
 
 
 @triton.jit
+def _lines(grad_ptr, theta_ptr, m_ptr, v_ptr, r_ptr, k_ptr, WIDTH: tl.constexpr, CAME: tl.constexpr):
+    """The addresses of all 128-byte lines of one block, int64 [32], some twice; 8-bit states.
+
+    Returns them, and by how many bytes each moves from one block to the next.
+    """
+    lane = tl.arange(0, 32)
+    G: tl.constexpr = grad_ptr.dtype.element_ty.primitive_bitwidth // 8
+    P: tl.constexpr = theta_ptr.dtype.element_ty.primitive_bitwidth // 8
+    of_grad, of_theta = lane < 2 * G, lane < 2 * G + 2 * P
+    line = lane - tl.where(of_grad, 0, tl.where(of_theta, 2 * G, 2 * G + 2 * P))
+    states = tl.where(line < 2, m_ptr.to(tl.int64), k_ptr.to(tl.int64))
+    if WIDTH == 0:
+        states = tl.where(line >= 4, v_ptr.to(tl.int64), states)
+        if CAME:
+            states = tl.where(line >= 6, r_ptr.to(tl.int64), states)
+    base = tl.where(of_grad, grad_ptr.to(tl.int64), tl.where(of_theta, theta_ptr.to(tl.int64), states))
+    line = tl.where(of_theta, line, line % 2)
+    return base + line * 128, tl.where(of_grad, G, tl.where(of_theta, P, 1)) * BLOCK
+
+
+@triton.jit
 def _blocks(
     entry_ptr, numbers_ptr, first, stride, blocks, unusual, tile, v_sums, r_sums, size, grad_address, clip, rule,
     P: tl.constexpr, G: tl.constexpr, WIDE: tl.constexpr, EIGHT: tl.constexpr, WIDTH: tl.constexpr,
@@ -490,8 +514,12 @@ def _blocks(
     if not CAREFUL:  # the tensor's last block, if short, is left to the careful way
         end = tl.where((first.to(tl.int64) + (blocks - 1) * stride + 1) * BLOCK > size, blocks - 1, blocks)
         bits = tl.where(end < blocks, 1 << end, 0)
+    if EIGHT and not CAREFUL and _PF:
+        lines, line_step = _lines(grad_ptr, theta_ptr, m_ptr, v_ptr, r_ptr, k_ptr, WIDTH, CAME)
     i = first * 0
     while i < end:
+        if EIGHT and not CAREFUL and _PF:
+            codec.prefetch(lines + tl.minimum(i + 1, end - 1) * stride * line_step)
         block = first + i * stride
         start = block.to(tl.int64) * BLOCK
         remaining = tl.minimum(size - start, BLOCK).to(tl.int32)
@@ -689,8 +717,6 @@ def _max_registers(warm: bool, factored: bool) -> int:
     return 128 if warm and not factored else 96
 
 
-LEAST_EPS1 = 1e-34
-"""What stands in for eps1 = 0, so that v is never 0 and (1 - β2) eps1 is a normal number."""
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -727,7 +753,7 @@ def launch(bucket: Bucket, grads: list[int], sources: list[dict[str, Any]]) -> N
         beta1=betas[0],
         beta2=betas[1],
         beta3=betas[2],
-        eps1=max(eps[0], LEAST_EPS1),
+        eps1=max(eps[0], reference.LEAST_EPS1),
         eps2=eps[1],
         clip_threshold=clip_threshold,
         frequency=frequency / 8,

@@ -137,9 +137,15 @@ FREE_8 = Tolerance(floats=0.03, share=0.02, codes=3, spacings=4)
 and all rates of its block a little."""
 
 
+ONE_TO_A_BLOCK = frozenset(
+    ["torque", "edge_history", "spatial_variance", "absmax1", "absmax2", "absmax3", "exp_avg_sq_row", "exp_avg_res_row"]
+)
+
+
 @dataclass
 class Differences:
-    """What was seen, by name of the tensor: relative errors [blocks]; distances [blocks, 256] of codes and narrow θ."""
+    """What was seen, by name of the tensor: relative errors, one to a block; distances [blocks, 256] of codes and narrow
+    θ."""
 
     floats: dict[str, list[Tensor]] = field(default_factory=dict)
     codes: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -196,8 +202,10 @@ class Differences:
 
     def _take_floats(self, name: str, ours: Tensor, theirs: Tensor, scale: float = 0.0) -> None:
         blocks = reference.Blocks(ours)
-        error = blocks.cut(_error(ours, theirs)).amax(dim=1)
-        self.floats.setdefault(name, []).append((error / (_largest(theirs, blocks) if scale == 0 else scale)).cpu())
+        error = blocks.cut(_error(ours, theirs)) / (_largest(theirs, blocks)[:, None] if scale == 0 else scale)
+        # Numbers of which a block of elements has one each count for themselves.
+        error = blocks.join(error) if name in ONE_TO_A_BLOCK else error.amax(dim=1)
+        self.floats.setdefault(name, []).append(error.cpu())
 
     @staticmethod
     def _spacings(p: Tensor, q: Tensor) -> Tensor:

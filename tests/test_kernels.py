@@ -145,7 +145,7 @@ PRODUCT = [
     for dtype, switch in zip(itertools.cycle(DTYPES), SWITCHES, strict=False)
 ]
 LARGE_SHAPES: Shapes = ((1000, 1000), (64, 4096), (5, 7, 129, 257), (1 << 20 | 3,), (4096, 8), (3, 100_000))
-LARGE_TILED_SHAPES: Shapes = ((1000, 1000), (300, 4096), (96, 7, 29, 57), (4099, 8), (300, 10_000), (40_000, 32))
+LARGE_TILED_SHAPES: Shapes = ((1000, 1000), (300, 4096), (2048, 7, 9, 9), (4099, 8), (300, 10_000), (40_000, 32))
 LARGE = [Case(storage, dtype, shapes=LARGE_SHAPES, steps=4) for storage, dtype in itertools.product(BITS, DTYPES)] + [
     Case("factored", dtype, shapes=LARGE_TILED_SHAPES, steps=4) for dtype in DTYPES
 ]
@@ -239,7 +239,7 @@ def test_another_seed_is_told_apart() -> None:
     """Negative control for stochastic rounding: other random bits change codes and a bfloat16 θ."""
 
     def build(backend: str) -> Automagic:
-        return optimizer(parameters(FEW_SHAPES, torch.bfloat16), backend, seed=7 if backend == "torch" else 8)
+        return optimizer(parameters(SOME_SHAPES, torch.bfloat16), backend, seed=7 if backend == "torch" else 8)
 
     found = " ".join(follow(build, steps=2).one_step.violations(ONE_STEP))
     assert all(f"{name}: " in found for name in ("theta", "state2", "state3"))
