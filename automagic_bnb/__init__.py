@@ -3,6 +3,7 @@
 from automagic_bnb.bnb import BITSANDBYTES_AVAILABLE
 from automagic_bnb.callbacks import TensorBoardLogger, lightning_callback, trainer_callback, training_metrics
 from automagic_bnb.config import AutomagicConfig, OptimizationProfiles
+from automagic_bnb.dashboard import write_dashboard
 from automagic_bnb.hardware import get_adaptive_config, get_hardware_optimized_config
 from automagic_bnb.monitoring import AdaptiveTrainingMonitor, check_training_health
 from automagic_bnb.optimizer import (
@@ -55,4 +56,5 @@ __all__ = [
     "stable_rank",
     "trainer_callback",
     "training_metrics",
+    "write_dashboard",
 ]

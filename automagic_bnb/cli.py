@@ -21,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="automagic-bnb", description="Tools around the Automagic optimizers.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_demo(commands)
+    add_dashboard(commands)
     args = parser.parse_args(argv)
     try:
         return args.run(args)
@@ -63,6 +64,32 @@ def run_demo(args: argparse.Namespace) -> int:
         sys.stderr.write(f"automagic-bnb demo: error: {e}\n")
         return 1
     return 0 if demo.is_complete(runs) else INTERRUPTED
+
+
+def add_dashboard(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare `dashboard`."""
+    parser = commands.add_parser(
+        "dashboard",
+        help="write a page that compares training runs",
+        description="Write one HTML file that compares all runs logged in a folder and below it. It opens in a browser "
+        "without a network.",
+    )
+    parser.add_argument("logdir", metavar="LOGDIR", type=Path, help="folder with run logs")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="file to write (default: LOGDIR/dashboard.html)")
+    parser.set_defaults(run=run_dashboard)
+
+
+def run_dashboard(args: argparse.Namespace) -> int:
+    """`automagic-bnb dashboard`."""
+    from automagic_bnb import dashboard
+
+    try:
+        path = dashboard.write_dashboard(args.logdir, args.out)
+    except (ImportError, OSError, ValueError) as e:
+        sys.stderr.write(f"automagic-bnb dashboard: error: {e}\n")
+        return 1
+    sys.stdout.write(f"{path}\n")
+    return 0
 
 
 def natural_number(text: str) -> int:

@@ -27,6 +27,9 @@ DPI = 150
 SMOOTHED = 21
 """Losses in a running median, which is drawn from ten times as many on."""
 
+MARKED = 30
+"""Values up to which each gets a marker; a single one between gaps would not show otherwise."""
+
 
 def new_figure(title: str, width: float = 9, height: float = 5) -> Figure:
     """An empty figure of that size in inches.
@@ -197,8 +200,8 @@ def draw_curve(axes: Axes, curve: Curve, series: Series, colour: str) -> None:
     if is_loss and len(steps) >= 10 * SMOOTHED:
         axes.plot(steps, values, color=colour, lw=0.8, alpha=0.35)
         label, values = f"{label}, running median", running_median(values)
-    style, marker = "--" if curve.dashed else "-", "o" if len(steps) == 1 else ""
-    axes.plot(steps, values, style, color=colour, lw=1.8, marker=marker, label=label)
+    style, marker = "--" if curve.dashed else "-", "o" if len(steps) <= MARKED else ""
+    axes.plot(steps, values, style, color=colour, lw=1.8, marker=marker, ms=4, label=label)
     lost = steps[~np.isfinite(series.values)]
     if is_loss and len(lost):
         at_the_bottom = {"transform": axes.get_xaxis_transform(), "clip_on": False}
@@ -208,6 +211,8 @@ def draw_curve(axes: Axes, curve: Curve, series: Series, colour: str) -> None:
 def running_median(values: np.ndarray) -> np.ndarray:
     """The median of the finite ones among `SMOOTHED` values around each; NaN where the value itself is not finite."""
     half = SMOOTHED // 2
+    if not len(values):
+        return np.zeros(0)
     finite = np.where(np.isfinite(values), values, np.nan)
     stretches = np.lib.stride_tricks.sliding_window_view(np.pad(finite, half, constant_values=np.nan), 2 * half + 1)
     medians = np.full(len(values), np.nan)

@@ -123,6 +123,7 @@ def test_a_long_loss_has_its_running_median() -> None:
 
 
 def test_running_median_of_little() -> None:
+    assert running_median(np.zeros(0)).tolist() == []
     assert running_median(np.array([3.0])).tolist() == [3.0]
     assert running_median(np.array([1.0, 2.0, 6.0])).tolist() == [2.0] * 3
 

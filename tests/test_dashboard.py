@@ -1,0 +1,273 @@
+"""The dashboard: what is in the page, that a browser draws it and asks nobody for anything, and clear errors."""
+
+from __future__ import annotations
+
+import html.parser
+import math
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from automagic_bnb import Automagic8bit, RunLog, cli, training_metrics, write_dashboard
+from automagic_bnb.dashboard import COLOURS, MOST_POINTS, comparison, run_name, summary, thinned
+from automagic_bnb.panels import PANELS
+from automagic_bnb.run_log import Run, Series, read_run
+
+pytest.importorskip("plotly", reason="plotly is not installed: pip install 'automagic-bnb[dashboard]'")
+
+BROWSER = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome", "chrome"])), None)
+needs_a_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
+HOSTILE = '<img src=x onerror="document.title=1"> & co'
+
+
+def log_run(folder: Path, tools: Any, steps: int = 12, **options: Any) -> Path:
+    """A real run, with its metrics at every second step."""
+    parameters = tools.parameters((40, 60), (16, 300))
+    opt = Automagic8bit(parameters, **options)
+    with RunLog(folder) as log:
+        for step in range(steps):
+            tools.train(opt, parameters, range(step, step + 1))
+            log.log(step, {"loss": 2 / (1 + step), **(training_metrics(opt) if step % 2 == 0 else {})})
+    return folder
+
+
+def log_losses(folder: Path, losses: Any) -> Path:
+    with RunLog(folder) as log:
+        for step, loss in enumerate(losses):
+            log.log(step, {"loss": loss})
+    return folder
+
+
+class Page(html.parser.HTMLParser):
+    """Tags with their attributes, and the text outside of scripts."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        if self.tags and self.tags[-1][0] not in ("script", "style") and data.strip():
+            self.text.append(data.strip())
+
+
+@pytest.fixture(scope="module")
+def logdir(tmp_path_factory: pytest.TempPathFactory, tools: Any) -> Path:
+    """Three runs, one of them two folders down."""
+    folder = tmp_path_factory.mktemp("runs")
+    log_run(folder / "given", tools, lr=1e-3)
+    log_run(folder / "deep" / "found", tools)
+    log_losses(folder / HOSTILE, [3.0, math.nan, 1.0])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(logdir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dashboard(logdir, tmp_path_factory.mktemp("page") / "new" / "page.html")
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_refers_to_nothing_outside(page: Path) -> None:
+    """No tag loads anything; the scripts are inside; and the page forbids itself any request."""
+    tags = Page(page).tags
+    loading = [(tag, attrs) for tag, attrs in tags if tag == "link" or {"src", "href"} & set(attrs)]
+    assert loading == []
+    assert "script" in [tag for tag, _ in tags]
+    (policy,) = [attrs["content"] for tag, attrs in tags if attrs.get("http-equiv") == "Content-Security-Policy"]
+    assert policy is not None
+    assert "default-src 'none'" in policy
+    assert "http" not in policy
+    assert "*" not in policy
+
+
+def test_the_table_has_a_row_for_each_run(page: Path) -> None:
+    """Names are text, whatever they look like."""
+    text = Page(page).text
+    assert [name for name in text if name in ("given", "deep/found", HOSTILE)] == sorted(
+        ["given", "deep/found", HOSTILE]
+    )
+    at = text.index(HOSTILE)
+    assert text[at : at + 7] == [HOSTILE, "2", "2", "2", "1", "–", "–"]
+
+
+def test_the_curves_are_what_was_logged(logdir: Path) -> None:
+    """Every series of every run, in its panel's unit, as plotly is given it."""
+    runs = [read_run(logdir / name) for name in ("given", "deep/found")]
+    figure: Any = comparison(runs)
+    drawn = [
+        (t.legendgroup, list(t.x), np.asarray(t.y, dtype=float).tolist()) for t in figure.data if t.x[0] is not None
+    ]
+    count = 0
+    for run in runs:
+        for panel in PANELS:
+            for name, (steps, values) in panel.drawn(run).items():
+                count += 1
+                assert (run.name, steps.tolist(), values.tolist()) in drawn, name
+    assert count == len(drawn) > 20
+    assert {t.line.color for t in figure.data} == set(COLOURS[:2])
+    assert [t.name for t in figure.data if t.showlegend is None] == ["given", "found"]
+
+
+def test_summary() -> None:
+    """By hand: medians of the last 21 losses and of any 21 neighbours, the last state and count."""
+    steps = np.arange(100)
+    loss = np.where((steps >= 40) & (steps < 70), 6.5, 7.0)
+    loss[20], loss[95], loss[96] = 0.1, math.nan, 1e9
+    series = {
+        "loss": Series(steps, loss),
+        "state_bytes": Series(steps[:2], np.array([1e6, 2.5e6])),
+        "skipped_elements": Series(np.array([70]), np.array([12.0])),
+    }
+    assert summary(Run("a", series)) == ("a", "99", "7", "6.5", "1", "2.5", "12")
+    assert summary(Run("b", {})) == ("b", "–", "–", "–", "0", "–", "–")
+
+
+def test_long_runs_are_thinned_without_losing_extremes(tmp_path: Path) -> None:
+    """A spike and a trough of one step among 100 000 are still there, and the page does not grow."""
+    losses = np.random.default_rng(0).normal(5, 0.1, 100_000)
+    losses[31_415], losses[92_653], losses[50_000] = 1000.0, -7.0, math.nan
+    kept = thinned(Series(np.arange(100_000), losses))
+    assert len(kept) <= MOST_POINTS
+    assert {31_415, 92_653} <= set(kept.tolist())
+    assert kept.tolist() == sorted(set(kept.tolist()))
+    assert thinned(Series(np.arange(5), losses[:5])).tolist() == [0, 1, 2, 3, 4]
+    assert len(thinned(Series(np.arange(3000), np.full(3000, np.nan)))) <= MOST_POINTS
+    sizes = [
+        len(str(comparison([Run("x", {"loss": Series(np.arange(n), losses[:n])})]).to_json())) for n in (2000, 10**5)
+    ]
+    assert sizes[1] < 1.5 * sizes[0]
+
+
+def test_runs_are_named_by_their_place(tmp_path: Path) -> None:
+    assert run_name(tmp_path / "a" / "b", tmp_path) == "a/b"
+    assert run_name(tmp_path, tmp_path) == tmp_path.name
+
+
+@pytest.mark.parametrize("count", [1, 25])
+def test_any_number_of_runs(count: int, tmp_path: Path) -> None:
+    """More than there are colours; runs of one step; a run without a line among them."""
+    for index in range(count):
+        log_losses(tmp_path / f"run{index:02}", [index + 1.0])
+    RunLog(tmp_path / "empty").close()
+    path = write_dashboard(tmp_path)
+    assert path == tmp_path / "dashboard.html"
+    assert {f"run{index:02}" for index in range(count)} | {"empty"} <= set(Page(path).text)
+
+
+# --- in a browser ----------------------------------------------------------------------------------------------------
+
+
+def browse(page: Path, folder: Path) -> tuple[str, Path]:
+    """The page's DOM once its scripts have run, and a picture of it."""
+    assert BROWSER is not None
+    picture = folder / f"{page.stem}.png"
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    command += [f"--user-data-dir={folder / 'profile'}", "--window-size=1400,1500", "--virtual-time-budget=10000"]
+    command += [f"--screenshot={picture}", "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout, picture
+
+
+WATCH = """<script>
+document.addEventListener("securitypolicyviolation", e => document.documentElement.setAttribute(
+  "data-blocked", (document.documentElement.getAttribute("data-blocked") || "") + " " + e.blockedURI));
+window.addEventListener("error", e => document.documentElement.setAttribute("data-error", e.message));
+</script>"""
+
+
+@needs_a_browser
+def test_a_browser_draws_every_curve_and_asks_nobody(page: Path, logdir: Path, tmp_path: Path) -> None:
+    """Lines with points in all panels, each run's colour on the screen, no request even tried, no script error."""
+    watched = tmp_path / "watched.html"
+    watched.write_text(page.read_text(encoding="utf-8").replace("<title>", WATCH + "<title>", 1), encoding="utf-8")
+    dom, picture = browse(watched, tmp_path)
+    root = re.findall(r"<html[^>]*>", dom)[0]
+    assert "data-blocked" not in root
+    assert "data-error" not in root
+    names = ("deep/found", "given", HOSTILE)
+    runs = [Run(name, read_run(logdir / name).series) for name in names]
+    drawn = [points for points in re.findall(r'<path class="js-line" d="([^"]*)"', dom) if "L" in points]
+    wanted = sum(len(panel.drawn(run)) for panel in PANELS for run in runs[:2])
+    assert len(drawn) == wanted  # all but the third run's, of whose three losses the middle one is lost
+    assert len(set(re.findall(r'<g class="subplot (x\d*y\d*)"', dom))) == len(PANELS)
+    for panel in PANELS:
+        assert panel.title in dom
+    assert "<title>1</title>" not in dom  # what the third run's name would do
+    pixels = matplotlib.image.imread(picture)[..., :3]
+    seen = [(np.abs(pixels - rgb(colour)).max(axis=-1) < 0.02).sum() for colour in COLOURS]
+    assert min(seen[1:3]) > 300
+    assert seen[0] > 80  # two points, and the legend
+    assert max(seen[3:5]) == 0
+
+
+def rgb(colour: str) -> np.ndarray:
+    return np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+
+
+@needs_a_browser
+def test_a_request_would_be_seen(page: Path, tmp_path: Path) -> None:
+    """Negative control: the same page with a script from elsewhere, a broken script, and no graphs."""
+    text = page.read_text(encoding="utf-8")
+    bare = text[: text.index("</table>")] + '</table><script src="https://example.org/x.js"></script>'
+    bad = tmp_path / "bad.html"
+    bad.write_text(bare.replace("<title>", WATCH + "<title>", 1) + "<script>nothing()</script>", encoding="utf-8")
+    dom, picture = browse(bad, tmp_path)
+    root = re.findall(r"<html[^>]*>", dom)[0]
+    assert 'data-blocked=" https://example.org/x.js"' in root
+    assert "data-error" in root
+    assert 'class="js-line"' not in dom
+    pixels = matplotlib.image.imread(picture)[..., :3]
+    assert (np.abs(pixels - rgb(COLOURS[0])).max(axis=-1) < 0.02).sum() == 0
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_command_writes_the_page_and_says_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log_losses(tmp_path / "run", [3.0, 2.0])
+    assert cli.main(["dashboard", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'dashboard.html'}\n"
+    assert cli.main(["dashboard", str(tmp_path / "run"), "--out", str(tmp_path / "x.html")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'x.html'}\n"
+    assert (tmp_path / "x.html").stat().st_size > 1e6
+
+
+def test_command_explains_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    log_losses(tmp_path / "lost", [math.nan])
+    log_losses(tmp_path / "good", [1.0])
+    for arguments, message in (
+        (["nowhere"], "is no folder"),
+        (["file"], "is no folder"),
+        (["empty"], "holds no run"),
+        (["lost"], "nothing to draw of 'lost'"),
+        (["good", "--out", str(tmp_path / "empty")], "empty"),
+        (["good", "--out", str(tmp_path / "file" / "x.html")], "file"),
+    ):
+        assert cli.main(["dashboard", str(tmp_path / arguments[0]), *arguments[1:]]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("automagic-bnb dashboard: error: ")
+        assert message in error
+
+
+def test_without_plotly_the_remedy_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log_losses(tmp_path, [1.0])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert cli.main(["dashboard", str(tmp_path)]) == 1
+    assert 'pip install "automagic-bnb[dashboard]"' in capsys.readouterr().err
