@@ -40,7 +40,7 @@ def new_figure(title: str, width: float = 9, height: float = 5) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as e:
-        raise ImportError('pictures need matplotlib: pip install "automagic-bnb[demo]"') from e
+        raise ImportError('pictures need matplotlib: pip install "automagic-bnb[plots]"') from e
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(title, fontsize=14)
     return figure

@@ -227,5 +227,5 @@ def test_without_matplotlib_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch)
 
     found = spectrum(normal(4, 4))
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(ImportError, match=r"automagic-bnb\[demo\]"):
+    with pytest.raises(ImportError, match=r"automagic-bnb\[plots\]"):
         plot_spectrum(found)
