@@ -145,12 +145,13 @@ def comparison(runs: list[Run]) -> Figure:
         )
     add_legend(figure, runs)
     figure.update_xaxes(matches="x", showticklabels=True)
+    top = 120 + 25 * (len(runs) // 3)  # the buttons, and a legend of about three names a line
     figure.update_layout(
         template="plotly_white",
-        height=ROW_HEIGHT * rows + 80,
+        height=ROW_HEIGHT * rows + top,
         hovermode="closest",
-        legend={"orientation": "h", "yanchor": "bottom", "y": 1 + 0.2 / rows, "x": 0},
-        margin={"t": 140, "l": 70, "r": 30, "b": 60},
+        legend={"orientation": "h", "yanchor": "bottom", "y": 1 + 0.16 / rows, "x": 0},
+        margin={"t": top, "l": 70, "r": 30, "b": 60},
     )
     return figure
 

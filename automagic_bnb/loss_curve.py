@@ -33,7 +33,7 @@ STALL_RATE = 2e-5
 allows is compared, so a small window tells a stall only where there is hardly any noise."""
 CONVERGED_SHARE = 0.5
 """Once the loss has fallen by this share of its first level, standing still is the end of training, not a stall."""
-SLOWEST_LOSSES = 20
+LEAST_LOSSES = 20
 """Losses from which their progress is judged."""
 SCATTER_GROWTH = 3.0
 """Recent scatter over earlier scatter from which a loss is unstable. Estimates from 25 losses differ by a factor of 2
@@ -42,8 +42,8 @@ LEAST_SCATTER = 0.1
 """Share of the loss's level that scatter must reach to matter; at the floor it may grow from nothing to hardly
 anything."""
 WILD_SCATTER = 1.0
-"""Share of the level at which scatter is too large however it began. Diffusion losses of single images reach 0.5 to
-0.7."""
+"""Share of the level at which scatter is too large however it began. Losses at random noise levels of diffusion reach
+about half of it."""
 
 
 def checked_loss(loss: Any) -> float | Tensor:
@@ -141,7 +141,7 @@ def is_unstable(losses: np.ndarray) -> bool:
 
     Scatter is taken from neighbours' differences, so that a steep fall is none.
     """
-    quarter = max(losses.size // 4, SLOWEST_LOSSES // 2)
+    quarter = max(losses.size // 4, LEAST_LOSSES // 2)
     recent, level = scatter(losses[-quarter:]), abs(float(np.median(losses[-quarter:])))
     grown = recent > SCATTER_GROWTH * scatter(losses[:-quarter]) and recent > LEAST_SCATTER * level
     return bool(grown or recent > WILD_SCATTER * level)

@@ -286,7 +286,7 @@ def check_training_health(
         monitor.update(loss)
     issues = monitor._problems(monitor.optimizer.get_metrics(per_group=True), since=(0.0, 0.0))
     seen = loss_curve.finite(values)
-    if seen.size >= loss_curve.SLOWEST_LOSSES:
+    if seen.size >= loss_curve.LEAST_LOSSES:
         if not {"divergence", "convergence_stall"} & set(issues) and loss_curve.is_slow(seen, threshold_ratio):
             issues.append("slow_convergence")
         if loss_curve.is_unstable(seen):
