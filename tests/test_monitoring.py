@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as some
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from automagic_bnb import AdaptiveTrainingMonitor, Automagic8bit, Automagic32bit, bnb, check_training_health
 from automagic_bnb.loss_curve import rise
@@ -173,6 +174,33 @@ def test_losses_may_be_tensors(optimizer: Any) -> None:
     for _ in range(30):
         monitor.update(torch.tensor(0.25))
     assert monitor.loss_history == [0.25] * 10
+
+
+class Operations(TorchDispatchMode):
+    """Notes the names of all operations on tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.__name__.partition(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_loss_on_a_gpu_is_not_waited_for(optimizer: Any) -> None:
+    """An update only copies on the device; the numbers come over together, once a window."""
+    monitor, losses = AdaptiveTrainingMonitor(optimizer, window_size=10), torch.rand(10, dtype=torch.float64).unbind()
+    with Operations() as seen:
+        for loss in losses[:9]:
+            monitor.update(loss)
+    assert set(seen.names) <= {"detach", "clone", "view", "alias", "_reshape_alias"}
+    with Operations() as seen:
+        monitor.update(losses[9])
+    assert seen.names.count("stack") == 1
+    with Operations() as seen:  # control: this is what waiting looks like
+        losses[0].item()
+    assert seen.names == ["_local_scalar_dense"]
 
 
 @pytest.mark.parametrize("loss", [None, "0.5", torch.zeros(2), torch.zeros(0), torch.tensor(1j), [1.0]])
