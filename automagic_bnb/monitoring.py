@@ -223,21 +223,20 @@ class AdaptiveTrainingMonitor:
         if not bnb.BITSANDBYTES_AVAILABLE:
             return {}
         if any(g["optim_bits"] == 32 for g in groups):
-            changed = {"optim_bits": 8}
-        elif not all(g["factored"] for g in groups):
-            changed = {"factored": True}
-        else:
-            return {}
-        self.optimizer.requantize(**changed)
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()  # the driver counts what PyTorch keeps for later as taken
-        return changed
+            return self._requantize(optim_bits=8)
+        return {} if all(g["factored"] for g in groups) else self._requantize(factored=True)
 
     def _quantize_less(self) -> dict[str, Any]:
         if all(g["optim_bits"] == 32 for g in self.optimizer.param_groups):
             return self._scale_rates(LR_FACTOR)
-        self.optimizer.requantize(optim_bits=32)
-        return {"optim_bits": 32}
+        return self._requantize(optim_bits=32)
+
+    def _requantize(self, **options: Any) -> dict[str, Any]:
+        optimizer: Any = self.optimizer
+        optimizer.requantize(**options)
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # the driver counts what PyTorch keeps for later as taken
+        return options
 
     def _scale_rates(self, factor: float) -> dict[str, Any]:
         """Scale each group's `lr`, which a rate that is being found is multiplied by, too, and its bounds follow."""
