@@ -21,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="automagic-bnb", description="Tools around the Automagic optimizers.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_demo(commands)
+    add_doctor(commands)
     add_dashboard(commands)
     args = parser.parse_args(argv)
     try:
@@ -64,6 +65,25 @@ def run_demo(args: argparse.Namespace) -> int:
         sys.stderr.write(f"automagic-bnb demo: error: {e}\n")
         return 1
     return 0 if demo.is_complete(runs) else INTERRUPTED
+
+
+def add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare `doctor`."""
+    parser = commands.add_parser(
+        "doctor",
+        help="check the installation, and test a step on every device",
+        description="Print the versions of all that takes part, say how the optimizer runs here, and test a step on "
+        "every device. Exits with status 1 where something is wrong, and says what to do.",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, for a bug report")
+    parser.set_defaults(run=run_doctor)
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    """`automagic-bnb doctor`."""
+    from automagic_bnb import doctor
+
+    return doctor.run_doctor(args.json)
 
 
 def add_dashboard(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
