@@ -52,7 +52,7 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch, no_self_test: None) -> None:
     monkeypatch.setattr(fused, "interpreting", lambda: False)
 
 
-# ------------------------------------------------------------------------------------------------------- whole processes
+# ------------------------------------------------------------------------------------------------------ whole processes
 
 
 def test_a_sound_installation_without_a_gpu(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_the_driver_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_huggingfaces_kernels_are_welcome(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package that the name belongs to; somebody's own folder is worth a note, an uninstalled checkout is a fault."""
+    """The package that the name belongs to; another folder is worth a note, an uninstalled checkout is a fault."""
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
@@ -238,7 +238,8 @@ def test_the_kernels_are_held_against_the_rule(bits: int) -> None:
     finding = doctor.self_test(device, bits)
     assert finding.status == "ok", finding
     losses = re.search(r"loss (\S+) to (\S+) in 10 steps", finding.detail)
-    assert losses and float(losses[2]) < 0.95 * float(losses[1])
+    assert losses
+    assert float(losses[2]) < 0.95 * float(losses[1])
     assert "kernels within" in finding.detail
 
 
