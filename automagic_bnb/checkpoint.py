@@ -152,6 +152,7 @@ def _check_storage(state: st.State, where: str) -> None:
     if held == torch.uint8 and not bnb.BITSANDBYTES_AVAILABLE:
         raise ValueError(f"{where}: the checkpoint's state is in 8 bits. {bnb.MISSING_WARNING}")
     dtypes = {"state1": held, "state2": held, "state3": held, "lr_mask": held, "last_polarity": torch.uint8}
+    dtypes["master_residual"] = torch.int8
     for name, value in state.items():
         expected = dtypes.get(name, torch.float32)
         if isinstance(value, Tensor) and name != "probe_start" and value.dtype != expected:

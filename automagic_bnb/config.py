@@ -95,7 +95,7 @@ def _or_none(rule: Rule) -> Rule:
     return Rule(rule.legal + ", or None", parse, rule.scope)
 
 
-def _choice_rule(*names: str) -> Rule:
+def _choice_rule(*names: str, scope: str = "optimizer") -> Rule:
     def parse(value: Any) -> str:
         if not isinstance(value, str):
             raise TypeError("not a string")
@@ -103,7 +103,7 @@ def _choice_rule(*names: str) -> Rule:
             raise ValueError("not a choice")
         return value
 
-    return Rule("one of " + ", ".join(map(repr, names)), parse, "optimizer")
+    return Rule("one of " + ", ".join(map(repr, names)), parse, scope)
 
 
 def _sequence(value: Any) -> list[float]:
@@ -133,7 +133,7 @@ def _parse_eps(value: Any) -> tuple[float, float]:
         except TypeError:
             pass
         else:  # Adam adds its eps beside sqrt(v); ours stands inside the root
-            value = (math.copysign(scalar**2, scalar), 1e-16)
+            value = (scalar * abs(scalar), 1e-16)
     eps = _sequence(value)
     if len(eps) != 2 or not all(e >= 0 for e in eps):
         raise ValueError("out of range")
@@ -201,6 +201,8 @@ class AutomagicConfig:
     came: bool = _opt(True, _BOOL)
     cautious: bool = _opt(True, _BOOL)
     stochastic_rounding: bool = _opt(True, _BOOL)
+    # What stands in for a float32 copy of bfloat16 weights: nothing, stochastic rounding, or 8 more bits of each.
+    master: str = _opt("stochastic", _choice_rule("none", "stochastic", "ecc8", scope="parameter"))
     # How it runs.
     seed: int = _opt(0, _integer_rule("a whole number from 0 to 2**63 - 1", 0, 2**63 - 1))
     backend: str | None = _opt(None, _or_none(_choice_rule("triton", "torch")))

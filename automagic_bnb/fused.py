@@ -267,9 +267,7 @@ class FusedStep:
             for row in bucket.rank_rows:
                 m = bucket.members[row]
                 if m.p.grad is not None:
-                    tasks += reference.rank_tasks(
-                        m.theta, options[m.source], m.ordinal, m.state["step"], m.is_lora, m.rate
-                    )
+                    tasks += reference.rank_tasks(m.theta, m.state, options[m.source], m.ordinal, m.is_lora, m.rate)
         return tasks
 
 

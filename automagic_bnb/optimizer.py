@@ -230,7 +230,7 @@ class Automagic(bnb.Optimizer2State):
     def prepared_state(self, group: Group, p: Tensor, options: dict[str, Any]) -> st.State:
         """The state of one parameter, with all that these options need."""
         state = self.state[p]
-        if not st.is_complete(state, options):
+        if not st.is_complete(state, local_tensor(p), options):
             self.init_state(group, p)
         return state
 
@@ -309,7 +309,8 @@ class Automagic(bnb.Optimizer2State):
         reference.update_parameter(flat, grad.contiguous(), state, options, scalars, d)
         if flat is not theta:
             theta.copy_(flat)
-        return reference.rank_tasks(theta, options, facts.ordinal, t, is_lora and not self.is_sharded(p), d)
+        is_lora = is_lora and not self.is_sharded(p)
+        return reference.rank_tasks(theta, state, options, facts.ordinal, is_lora, d)
 
     @staticmethod
     def is_sharded(p: Tensor) -> bool:

@@ -110,3 +110,22 @@ def round_to(values: Tensor, dtype: torch.dtype, uniform: Tensor | None) -> Tens
     whole = steps.floor()
     magnitude = (whole + (steps - whole + uniform >= 1)) * spacing
     return torch.copysign(magnitude, values).clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
+
+
+def join_master(narrow: Tensor, residual: Tensor) -> Tensor:
+    """float32 of bfloat16 values and the int8 bits below them (`split_master`)."""
+    bits = (narrow.view(torch.int16).int() << 16) + (residual.int() << 8)
+    return bits.view(torch.float32)
+
+
+def split_master(values: Tensor, bits: Tensor | None) -> tuple[Tensor, Tensor]:
+    """float32 values as the nearest bfloat16 and int8 residuals: 24 bits in all, 16 of them of the significand.
+
+    Args:
+        bits: 16 random bits each, of which the low 8 round stochastically to 24 bits; None rounds to nearest.
+    """
+    most = torch.finfo(torch.bfloat16).max
+    whole = values.clamp(-most, most).view(torch.int32)
+    whole = (whole + (128 if bits is None else (bits & 0xFF).int())) >> 8
+    upper = (whole + 128) >> 8
+    return upper.to(torch.int16).view(torch.bfloat16), (whole - (upper << 8)).to(torch.int8)

@@ -217,7 +217,8 @@ def update_parameter(
     g = blocks.cut(g_shaped)
     moments = moments_of(state, blocks, keep)
     # θ, v, r and k round by the same bits: each is unbiased for itself, which is what matters.
-    uniform = q.uniform(q.random_bits(s.rounding_key, keep.shape, p.device))
+    bits = q.random_bits(s.rounding_key, keep.shape, p.device)
+    uniform = q.uniform(bits)
 
     # 1. Spatial filter.
     filtered = g
@@ -256,16 +257,44 @@ def update_parameter(
     lr_i = element_rates(k, stats[st.MASK_MEAN], s, d)
 
     # 8. Update.
-    theta = blocks.cut(p.detach())
+    weights = Weights(p, state.get("master_residual"), st.rounds_stochastically(p, options))
+    theta = blocks.cut(weights.read())
     if d is not None:
-        update_probes(p, grad=g, state=state, s=s, d=d)
-    old_theta = theta.float()
-    new_theta = old_theta - lr_i * (n + options["weight_decay"] * old_theta)
-    rounded = q.round_to(new_theta, p.dtype, uniform if options["stochastic_rounding"] else None)
-    p.view(-1).copy_(blocks.join(torch.where(keep, rounded, theta)))
+        update_probes(theta, grad=g, state=state, s=s, d=d)
+    new_theta = theta - lr_i * (n + options["weight_decay"] * theta)
+    weights.write(blocks.join(torch.where(keep, new_theta, theta)), blocks.join(bits), blocks.join(keep))
     moments.store(m, uniform)
     if s.adapt_mask:
         stats[st.MASK_MEAN] = torch.exp2(blocks.join(read_mask(state, blocks)[0]) / 16).mean()
+
+
+@dataclass(frozen=True)
+class Weights:
+    """θ of one parameter as it is stored: in its dtype, and with master="ecc8" 8 more bits in `residual`."""
+
+    p: Tensor
+    residual: Tensor | None
+    stochastic: bool
+
+    def read(self) -> Tensor:
+        """float32, shaped like p."""
+        p = self.p.detach()
+        return p.float() if self.residual is None else q.join_master(p, self.residual)
+
+    def write(self, values: Tensor, bits: Tensor | None, keep: Tensor | None = None) -> None:
+        """Store float32 values, rounded by 16 random bits each; where not `keep`, all stays as it is.
+
+        The arguments have as many elements as p, in its order.
+        """
+        bits = bits if self.stochastic else None
+        if self.residual is None:
+            rounded = [q.round_to(values, self.p.dtype, None if bits is None else q.uniform(bits))]
+        else:
+            rounded = list(q.split_master(values, bits))
+        for tensor, new in zip((self.p.detach(), self.residual), rounded, strict=False):
+            assert tensor is not None
+            old = tensor.view(-1)
+            old.copy_(new.view(-1) if keep is None else torch.where(keep.view(-1), new.view(-1), old))
 
 
 def torque_factor(m: Tensor, u: Tensor, torque: Tensor, kappa: float) -> Tensor:
@@ -326,17 +355,17 @@ def element_rates(k: Tensor, mask_mean: Tensor, s: Scalars, d: Tensor | None) ->
     return s.rate * (d * factor).clamp(s.low, s.high)
 
 
-def update_probes(p: Tensor, grad: Tensor, state: st.State, s: Scalars, d: Tensor) -> None:
+def update_probes(theta: Tensor, grad: Tensor, state: st.State, s: Scalars, d: Tensor) -> None:
     """auto_lr's sums of this parameter: num ← √β2 num + ω Σ g (θ0 - θ), z ← √β2 z + ω g with ω = d² ρ / d0.
 
     Args:
-        p: θ before the update.
+        theta: θ before the update, float32 [blocks, 256].
         grad: g as [blocks, 256], skipped elements 0.
     """
     decay = math.sqrt(s.beta2)
     weight = d.square() * s.probe_weight
     g = grad[:: st.PROBE_STRIDE]
-    moved = state["probe_start"].float() - st.probe_blocks(p.detach().reshape(-1)).float()
+    moved = state["probe_start"].float() - theta[:: st.PROBE_STRIDE]
     stats, z = state["tensor_stats"], state["probe_sum"]
     stats[st.LR_NUMERATOR] = decay * stats[st.LR_NUMERATOR] + weight * (g * moved).sum()
     z.mul_(decay).add_(weight * g)
@@ -367,23 +396,28 @@ def shrinks_rank(p: Tensor, t: int, is_lora: bool, options: dict[str, Any]) -> b
 class RankTask:
     """One 2-D parameter whose singular values are to be lowered by `threshold`."""
 
-    theta: Tensor
+    weights: Weights
     threshold: float | Tensor
     key: int
-    stochastic: bool
+
+    @property
+    def theta(self) -> Tensor:
+        return self.weights.p
 
 
 def rank_tasks(
-    theta: Tensor, options: dict[str, Any], ordinal: int, t: int, is_lora: bool, d: Tensor | None
+    theta: Tensor, state: st.State, options: dict[str, Any], ordinal: int, is_lora: bool, d: Tensor | None
 ) -> list[RankTask]:
     """Step 9 of one parameter, where it is due: every 10th step, for LoRA matrices with a short side."""
+    t = state["step"]
     wanted = is_lora and options["lora_rank_penalty"] and t % LOW_RANK_EVERY == 0
     if not wanted or theta.dim() != 2 or min(theta.shape) > LOW_RANK_MAX:
         return []
     rate = float(options["lr"]) if d is None else d * relative_rate(options)
     threshold = rate * (LOW_RANK_EVERY * options["rank_penalty_strength"])
     key = q.mix_in(q.parameter_key(options["seed"], ordinal, RANK_STREAM), t)
-    return [RankTask(theta, threshold, key, options["stochastic_rounding"])]
+    weights = Weights(theta, state.get("master_residual"), st.rounds_stochastically(theta, options))
+    return [RankTask(weights, threshold, key)]
 
 
 def shrink_ranks(tasks: list[RankTask]) -> None:
@@ -414,7 +448,8 @@ def _rank_chunks(tasks: list[RankTask]) -> list[list[RankTask]]:
     """Tasks of one shape, dtype and device, at most LOW_RANK_ELEMENTS elements together."""
     groups: dict[Any, list[RankTask]] = {}
     for task in tasks:
-        groups.setdefault((task.theta.shape, task.theta.dtype, task.theta.device, task.stochastic), []).append(task)
+        theta = task.theta
+        groups.setdefault((theta.shape, theta.dtype, theta.device, task.weights.stochastic), []).append(task)
     chunks = []
     for group in groups.values():
         size = max(1, LOW_RANK_ELEMENTS // group[0].theta.numel())
@@ -423,15 +458,12 @@ def _rank_chunks(tasks: list[RankTask]) -> list[list[RankTask]]:
 
 
 def _stacked(chunk: list[RankTask]) -> Tensor:
-    return torch.stack([task.theta for task in chunk]).float()
+    return torch.stack([task.weights.read() for task in chunk])
 
 
 def _write_back(chunk: list[RankTask], values: Tensor) -> None:
     """Store float32 values [batch, a, b] into the parameters, rounded as the main update rounds."""
-    dtype, uniform = chunk[0].theta.dtype, None
-    if chunk[0].stochastic and dtype != torch.float32:
-        keys = torch.tensor([task.key for task in chunk], device=values.device).view(-1, 1)
-        shape = torch.Size([values[0].numel()])
-        uniform = q.uniform(q.random_bits(keys, shape, values.device)).view(values.shape)
-    rounded = q.round_to(values, dtype, uniform)
-    torch._foreach_copy_([task.theta for task in chunk], list(rounded.unbind()))  # pyright: ignore[reportPrivateImportUsage]
+    keys = torch.tensor([task.key for task in chunk], device=values.device).view(-1, 1)
+    bits = q.random_bits(keys, values[0].shape, values.device) if chunk[0].weights.stochastic else keys
+    for task, value, own_bits in zip(chunk, values, bits, strict=True):
+        task.weights.write(value.reshape(-1), own_bits)

@@ -9,6 +9,7 @@
 | `last_polarity` | π | uint8 [shape] | – | – |
 | `torque`, `edge_history`, `spatial_variance` | s, h, σ | float32 [blocks] | same | same |
 | `tensor_stats` | see `STATS` | float32 [4] | same | same |
+| `master_residual` | 8 bits below a bfloat16 θ | int8 [shape], with master="ecc8" | same | same |
 | `gnorm_vec` | last 100 gradient norms | float32 [100], with percentile_clipping < 100 | same | same |
 | `probe_start`, `probe_sum` | θ0, z of auto_lr | [probes, 256], θ's dtype and float32 | same | same |
 
@@ -138,6 +139,8 @@ def recipes(p: Tensor, storage: str, options: dict[str, Any], paged: bool = Fals
         made["last_polarity"] = lambda: _element_state(p, torch.uint8, 0, paged)
     else:
         made["lr_mask"] = lambda: _element_state(p, torch.uint8, EMPTY_MASK, paged)
+    if keeps_residual(p, options):
+        made["master_residual"] = lambda: _element_state(p, torch.int8, 0, paged)
     for name, start in (("torque", 0.0), ("edge_history", 0.0), ("spatial_variance", 1.0)):
         made[name] = lambda start=start: torch.full((blocks,), start, device=device)
     made["tensor_stats"] = lambda: torch.tensor([1.0] + [0.0] * (len(STATS) - 1), device=device)
@@ -173,14 +176,29 @@ def complete(state: State, p: Tensor, storage: str, options: dict[str, Any], pag
     for name, make in recipes(p, storage, options, paged).items():
         if name not in state:
             state[name] = make()
+    if not keeps_residual(p, options):
+        state.pop("master_residual", None)
     state.setdefault("step", 0)
     return state
 
 
-def is_complete(state: State, options: dict[str, Any]) -> bool:
+def keeps_residual(p: Tensor, options: dict[str, Any]) -> bool:
+    """Whether θ has 8 more bits in the state."""
+    return options["master"] == "ecc8" and p.dtype == torch.bfloat16
+
+
+def rounds_stochastically(p: Tensor, options: dict[str, Any]) -> bool:
+    """Whether what is stored of θ is rounded at random."""
+    if p.dtype == torch.bfloat16 and options["master"] == "none":
+        return False
+    return options["stochastic_rounding"] and p.dtype != torch.float32
+
+
+def is_complete(state: State, p: Tensor, options: dict[str, Any]) -> bool:
     """Whether a state once completed still has all it needs, options having changed since."""
     return (
         "tensor_stats" in state
+        and keeps_residual(p, options) == ("master_residual" in state)
         and (not options["came"] or "state3" in state or "exp_avg_res_row" in state)
         and (options["percentile_clipping"] == 100 or "gnorm_vec" in state)
         and (not options["auto_lr"] or "probe_sum" in state)
@@ -228,7 +246,7 @@ def expected_shape(name: str, p: Tensor) -> tuple[int, ...]:
     return (block_count(p),)
 
 
-ELEMENT_KEYS = frozenset(["state1", "state2", "state3", "lr_mask", "last_polarity"])
+ELEMENT_KEYS = frozenset(["state1", "state2", "state3", "lr_mask", "last_polarity", "master_residual"])
 """The tensors shaped like the parameter: the ones that a paged optimizer pages."""
 TENSOR_KEYS = ELEMENT_KEYS | frozenset(
     [

@@ -153,3 +153,20 @@ def round_stochastic(x, random, DTYPE: tl.constexpr):
         magnitude = (down + tl.where(steps - down + centred(random) >= 0.5, 1.0, 0.0)) * spacing
         magnitude = tl.minimum(magnitude, 65504.0)
         return tl.where(x < 0, -magnitude, magnitude).to(tl.float16)
+
+
+@triton.jit
+def join_master(narrow, residual):
+    """float32 of bfloat16 values and the int8 bits below them; equals `quantization.join_master`."""
+    upper = narrow.to(tl.int16, bitcast=True).to(tl.int32) << 16
+    return (upper + (residual.to(tl.int32) << 8)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def split_master(x, random, STOCHASTIC: tl.constexpr):
+    """float32 x as bfloat16 and int8 residuals, by 16 random bits or to nearest; equals `quantization.split_master`."""
+    most: tl.constexpr = 3.3895313892515355e38
+    whole = tl.clamp(x, -most, most).to(tl.int32, bitcast=True)
+    whole = (whole + ((random & 0xFF).to(tl.int32) if STOCHASTIC else 128)) >> 8
+    upper = (whole + 128) >> 8
+    return upper.to(tl.int16).to(tl.bfloat16, bitcast=True), (whole - (upper << 8)).to(tl.int8)

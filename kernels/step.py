@@ -32,6 +32,7 @@ TORQUE, EDGE, SIGMA, STATS = _C["TORQUE"], _C["EDGE"], _C["SIGMA"], _C["STATS"]
 N_SKIPPED = tl.constexpr(st.SKIPPED)
 PROBE_START, PROBE_SUM, RATE = _C["PROBE_START"], _C["PROBE_SUM"], _C["RATE"]
 V_ROW, V_COL, R_ROW, R_COL = _C["V_ROW"], _C["V_COL"], _C["R_ROW"], _C["R_COL"]
+RESIDUAL = _C["RESIDUAL"]
 SIZE, ROWS, COLS, STRIPS, FIRST_PROGRAM = _C["SIZE"], _C["ROWS"], _C["COLS"], _C["STRIPS"], _C["FIRST_PROGRAM"]
 
 _N = {number.name: tl.constexpr(int(number)) for number in Number}
@@ -228,10 +229,10 @@ def _move_columns(col_ptr, sums, counts, beta, WIDTH: tl.constexpr):
 @triton.jit
 def _block(
     entry_ptr, numbers_ptr, block, remaining, place, valid, g_raw, g, lap, sum_squares, m_raw, v_raw, r_raw, mask_raw,
-    theta_raw, theta_ptr, m_ptr, v_ptr, r_ptr, k_ptr, rule,
+    theta_raw, low_raw, theta_ptr, low_ptr, m_ptr, v_ptr, r_ptr, k_ptr, rule,
     P: tl.constexpr, EIGHT: tl.constexpr, WIDTH: tl.constexpr, SPATIAL: tl.constexpr, EDGES: tl.constexpr,
     TORQUE_ON: tl.constexpr, CAME: tl.constexpr, CAUTIOUS: tl.constexpr, BACKGROUND: tl.constexpr, AWARE: tl.constexpr,
-    WARM: tl.constexpr, AUTO: tl.constexpr, STOCHASTIC: tl.constexpr, CAREFUL: tl.constexpr,
+    WARM: tl.constexpr, AUTO: tl.constexpr, ECC: tl.constexpr, STOCHASTIC: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """One block; returns Σ 2^(k/16) and auto_lr's two sums over it, and what factored v and r have seen.
 
@@ -389,14 +390,19 @@ def _block(
         rates = tl.minimum(tl.maximum(rates, low), high)
 
     # 8. Update.
-    theta = theta_raw.to(tl.float32)
+    theta = codec.join_master(theta_raw, low_raw) if ECC else theta_raw.to(tl.float32)
     numerator, denominator = 0.0, 0.0
     if AUTO:
         if block % _PROBE_STRIDE == 0:
             omega = d * d * tl.load(numbers_ptr + N_PROBE)
             numerator, denominator = _probe(entry_ptr, block, lanes, valid, g, theta, omega, tl.sqrt(beta2), P)
     theta = theta - rates * (n * weight + tl.load(numbers_ptr + N_DECAY) * theta)
-    if STOCHASTIC:
+    if ECC:
+        rounded, low = codec.split_master(theta, bits, STOCHASTIC)
+        if CAREFUL:
+            low = tl.where(usable, low, low_raw)
+        tl.store(low_ptr + place, low, mask=valid)
+    elif STOCHASTIC:
         rounded = codec.round_stochastic(theta, bits, P)
     else:
         if P == tl.float16:
@@ -482,7 +488,7 @@ def _blocks(
     P: tl.constexpr, G: tl.constexpr, WIDE: tl.constexpr, EIGHT: tl.constexpr, WIDTH: tl.constexpr,
     SPATIAL: tl.constexpr, EVEN: tl.constexpr, EDGES: tl.constexpr, TORQUE_ON: tl.constexpr, CAME: tl.constexpr,
     CAUTIOUS: tl.constexpr, BACKGROUND: tl.constexpr, AWARE: tl.constexpr, WARM: tl.constexpr,
-    AUTO: tl.constexpr, SCALED: tl.constexpr, STOCHASTIC: tl.constexpr, CAREFUL: tl.constexpr,
+    AUTO: tl.constexpr, SCALED: tl.constexpr, ECC: tl.constexpr, STOCHASTIC: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """Up to 16 blocks, `stride` apart: the usual ones, or (CAREFUL) those whose bit is set in `unusual`.
 
@@ -505,6 +511,7 @@ def _blocks(
         r_ptr = address(entry_ptr, R, STATE) + first_element
     k_ptr = address(entry_ptr, K, STATE) + first_element
     theta_ptr = address(entry_ptr, THETA, P, WIDE) + first_element
+    low_ptr = address(entry_ptr, RESIDUAL, tl.int8) + first_element
     grad_ptr = tl.multiple_of(grad_address.to(tl.pointer_type(G)), WIDE) + first_element
     if EVEN:  # where in its row the block begins; a tile's blocks all begin there
         column = (first_element % cols).to(tl.int32)
@@ -541,6 +548,9 @@ def _blocks(
                 r_raw = tl.load(r_ptr + place, mask=valid, other=0)
         mask_raw = tl.load(k_ptr + place, mask=valid, other=0)
         theta_raw = tl.load(theta_ptr + place, mask=valid, other=0)
+        low_raw = theta_raw
+        if ECC:
+            low_raw = tl.load(low_ptr + place, mask=valid, other=0)
         if SCALED:
             g_raw = g_raw * clip
         g = g_raw
@@ -565,8 +575,8 @@ def _blocks(
         if mine:
             w, a, b, v_seen, r_seen = _block(
                 entry_ptr, numbers_ptr, block, remaining, place, valid, g_raw, g, lap, sum_squares, m_raw, v_raw, r_raw,
-                mask_raw, theta_raw, theta_ptr, m_ptr, v_ptr, r_ptr, k_ptr, rule, P, EIGHT, WIDTH, SPATIAL, EDGES,
-                TORQUE_ON, CAME, CAUTIOUS, BACKGROUND, AWARE, WARM, AUTO, STOCHASTIC, CAREFUL,
+                mask_raw, theta_raw, low_raw, theta_ptr, low_ptr, m_ptr, v_ptr, r_ptr, k_ptr, rule, P, EIGHT, WIDTH,
+                SPATIAL, EDGES, TORQUE_ON, CAME, CAUTIOUS, BACKGROUND, AWARE, WARM, AUTO, ECC, STOCHASTIC, CAREFUL,
             )  # fmt: skip
             mask_sum += w
             numerator += a
@@ -595,20 +605,20 @@ def _span(
     P: tl.constexpr, G: tl.constexpr, WIDE: tl.constexpr, EIGHT: tl.constexpr, WIDTH: tl.constexpr,
     SPATIAL: tl.constexpr, EVEN: tl.constexpr, EDGES: tl.constexpr, TORQUE_ON: tl.constexpr, CAME: tl.constexpr,
     CAUTIOUS: tl.constexpr, BACKGROUND: tl.constexpr, AWARE: tl.constexpr, WARM: tl.constexpr,
-    AUTO: tl.constexpr, SCALED: tl.constexpr, STOCHASTIC: tl.constexpr,
+    AUTO: tl.constexpr, SCALED: tl.constexpr, ECC: tl.constexpr, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
     """`_blocks`, first the usual ones and then the others; returns the same, but the elements skipped for the bits."""
     skipped = first * 0
     mask_sum, numerator, denominator, unusual, v_sums, r_sums = _blocks(
         entry_ptr, numbers_ptr, first, stride, blocks, 0, tile, v_sums, r_sums, size, grad_address, clip, rule, P, G,
         WIDE, EIGHT, WIDTH, SPATIAL, EVEN, EDGES, TORQUE_ON, CAME, CAUTIOUS, BACKGROUND, AWARE, WARM, AUTO, SCALED,
-        STOCHASTIC, False,
+        ECC, STOCHASTIC, False,
     )  # fmt: skip
     if unusual != 0:
         w, a, b, skipped, v_sums, r_sums = _blocks(
             entry_ptr, numbers_ptr, first, stride, blocks, unusual, tile, v_sums, r_sums, size, grad_address, clip,
             rule, P, G, WIDE, EIGHT, WIDTH, SPATIAL, EVEN, EDGES, TORQUE_ON, CAME, CAUTIOUS, BACKGROUND, AWARE, WARM,
-            AUTO, SCALED, STOCHASTIC, True,
+            AUTO, SCALED, ECC, STOCHASTIC, True,
         )  # fmt: skip
         mask_sum += w
         numerator += a
@@ -624,7 +634,7 @@ def _tile(
     P: tl.constexpr, G: tl.constexpr, WIDE: tl.constexpr, BLOCKS: tl.constexpr, EIGHT: tl.constexpr,
     WIDTH: tl.constexpr, HEIGHT: tl.constexpr, SPATIAL: tl.constexpr, EVEN: tl.constexpr, EDGES: tl.constexpr,
     TORQUE_ON: tl.constexpr, CAME: tl.constexpr, CAUTIOUS: tl.constexpr, BACKGROUND: tl.constexpr, AWARE: tl.constexpr,
-    WARM: tl.constexpr, AUTO: tl.constexpr, SCALED: tl.constexpr, STOCHASTIC: tl.constexpr,
+    WARM: tl.constexpr, AUTO: tl.constexpr, SCALED: tl.constexpr, ECC: tl.constexpr, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
     """One tile of factored moments: see `factored.Tiling`. Its column means stay as they were until all is seen."""
     strips = tl.load(entry_ptr + STRIPS).to(tl.int32)
@@ -646,7 +656,7 @@ def _tile(
             w, a, b, skips, v_sums, r_sums = _span(
                 entry_ptr, numbers_ptr, first + done * strips, strips, tl.minimum(blocks - done, BLOCKS), tile, v_sums,
                 r_sums, size, grad_address, clip, rule, P, G, WIDE, EIGHT, WIDTH, SPATIAL, EVEN, EDGES, TORQUE_ON, CAME,
-                CAUTIOUS, BACKGROUND, AWARE, WARM, AUTO, SCALED, STOCHASTIC,
+                CAUTIOUS, BACKGROUND, AWARE, WARM, AUTO, SCALED, ECC, STOCHASTIC,
             )  # fmt: skip
             mask_sum += w
             numerator += a
@@ -667,7 +677,7 @@ def step_kernel(
     P: tl.constexpr, G: tl.constexpr, WIDE: tl.constexpr, BLOCKS: tl.constexpr, EIGHT: tl.constexpr,
     WIDTH: tl.constexpr, HEIGHT: tl.constexpr, SPATIAL: tl.constexpr, EVEN: tl.constexpr, EDGES: tl.constexpr,
     TORQUE_ON: tl.constexpr, CAME: tl.constexpr, CAUTIOUS: tl.constexpr, BACKGROUND: tl.constexpr, AWARE: tl.constexpr,
-    WARM: tl.constexpr, AUTO: tl.constexpr, SCALED: tl.constexpr, STOCHASTIC: tl.constexpr,
+    WARM: tl.constexpr, AUTO: tl.constexpr, SCALED: tl.constexpr, ECC: tl.constexpr, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
     """Update every tensor of a bucket.
 
@@ -696,7 +706,7 @@ def step_kernel(
         if WIDTH:
             mask_sum, numerator, denominator = _tile(
                 entry_ptr, numbers_ptr, local, size, grad_address, clip, rule, P, G, WIDE, BLOCKS, EIGHT, WIDTH, HEIGHT,
-                SPATIAL, EVEN, EDGES, TORQUE_ON, CAME, CAUTIOUS, BACKGROUND, AWARE, WARM, AUTO, SCALED, STOCHASTIC,
+                SPATIAL, EVEN, EDGES, TORQUE_ON, CAME, CAUTIOUS, BACKGROUND, AWARE, WARM, AUTO, SCALED, ECC, STOCHASTIC,
             )  # fmt: skip
         else:
             first = local * BLOCKS
@@ -704,7 +714,7 @@ def step_kernel(
             mask_sum, numerator, denominator, _skipped, _v, _r = _span(
                 entry_ptr, numbers_ptr, first, 1, blocks, (), 0.0, 0.0, size, grad_address, clip, rule, P, G, WIDE,
                 EIGHT, WIDTH, SPATIAL, EVEN, EDGES, TORQUE_ON, CAME, CAUTIOUS, BACKGROUND, AWARE, WARM, AUTO, SCALED,
-                STOCHASTIC,
+                ECC, STOCHASTIC,
             )  # fmt: skip
         if WARM or AUTO:
             tl.store(partials_ptr + program * 3, mask_sum)
@@ -778,6 +788,7 @@ def launch(bucket: Bucket, grads: list[int], sources: list[dict[str, Any]]) -> N
         WARM=warm,
         AUTO=spec.auto,
         SCALED=spec.scaled,
+        ECC=spec.residual,
         STOCHASTIC=spec.stochastic,
         num_warps=1,
         **_compiler_options(spec.device, warm, bool(spec.width)),

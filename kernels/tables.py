@@ -47,12 +47,13 @@ class Column(IntEnum):
     V_COL = 18
     R_ROW = 19
     R_COL = 20
-    SIZE = 21
-    ROWS = 22
-    COLS = 23
-    STRIPS = 24
-    FIRST_PROGRAM = 25
-    PROGRAMS = 26
+    RESIDUAL = 21
+    SIZE = 22
+    ROWS = 23
+    COLS = 24
+    STRIPS = 25
+    FIRST_PROGRAM = 26
+    PROGRAMS = 27
 
 
 STATE_COLUMNS = {
@@ -75,6 +76,7 @@ STATE_COLUMNS = {
     Column.V_COL: "exp_avg_sq_col",
     Column.R_ROW: "exp_avg_res_row",
     Column.R_COL: "exp_avg_res_col",
+    Column.RESIDUAL: "master_residual",
 }
 
 
@@ -138,6 +140,8 @@ class Spec:
     aware: bool
     auto: bool
     scaled: bool
+    residual: bool
+    """8 more bits of θ are in the state."""
     stochastic: bool
     numbers: tuple[Any, ...]
 
@@ -161,7 +165,8 @@ def spec_of(theta: Tensor, grad_dtype: torch.dtype, state: st.State, options: di
         aware=options["spatial_awareness"],
         auto=options["auto_lr"],
         scaled=options["percentile_clipping"] < 100,
-        stochastic=options["stochastic_rounding"] and theta.dtype != torch.float32,
+        residual=st.keeps_residual(theta, options),
+        stochastic=st.rounds_stochastically(theta, options),
         numbers=tuple(options[name] for name in SHARED_NUMBERS),
     )
 

@@ -50,6 +50,7 @@ DEFAULTS = {
     "came": True,
     "cautious": True,
     "stochastic_rounding": True,
+    "master": "stochastic",
     "seed": 0,
     "backend": None,
     "profile": None,
@@ -94,6 +95,11 @@ def whole(*numbers: int, beyond: list[Any]) -> Values:
     return [*spelled, (float(numbers[0]), numbers[0])], [*beyond, numbers[0] + 0.5, *NO_NUMBERS]
 
 
+def one_of(*names: str) -> Values:
+    """Names, of which one may be "none" without meaning None."""
+    return [(name, name) for name in names], ["", names[0].upper(), 1, True, None, [names[0]]]
+
+
 def choice(*names: str) -> Values:
     return [*((name, name) for name in names), (None, None), ("none", None)], [
         "",
@@ -121,6 +127,7 @@ LEGAL_EPS = [
     ([0, 0], (0.0, 0.0)),
 ]
 VALUES: dict[str, Values] = {
+    "master": one_of("none", "stochastic", "ecc8"),
     "lr": or_none(NON_NEGATIVE),
     "auto_lr": or_none(SWITCH),
     "lora": or_none(SWITCH),

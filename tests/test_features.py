@@ -148,6 +148,9 @@ CASES = [
     Case("stochastic_rounding", False, ""),
     Case("stochastic_rounding", False, "θ", dtype=torch.bfloat16),
     Case("stochastic_rounding", False, "θ", dtype=torch.float16),
+    Case("master", "none", "θ", dtype=torch.bfloat16),
+    Case("master", "ecc8", "θ", dtype=torch.bfloat16),
+    Case("master", "ecc8", "", dtype=torch.float16),
     Case("auto_lr", True, "θ", steps=12),
     Case("betas", (0.8, 0.99, 0.999), "θmrs"),
     Case("betas", (0.9, 0.9, 0.999), AFTER_FILTER),
@@ -172,7 +175,8 @@ def test_option_changes_its_own_part_alone(case: Case, storage: str) -> None:
 RULE_OPTIONS = """
     lr min_lr max_lr auto_lr weight_decay warmup_steps betas eps clip_threshold percentile_clipping edge_suppression
     edge_penalty edge_threshold frequency_penalty background_regularization spatial_awareness detail_preservation lora
-    lora_rank_penalty rank_penalty_strength low_rank_emphasis torque came cautious stochastic_rounding seed
+    lora_rank_penalty rank_penalty_strength low_rank_emphasis torque came cautious stochastic_rounding master
+    seed
 """
 HOW_IT_RUNS = """
     optim_bits min_8bit_size block_wise stable_emb force_8bit factored is_paged backend profile verbose

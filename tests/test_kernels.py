@@ -72,6 +72,9 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "LoRA": {"lora": True, "low_rank_emphasis": 1.3, "rank_penalty_strength": 0.1},
     "narrow bounds": {"min_lr": 0.0198, "max_lr": 0.0203},
     "betas of 0": {"betas": (0.5, 0.0, 0.0)},
+    "24-bit weights": {"master": "ecc8"},
+    "24-bit weights to nearest": {"master": "ecc8", "stochastic_rounding": False},
+    "master none": {"master": "none"},
 }
 
 
@@ -129,6 +132,8 @@ COVERING = [
     Case("8bit", "bfloat16", "LoRA"),
     Case("32bit", "float32", "narrow bounds"),
     Case("8bit", "float32", "betas of 0"),
+    Case("8bit", "bfloat16", "24-bit weights", "float32"),
+    Case("32bit", "bfloat16", "24-bit weights to nearest"),
     Case("factored", "bfloat16", shapes=TILED_SHAPES, steps=2),
     Case("factored", "float32", "no confidence", shapes=FEW_TILED_SHAPES),
     Case("factored", "float16", "percentile clipping", "float32", shapes=FEW_TILED_SHAPES),

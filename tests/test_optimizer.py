@@ -57,6 +57,7 @@ ANOTHER_VALUE = {
     "came": False,
     "cautious": False,
     "stochastic_rounding": False,
+    "master": "ecc8",
     "seed": 7,
 }
 """A legal value other than the default for every option of a group."""
