@@ -47,14 +47,6 @@ def reciprocal(x):
 
 
 @triton.jit
-def prefetch(addresses):
-    """Ask for the 128-byte lines at int64 addresses to be brought to the second-level cache; nothing waits."""
-    if _PTX:
-        code: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
-        tl.inline_asm_elementwise(code, "=r,l", [addresses], tl.int32, False, 1)
-
-
-@triton.jit
 def decode(codes, book_ptr):
     """float32 code-book values of uint8 codes; the book is 1 KB and stays in the first-level cache."""
     return tl.load(book_ptr + codes.to(tl.int32))

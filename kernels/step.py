@@ -46,9 +46,6 @@ _TINY_ABSMAX = tl.constexpr(q.TINY_ABSMAX)
 MAX_GRADIENT = tl.constexpr(reference.MAX_GRADIENT)
 MAX_EDGE = tl.constexpr(reference.MAX_EDGE)
 _PROBE_STRIDE = tl.constexpr(16)
-import os
-
-_PF = tl.constexpr(os.environ.get("PF", "1") == "1")
 
 
 @triton.jit
@@ -135,7 +132,10 @@ def _laplacian_even(g_ptr, g, lanes, column, start, size, width, valid, scale, S
 
 
 @triton.jit
-def _write_moment(ptr, absmax_ptr, place, x, centred, valid, touched, EIGHT: tl.constexpr, SIGNED: tl.constexpr):
+def _write_moment(
+    ptr, entry_ptr, absmax_column: tl.constexpr, block, place, x, centred, valid, touched, EIGHT: tl.constexpr,
+    SIGNED: tl.constexpr,
+):  # fmt: skip
     """Store m to nearest, or v or r stochastically. A block in which all was skipped keeps its very codes.
 
     Args:
@@ -147,7 +147,7 @@ def _write_moment(ptr, absmax_ptr, place, x, centred, valid, touched, EIGHT: tl.
         absmax = tl.maximum(largest, _TINY_ABSMAX)
         codes = codec.encode_signed(x, absmax) if SIGNED else codec.encode_unsigned(x, absmax, centred)
         tl.store(ptr + place, codes, mask=tl.where(valid, touched, 0) > 0)
-        tl.store(absmax_ptr, absmax, mask=touched > 0)
+        tl.store(address(entry_ptr, absmax_column, tl.float32, 4) + block, absmax, mask=touched > 0)
     else:
         tl.store(ptr + place, x, mask=valid)
 
@@ -227,9 +227,31 @@ def _move_columns(col_ptr, sums, counts, beta, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _statistics(
+    entry_ptr, block, EIGHT: tl.constexpr, WIDTH: tl.constexpr, EDGES: tl.constexpr, TORQUE_ON: tl.constexpr,
+    CAME: tl.constexpr, WARM: tl.constexpr,
+):  # fmt: skip
+    """What is kept of each block: absmax of m, v and r, edge history, torque, spatial variance."""
+    absmax1, absmax2, absmax3, history, torque, sigma = 1.0, 1.0, 1.0, 0.0, 0.0, 0.0
+    if EIGHT:
+        absmax1 = tl.load(address(entry_ptr, ABSMAX1, tl.float32, 4) + block)
+        if WIDTH == 0:
+            absmax2 = tl.load(address(entry_ptr, ABSMAX2, tl.float32, 4) + block)
+            if CAME:
+                absmax3 = tl.load(address(entry_ptr, ABSMAX3, tl.float32, 4) + block)
+    if EDGES:
+        history = tl.load(address(entry_ptr, EDGE, tl.float32, 4) + block)
+    if TORQUE_ON:
+        torque = tl.load(address(entry_ptr, TORQUE, tl.float32, 4) + block)
+    if WARM:
+        sigma = tl.load(address(entry_ptr, SIGMA, tl.float32, 4) + block)
+    return absmax1, absmax2, absmax3, history, torque, sigma
+
+
+@triton.jit
 def _block(
-    entry_ptr, numbers_ptr, block, remaining, place, valid, g_raw, g, lap, sum_squares, m_raw, v_raw, r_raw, mask_raw,
-    theta_raw, low_raw, theta_ptr, low_ptr, m_ptr, v_ptr, r_ptr, k_ptr, rule,
+    entry_ptr, numbers_ptr, block, remaining, place, valid, held, g_raw, g, lap, sum_squares, m_raw, v_raw, r_raw,
+    mask_raw, theta_raw, low_raw, theta_ptr, low_ptr, m_ptr, v_ptr, r_ptr, k_ptr, rule,
     P: tl.constexpr, EIGHT: tl.constexpr, WIDTH: tl.constexpr, SPATIAL: tl.constexpr, EDGES: tl.constexpr,
     TORQUE_ON: tl.constexpr, CAME: tl.constexpr, CAUTIOUS: tl.constexpr, BACKGROUND: tl.constexpr, AWARE: tl.constexpr,
     WARM: tl.constexpr, AUTO: tl.constexpr, ECC: tl.constexpr, STOCHASTIC: tl.constexpr, CAREFUL: tl.constexpr,
@@ -241,6 +263,7 @@ def _block(
 
     Args:
         place: int32 [256], where the elements lie from the program's first on; the pointers point there.
+        held: what `_statistics` returned.
         v_raw, r_raw: codes, float32 values, or the tile's estimates.
         rule: the run-time numbers of the rule, as `step_kernel` puts them together.
     """
@@ -250,23 +273,8 @@ def _block(
     ) = rule  # fmt: skip
     per = codec.reciprocal(remaining.to(tl.float32)) if CAREFUL else 1 / 256
     usable = _usable(g_raw)
-    absmax1_ptr = address(entry_ptr, ABSMAX1, tl.float32, 4) + block
-    absmax2_ptr = address(entry_ptr, ABSMAX2, tl.float32, 4) + block
-    absmax3_ptr = address(entry_ptr, ABSMAX3, tl.float32, 4) + block
-    absmax1, absmax2, absmax3 = 1.0, 1.0, 1.0
+    absmax1, absmax2, absmax3, history, torque, sigma = held
     CODES: tl.constexpr = EIGHT and WIDTH == 0
-    if EIGHT:
-        absmax1 = tl.load(absmax1_ptr)
-    if CODES:
-        absmax2 = tl.load(absmax2_ptr)
-        if CAME:
-            absmax3 = tl.load(absmax3_ptr)
-    if EDGES:
-        edge_ptr = address(entry_ptr, EDGE, tl.float32, 4) + block
-        history = tl.load(edge_ptr)
-    if TORQUE_ON:
-        torque_ptr = address(entry_ptr, TORQUE, tl.float32, 4) + block
-        torque = tl.load(torque_ptr)
     # The moments over their absmax: that is multiplied in together with the decay.
     m_old, v_old, r_old = m_raw, v_raw, r_raw
     if CODES:
@@ -287,7 +295,7 @@ def _block(
             e = tl.minimum(tl.abs(lap), MAX_EDGE * noise)
             e = tl.where(e > edge_threshold * noise, e, 0.0)
             history = 0.9 * history + 0.1 * (tl.sum(e, 0) * (scale * per))
-            tl.store(edge_ptr, history)
+            tl.store(address(entry_ptr, EDGE, tl.float32, 4) + block, history)
             # e >= 0: the factor is never above 1
             filtered = filtered * tl.maximum(1 - (edge_penalty * history * scale) * e, 0.1)
 
@@ -315,7 +323,7 @@ def _block(
     if TORQUE_ON:
         norms = (absmax1 * absmax1) * tl.sum(m_old * m_old, 0) * energy
         torque = 0.9 * torque + 0.1 * (aligned * (shrink * correction) * tl.rsqrt(norms + 1e-30))
-        tl.store(torque_ptr, torque)
+        tl.store(address(entry_ptr, TORQUE, tl.float32, 4) + block, torque)
         damping = damping * (1 + tl.clamp(tl.load(numbers_ptr + N_KAPPA) * torque, -1.0, 1.0))
     m = (beta1 * absmax1) * m_old + damping * u
     used = (usable & valid).to(tl.int32)
@@ -332,8 +340,8 @@ def _block(
     if WIDTH:
         _move_rows(_row_ptr(entry_ptr, V_ROW, block, WIDTH), v_seen, used, remaining, per, beta2, WIDTH, CAREFUL)
     else:
-        _write_moment(v_ptr, absmax2_ptr, place, v, centred, valid, touched, EIGHT, False)
-    _write_moment(m_ptr, absmax1_ptr, place, m, 0.0, valid, touched, EIGHT, True)
+        _write_moment(v_ptr, entry_ptr, ABSMAX2, block, place, v, centred, valid, touched, EIGHT, False)
+    _write_moment(m_ptr, entry_ptr, ABSMAX1, block, place, m, 0.0, valid, touched, EIGHT, True)
 
     # 4. Confidence.
     n = m
@@ -352,7 +360,7 @@ def _block(
         if WIDTH:
             _move_rows(_row_ptr(entry_ptr, R_ROW, block, WIDTH), r_seen, used, remaining, per, beta3, WIDTH, CAREFUL)
         else:
-            _write_moment(r_ptr, absmax3_ptr, place, r, centred, valid, touched, EIGHT, False)
+            _write_moment(r_ptr, entry_ptr, ABSMAX3, block, place, r, centred, valid, touched, EIGHT, False)
 
     # 5. Cautious, 6. background: both end in a factor of the block.
     if CAUTIOUS:
@@ -373,8 +381,8 @@ def _block(
         mean = tl.sum(u, 0) * per
         variance = tl.maximum(energy * per - mean * mean, 0.0)
         k = _move_mask(
-            entry_ptr, numbers_ptr, block, start, k_ptr, mask_raw, g, variance, centred, place, lanes, valid, usable,
-            detail, EIGHT, AWARE, CAREFUL,
+            entry_ptr, numbers_ptr, block, start, k_ptr, mask_raw, g, sigma, variance, centred, place, lanes, valid,
+            usable, detail, EIGHT, AWARE, CAREFUL,
         )  # fmt: skip
         factor = tl.exp2(k * 0.0625)
         mask_sum = tl.sum(tl.where(valid, factor, 0.0), 0)
@@ -416,13 +424,12 @@ def _block(
 
 @triton.jit
 def _move_mask(
-    entry_ptr, numbers_ptr, block, start, k_ptr, mask_raw, g, variance, centred, place, lanes, valid, usable,
-    detail, EIGHT: tl.constexpr, AWARE: tl.constexpr, CAREFUL: tl.constexpr,
+    entry_ptr, numbers_ptr, block, start, k_ptr, mask_raw, g, sigma_old, variance, centred, place, lanes, valid,
+    usable, detail, EIGHT: tl.constexpr, AWARE: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """Step 7 during warm-up: σ, k and π are updated in place; returns k. Tensors past theirs leave all as it is."""
     learn, change = tl.load(numbers_ptr + N_LEARN), tl.load(numbers_ptr + N_ADAPT)
     sigma_ptr = address(entry_ptr, SIGMA, tl.float32, 4) + block
-    sigma_old = tl.load(sigma_ptr)
     sigma = 0.9 * sigma_old + 0.1 * variance
     tl.store(sigma_ptr, tl.where(learn != 0, sigma, sigma_old))
     if AWARE:
@@ -459,27 +466,6 @@ def _probe(entry_ptr, block, lanes, valid, g, theta, omega, decay, P: tl.constex
     z = decay * tl.load(sum_ptr + lanes) + omega * g
     tl.store(sum_ptr + lanes, z)
     return omega * tl.sum(g * moved, 0), tl.sum(tl.abs(z), 0)
-
-
-@triton.jit
-def _lines(grad_ptr, theta_ptr, m_ptr, v_ptr, r_ptr, k_ptr, WIDTH: tl.constexpr, CAME: tl.constexpr):
-    """The addresses of all 128-byte lines of one block, int64 [32], some twice; 8-bit states.
-
-    Returns them, and by how many bytes each moves from one block to the next.
-    """
-    lane = tl.arange(0, 32)
-    G: tl.constexpr = grad_ptr.dtype.element_ty.primitive_bitwidth // 8
-    P: tl.constexpr = theta_ptr.dtype.element_ty.primitive_bitwidth // 8
-    of_grad, of_theta = lane < 2 * G, lane < 2 * G + 2 * P
-    line = lane - tl.where(of_grad, 0, tl.where(of_theta, 2 * G, 2 * G + 2 * P))
-    states = tl.where(line < 2, m_ptr.to(tl.int64), k_ptr.to(tl.int64))
-    if WIDTH == 0:
-        states = tl.where(line >= 4, v_ptr.to(tl.int64), states)
-        if CAME:
-            states = tl.where(line >= 6, r_ptr.to(tl.int64), states)
-    base = tl.where(of_grad, grad_ptr.to(tl.int64), tl.where(of_theta, theta_ptr.to(tl.int64), states))
-    line = tl.where(of_theta, line, line % 2)
-    return base + line * 128, tl.where(of_grad, G, tl.where(of_theta, P, 1)) * BLOCK
 
 
 @triton.jit
@@ -521,12 +507,8 @@ def _blocks(
     if not CAREFUL:  # the tensor's last block, if short, is left to the careful way
         end = tl.where((first.to(tl.int64) + (blocks - 1) * stride + 1) * BLOCK > size, blocks - 1, blocks)
         bits = tl.where(end < blocks, 1 << end, 0)
-    if EIGHT and not CAREFUL and _PF:
-        lines, line_step = _lines(grad_ptr, theta_ptr, m_ptr, v_ptr, r_ptr, k_ptr, WIDTH, CAME)
     i = first * 0
     while i < end:
-        if EIGHT and not CAREFUL and _PF:
-            codec.prefetch(lines + tl.minimum(i + 1, end - 1) * stride * line_step)
         block = first + i * stride
         start = block.to(tl.int64) * BLOCK
         remaining = tl.minimum(size - start, BLOCK).to(tl.int32)
@@ -551,6 +533,7 @@ def _blocks(
         low_raw = theta_raw
         if ECC:
             low_raw = tl.load(low_ptr + place, mask=valid, other=0)
+        held = _statistics(entry_ptr, block, EIGHT, WIDTH, EDGES, TORQUE_ON, CAME, WARM)
         if SCALED:
             g_raw = g_raw * clip
         g = g_raw
@@ -574,9 +557,10 @@ def _blocks(
             mine = sum_squares < MAX_GRADIENT * MAX_GRADIENT
         if mine:
             w, a, b, v_seen, r_seen = _block(
-                entry_ptr, numbers_ptr, block, remaining, place, valid, g_raw, g, lap, sum_squares, m_raw, v_raw, r_raw,
-                mask_raw, theta_raw, low_raw, theta_ptr, low_ptr, m_ptr, v_ptr, r_ptr, k_ptr, rule, P, EIGHT, WIDTH,
-                SPATIAL, EDGES, TORQUE_ON, CAME, CAUTIOUS, BACKGROUND, AWARE, WARM, AUTO, ECC, STOCHASTIC, CAREFUL,
+                entry_ptr, numbers_ptr, block, remaining, place, valid, held, g_raw, g, lap, sum_squares, m_raw, v_raw,
+                r_raw, mask_raw, theta_raw, low_raw, theta_ptr, low_ptr, m_ptr, v_ptr, r_ptr, k_ptr, rule, P, EIGHT,
+                WIDTH, SPATIAL, EDGES, TORQUE_ON, CAME, CAUTIOUS, BACKGROUND, AWARE, WARM, AUTO, ECC, STOCHASTIC,
+                CAREFUL,
             )  # fmt: skip
             mask_sum += w
             numerator += a

@@ -233,7 +233,8 @@ class Differences:
         """
         found = sorted({f"{name} differs" for name in self.exact})
         for name, errors in self.floats.items():
-            off = _without_strays(torch.cat(errors)[:, None])
+            # A column's mean of factored moments gathers up to 128 blocks, any of which may be such a one.
+            off = _without_strays(torch.cat(errors)[:, None], 10 if name.endswith("_col") else 1000)
             if (off > tolerance.floats).any():
                 found.append(f"{name}: {(off > tolerance.floats).sum()} blocks off, by up to {off.max():.2g}")
         limits = [(name, distances, tolerance.codes, tolerance.share) for name, distances in self.codes.items()]
@@ -248,9 +249,9 @@ class Differences:
         return found
 
 
-def _without_strays(errors: Tensor) -> Tensor:
+def _without_strays(errors: Tensor, one_in: int = 1000) -> Tensor:
     """Errors [blocks, any] without the blocks that may be off: see `Differences.violations`."""
-    strays = 1 + len(errors) // 1000 if COMPILED else 0
+    strays = 1 + len(errors) // one_in if COMPILED else 0
     worst_last = errors.double().sum(dim=1).argsort()
     return errors[worst_last[: len(errors) - strays]]
 
