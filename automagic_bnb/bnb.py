@@ -1,6 +1,6 @@
 """The only import of bitsandbytes, and what stands in when it is missing.
 
-Everything else asks this module: for the base class, the override manager, the code books and paged memory.
+Everything else asks this module: for the base class, the override manager and the code books.
 """
 
 from __future__ import annotations
@@ -83,13 +83,3 @@ def restore_managers(optimizer: Any) -> None:
 def code_book(signed: bool, device: torch.device) -> torch.Tensor:
     """bitsandbytes' dynamic map, float32 [256], ascending: `qmap1` (signed) or `qmap2` (unsigned)."""
     return _functional.create_dynamic_map(signed=signed).to(device)
-
-
-def empty_paged(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Uninitialised managed memory that the driver may page out to the host; contiguous."""
-    return _functional.get_paged(*shape, dtype=dtype, device=device)
-
-
-def prefetch(paged: torch.Tensor) -> None:
-    """Start moving a paged tensor to its device."""
-    _functional.prefetch_tensor(paged)

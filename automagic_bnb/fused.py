@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from automagic_bnb import bnb, config, reference
+from automagic_bnb import bnb, config, paged, reference
 from automagic_bnb import state as st
 from automagic_bnb.notices import warn_once
 
 if TYPE_CHECKING:
+    from automagic_bnb.kernels.low_rank import Matrices
     from automagic_bnb.kernels.tables import Bucket, Member
     from automagic_bnb.optimizer import Automagic
 
@@ -93,6 +94,8 @@ class FoundRate:
 class Plan:
     buckets: list[Bucket] = field(default_factory=list)
     sources: list[Source] = field(default_factory=list)
+    matrices: list[Matrices] = field(default_factory=list)
+    """Of each bucket, what step 9 works on."""
     found_rates: list[FoundRate] = field(default_factory=list)
     idle: list[Tensor] = field(default_factory=list)
     """Parameters that had no gradient when the plan was made."""
@@ -123,6 +126,8 @@ class FusedStep:
         self.optimizer = optimizer
         self._plan: Plan | None = None
         self._plans_of_one: dict[Tensor, Plan] = {}
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        """On which paged states are fetched, by device."""
 
     def forget(self) -> None:
         """Drop what is known of where states lie; they have been replaced."""
@@ -170,11 +175,26 @@ class FusedStep:
         from automagic_bnb.kernels import step
 
         self._find_rates(plan)
-        for bucket, (addresses, _kept) in zip(plan.buckets, grads, strict=True):
-            if any(addresses):
-                with torch.cuda.device(bucket.spec.device) if bucket.spec.device.type == "cuda" else nullcontext():
-                    step.launch(bucket, addresses, options)
-        reference.shrink_ranks(self._rank_tasks(plan, options))
+        updates = zip(plan.buckets, plan.matrices, grads, strict=True)
+        due = [(bucket, matrices, addresses) for bucket, matrices, (addresses, _) in updates if any(addresses)]
+        tasks: list[reference.RankTask] = []
+        ahead = iter([bucket for bucket, *_ in due if bucket.paged])
+        self._prefetch(next(ahead, None))
+        for bucket, matrices, addresses in due:
+            if bucket.paged:
+                self._prefetch(next(ahead, None))
+            with on_device(bucket.spec.device):
+                step.launch(bucket, addresses, options)
+                tasks += matrices.shrink(options)
+        reference.shrink_ranks(tasks)
+
+    def _prefetch(self, bucket: Bucket | None) -> None:
+        """Start moving the paged states of a bucket to the GPU, beside what runs there."""
+        if bucket is not None:
+            device = bucket.spec.device
+            if device not in self._streams:
+                self._streams[device] = torch.cuda.Stream(device)
+            paged.prefetch(bucket.paged, self._streams[device])
 
     def _options(self, plan: Plan) -> list[dict[str, Any]]:
         """The effective options of each source, as they are now."""
@@ -182,8 +202,6 @@ class FusedStep:
         return [s.group if s.p is None else effective(s.group, s.p) for s in plan.sources]
 
     def _make_plan(self, parameters: list[tuple[dict[str, Any], Tensor]]) -> Plan:
-        from automagic_bnb.kernels import tables
-
         optimizer = self.optimizer
         plan = Plan(groups=_group_sizes(optimizer), overrides=bnb.overridden_ids())
         members, own_sources = [], {}
@@ -202,7 +220,10 @@ class FusedStep:
                 member = self._member(group, p, own_sources[key], options)
                 members.append((member, st.checked_gradient(p).dtype, options))
         if members:
+            from automagic_bnb.kernels import low_rank, tables
+
             plan.buckets = tables.fill_buckets(members)
+            plan.matrices = [low_rank.Matrices(bucket) for bucket in plan.buckets]
             plan.found_rates = self._found_rates([member for member, _, _ in members])
         return plan
 
@@ -260,15 +281,10 @@ class FusedStep:
         groups = {id(m.group): m.group for m in members if m.rate is not None}
         return [FoundRate(group, [m for m in members if m.group is group]) for group in groups.values()]
 
-    @staticmethod
-    def _rank_tasks(plan: Plan, options: list[dict[str, Any]]) -> list[reference.RankTask]:
-        tasks = []
-        for bucket in plan.buckets:
-            for row in bucket.rank_rows:
-                m = bucket.members[row]
-                if m.p.grad is not None:
-                    tasks += reference.rank_tasks(m.theta, m.state, options[m.source], m.ordinal, m.is_lora, m.rate)
-        return tasks
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current CUDA device, whatever its arguments are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _group_sizes(optimizer: Automagic) -> tuple[int, ...]:

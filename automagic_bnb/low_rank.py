@@ -34,20 +34,22 @@ def shrinkage(grams: Tensor, thresholds: Tensor) -> Tensor:
     """S = Q diag(min(τ / σ, 1)) Qᵀ with the eigenvectors Q of each Gram matrix: A - S A has σ lowered by τ.
 
     Args:
-        grams: float64 [batch, r, r].
+        grams: float64 [batch, r, r]; S is 0 for those that are not finite, of which there are no eigenvectors.
         thresholds: τ, [batch].
     """
-    values, vectors = torch.linalg.eigh(grams)
+    finite = torch.isfinite(grams).all(dim=2).all(dim=1)
+    values, vectors = torch.linalg.eigh(torch.where(finite[:, None, None], grams, 0.0))
     sigma, tau = values.clamp_min(0).sqrt(), thresholds.double()[:, None]
     removed = torch.where(sigma > tau, tau / sigma.clamp_min(1e-300), 1.0)
-    removed = torch.where(tau > 0, removed, 0.0)
+    removed = torch.where((tau > 0) & finite[:, None], removed, 0.0)
     return (vectors * removed[:, None, :]) @ vectors.mT
 
 
 def lowered(matrices: Tensor, shrink: Tensor) -> Tensor:
     """A - S A for matrices [batch, a, b] and S of `shrinkage`; same dtype, and exactly A where S is 0."""
     wide, tall = _short_side_first(matrices)
-    result = wide - (shrink.to(wide.dtype) @ wide)
+    changes = (shrink != 0).any(dim=2).any(dim=1)[:, None, None]
+    result = torch.where(changes, wide - (shrink.to(wide.dtype) @ wide), wide)
     return result.mT if tall else result
 
 

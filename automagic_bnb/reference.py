@@ -381,17 +381,6 @@ def find_rate(d: Tensor, stats: list[Tensor], low: float, high: float) -> None:
     d.copy_(torch.maximum(d, estimate).clamp(low, high))
 
 
-def shrinks_rank(p: Tensor, t: int, is_lora: bool, options: dict[str, Any]) -> bool:
-    """Whether step 9 is due for this parameter."""
-    return (
-        is_lora
-        and options["lora_rank_penalty"]
-        and p.dim() == 2
-        and min(p.shape) <= LOW_RANK_MAX
-        and t % LOW_RANK_EVERY == 0
-    )
-
-
 @dataclass(frozen=True)
 class RankTask:
     """One 2-D parameter whose singular values are to be lowered by `threshold`."""
@@ -413,11 +402,16 @@ def rank_tasks(
     wanted = is_lora and options["lora_rank_penalty"] and t % LOW_RANK_EVERY == 0
     if not wanted or theta.dim() != 2 or min(theta.shape) > LOW_RANK_MAX:
         return []
-    rate = float(options["lr"]) if d is None else d * relative_rate(options)
-    threshold = rate * (LOW_RANK_EVERY * options["rank_penalty_strength"])
+    threshold = rank_threshold(options) if d is None else d * rank_threshold(options)
     key = q.mix_in(q.parameter_key(options["seed"], ordinal, RANK_STREAM), t)
     weights = Weights(theta, state.get("master_residual"), st.rounds_stochastically(theta, options))
     return [RankTask(weights, threshold, key)]
+
+
+def rank_threshold(options: dict[str, Any]) -> float:
+    """10 · lr · rank_penalty_strength; where auto_lr supplies d, over d."""
+    rate = relative_rate(options) if options["auto_lr"] else float(options["lr"])
+    return rate * LOW_RANK_EVERY * options["rank_penalty_strength"]
 
 
 def shrink_ranks(tasks: list[RankTask]) -> None:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from automagic_bnb import bnb
+from automagic_bnb import paged as paged_memory
 from automagic_bnb.factored import Tiling
 from automagic_bnb.quantization import BLOCK
 
@@ -116,14 +117,14 @@ def storage_held(state: State) -> str:
 def empty_element_state(p: Tensor, dtype: torch.dtype, paged: bool) -> Tensor:
     """An uninitialised contiguous tensor shaped like p; in managed memory if `paged` and large and on CUDA."""
     if paged and p.device.type == "cuda" and p.numel() >= PAGED_MIN_SIZE:
-        return bnb.empty_paged(p.shape, dtype, p.device)
+        return paged_memory.empty(p.shape, dtype, p.device)
     return torch.empty(p.shape, dtype=dtype, device=p.device)
 
 
 def _element_state(p: Tensor, dtype: torch.dtype, fill: int, paged: bool) -> Tensor:
     tensor = empty_element_state(p, dtype, paged)
-    if getattr(tensor, "is_paged", False):
-        bnb.prefetch(tensor)
+    if paged_memory.is_paged(tensor):
+        paged_memory.prefetch([tensor], torch.cuda.current_stream(tensor.device))
     return tensor.fill_(fill)
 
 

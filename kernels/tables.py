@@ -21,6 +21,7 @@ from automagic_bnb import quantization as q
 from automagic_bnb import reference
 from automagic_bnb import state as st
 from automagic_bnb.factored import Tiling
+from automagic_bnb.paged import is_paged
 
 
 class Column(IntEnum):
@@ -142,11 +143,15 @@ class Spec:
     scaled: bool
     residual: bool
     """8 more bits of θ are in the state."""
+    paged: int
+    """The place of a parameter whose states are paged, which has a launch of its own: its states are fetched while the
+    one before is updated. -1 for all others."""
     stochastic: bool
     numbers: tuple[Any, ...]
 
 
-def spec_of(theta: Tensor, grad_dtype: torch.dtype, state: st.State, options: dict[str, Any]) -> Spec:
+def spec_of(member: Member, grad_dtype: torch.dtype, options: dict[str, Any]) -> Spec:
+    theta, state = member.theta, member.state
     spatial, storage = reference.is_spatial(theta, options), st.storage_held(state)
     return Spec(
         device=theta.device,
@@ -166,6 +171,7 @@ def spec_of(theta: Tensor, grad_dtype: torch.dtype, state: st.State, options: di
         auto=options["auto_lr"],
         scaled=options["percentile_clipping"] < 100,
         residual=st.keeps_residual(theta, options),
+        paged=member.ordinal if any(map(is_paged, state.values())) else -1,
         stochastic=st.rounds_stochastically(theta, options),
         numbers=tuple(options[name] for name in SHARED_NUMBERS),
     )
@@ -217,6 +223,7 @@ class Bucket:
         held = [name for name in STATE_COLUMNS.values() if all(name in m.state for m in members)]
         self.tensors_of = operator.itemgetter(*held)
         self.tensors = list(map(self.tensors_of, self.states))
+        self.paged = [x for state in self.states for x in state.values() if is_paged(x)]
         self.sharded = any(m.sharded for m in members)
         self.thetas = [m.theta.data_ptr() for m in members]
         self.first_address = self.tensors[0][0].data_ptr()
@@ -231,6 +238,8 @@ class Bucket:
             row for row, m in enumerate(members) if m.is_lora and m.theta.dim() == 2 and m.theta.shape == m.p.shape
         ]
         self.numbers = np.zeros((len(members), len(Number)), dtype=np.float32)
+        self.steps = np.zeros(len(members), dtype=np.int64)
+        """t of what the last launch updated, 0 of the others."""
 
     def _programs(self, theta: Tensor) -> int:
         if self.spec.width:
@@ -309,8 +318,9 @@ class Bucket:
         for state, grad in zip(self.states, grads, strict=True):
             if grad:
                 state["step"] += 1
-        steps = list(map(_STEP, self.states))
-        warm = self._fill_numbers(np.array(steps), sources)
+        steps = np.array(list(map(_STEP, self.states)))
+        self.steps = np.where(grads, steps, 0)
+        warm = self._fill_numbers(steps, sources)
         rows, row_bytes = len(steps), 4 * len(Number)
         staged = torch.empty(rows * (8 + row_bytes), dtype=torch.uint8, pin_memory=self.spec.device.type == "cuda")
         host = staged.numpy()
@@ -354,7 +364,7 @@ def fill_buckets(members: Iterable[tuple[Member, torch.dtype, dict[str, Any]]]) 
     """Sort members (with their gradient's dtype and effective options) into buckets, tables written."""
     buckets: dict[Spec, Bucket] = {}
     for member, grad_dtype, options in members:
-        spec = spec_of(member.theta, grad_dtype, member.state, options)
+        spec = spec_of(member, grad_dtype, options)
         buckets.setdefault(spec, Bucket(spec)).members.append(member)
     for bucket in buckets.values():
         bucket.build()

@@ -112,6 +112,16 @@ def test_zero_matrix_stays_zero() -> None:
     assert (soft_threshold(torch.zeros(1, 20, 4), torch.tensor([0.1])) == 0).all()
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_matrix_that_is_not_finite_stays_as_it_is(bad: float) -> None:
+    """It has no singular values; the others of its batch are lowered."""
+    batch = normal(2, 6, 3)
+    batch[0, 1, 1] = bad
+    found = soft_threshold(batch, torch.full((2,), 0.3))
+    assert torch.equal(found[0].nan_to_num(7.0), batch[0].nan_to_num(7.0))
+    assert (found[1] - by_svd(batch[1], 0.3)).abs().max() < 1e-5
+
+
 def test_each_matrix_of_a_batch_has_its_own_threshold() -> None:
     """A batch gives what its members give alone; a threshold of 0 among others is still the identity."""
     batch, thresholds = normal(4, 12, 5), torch.tensor([0.0, 0.2, 1.0, 50.0])
