@@ -5,6 +5,8 @@ from automagic_bnb.callbacks import TensorBoardLogger, lightning_callback, train
 from automagic_bnb.config import AutomagicConfig, OptimizationProfiles
 from automagic_bnb.dashboard import write_dashboard
 from automagic_bnb.hardware import get_adaptive_config, get_hardware_optimized_config
+from automagic_bnb.memory_summary import analyze_memory_usage
+from automagic_bnb.migrated_options import migrate_options
 from automagic_bnb.monitoring import AdaptiveTrainingMonitor, check_training_health
 from automagic_bnb.optimizer import (
     Automagic,
@@ -17,6 +19,7 @@ from automagic_bnb.optimizer import (
     create_improved_8bit_optimizer,
 )
 from automagic_bnb.plots import plot_singular_values, plot_spectrum, plot_training
+from automagic_bnb.requantization import ProgressiveQuantization
 from automagic_bnb.run_log import RunLog, read_run
 from automagic_bnb.singular import effective_rank, singular_values, stable_rank
 from automagic_bnb.spectrum import Spectrum, spectrum
@@ -37,9 +40,11 @@ __all__ = [
     "OptimizationProfiles",
     "PagedAutomagic8bit",
     "PagedAutomagic32bit",
+    "ProgressiveQuantization",
     "RunLog",
     "Spectrum",
     "TensorBoardLogger",
+    "analyze_memory_usage",
     "benchmark_optimizer",
     "check_training_health",
     "create_improved_8bit_optimizer",
@@ -47,6 +52,7 @@ __all__ = [
     "get_adaptive_config",
     "get_hardware_optimized_config",
     "lightning_callback",
+    "migrate_options",
     "plot_singular_values",
     "plot_spectrum",
     "plot_training",

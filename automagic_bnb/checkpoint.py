@@ -9,16 +9,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from automagic_bnb import bnb, config
+from automagic_bnb import bnb, config, migration
 from automagic_bnb import state as st
+from automagic_bnb.factored import TINY, Tiling
+from automagic_bnb.migration import WRAPPED
+from automagic_bnb.moments import FACTORED_NAMES
+from automagic_bnb.reference import Blocks
 
 if TYPE_CHECKING:
     from automagic_bnb.optimizer import Automagic
 
-WRAPPED = "__bnb_optimizer_quant_state__"
-"""bitsandbytes moves block-wise tensors under this key, so that FSDP does not gather them."""
 IGNORED = frozenset(["unorm_vec", "max1", "max2", "new_max1", "new_max2"])
 """Keys of bitsandbytes' checkpoints that have no counterpart here."""
+STATS_OF_0_1_0 = 6
+"""Version 0.1.0 kept the means of the row means too, second and third; what stood behind them has moved up."""
 OWN_GROUP_KEYS = ("base_lr", "warmup_steps")
 """A saved group with neither is another optimizer's."""
 
@@ -54,6 +58,8 @@ def parse(optimizer: Automagic, state_dict: dict[str, Any]) -> tuple[dict[Tensor
             f"the checkpoint has parameter groups of {saved_sizes} parameters, this optimizer of {sizes}; "
             "build it over the same parameters in the same groups"
         )
+    if (source := migration.source_of(state_dict)) is not None:
+        return _parse_foreign(optimizer, state_dict, source)
     old_ids = chain.from_iterable(g["params"] for g in saved_groups)
     owners = [(p, g) for g in groups for p in g["params"]]
     by_id = dict(zip(old_ids, owners, strict=True))
@@ -63,6 +69,29 @@ def parse(optimizer: Automagic, state_dict: dict[str, Any]) -> tuple[dict[Tensor
         if key in by_id and saved:
             p, group = by_id[key]
             state[p] = _parse_parameter(optimizer, p, group, saved, f"parameter {key}")
+    return state, new_groups
+
+
+def _parse_foreign(
+    optimizer: Automagic, state_dict: dict[str, Any], source: str
+) -> tuple[dict[Tensor, st.State], list[dict[str, Any]]]:
+    """`parse` of another optimizer's checkpoint. Its options stay behind: rates and decay there mean something else."""
+    state: dict[Tensor, st.State] = {}
+    new_groups: list[dict[str, Any]] = []
+    for group, saved_group in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        found = []
+        for p, key in zip(group["params"], saved_group["params"], strict=True):
+            if saved := state_dict["state"].get(key):
+                options, local = optimizer.effective_options(group, p), st.local_tensor(p)
+                carried = migration.read(source, saved, saved_group, options, local, f"parameter {key}")
+                storage = st.storage_of(local, options, optimizer.facts_of(p).is_embedding)
+                state[p] = complete({"step": carried.step}, local, storage, options, optimizer.is_paged)
+                migration.fill(state[p], carried, local, options)
+                if (shard := shard_of(p)) is not None:
+                    state[p]["shard"] = shard
+                migration.warn_of_freeze(carried.step, options["warmup_steps"])
+                found.append(carried)
+        new_groups.append(migration.group_entries(group, found))
     return state, new_groups
 
 
@@ -90,6 +119,7 @@ def _parse_parameter(
     saved = {**saved, **saved.get(WRAPPED, {})}
     saved.pop(WRAPPED, None)
     local, shard = st.local_tensor(p), shard_of(p)
+    saved = _from_0_1_0(saved, local)
     saved_shard = saved.pop("shard", shard)
     if saved_shard != shard:
         raise ValueError(f"{where}: the checkpoint holds shard {saved_shard}, here is {shard}; {SHARDED_WARNING}")
@@ -97,7 +127,7 @@ def _parse_parameter(
     if unknown or "state1" not in saved or not {"state2", "exp_avg_sq_row"} & saved.keys():
         raise ValueError(
             f"{where}: this is a checkpoint of another optimizer (its state holds {sorted(saved)}); "
-            "start without it, or load one that this optimizer or a bitsandbytes Adam wrote"
+            "start without it, or load one of this optimizer, a bitsandbytes Adam, ai-toolkit's Automagic or CameAMP"
         )
     state: st.State = {"step": int(saved.get("step", 0))}
     if shard is not None:
@@ -115,6 +145,27 @@ def _parse_parameter(
         state[name] = _restored(name, value, local, optimizer.is_paged)
     _check_storage(state, where)
     return complete(state, local, st.storage_held(state), optimizer.effective_options(group, p), optimizer.is_paged)
+
+
+def _from_0_1_0(saved: dict[str, Any], p: Tensor) -> dict[str, Any]:
+    """A parameter's state as version 0.1.0 saved it, in today's form; any other as it is.
+
+    Its row and column means were those of the whole matrix, V_ij = row_i · col_j / mean(row): the means of each tile
+    are taken of that V.
+    """
+    stats = saved.get("tensor_stats")
+    if not isinstance(stats, Tensor) or tuple(stats.shape) != (STATS_OF_0_1_0,):
+        return saved
+    saved = {**saved, "tensor_stats": stats[[0, 3, 4, 5]]}
+    tiling, (rows, columns) = Tiling.of(p), st.matrix_shape(p)
+    for name in FACTORED_NAMES.values():
+        row, col = (saved.get(f"{name}_{side}") for side in ("row", "col"))
+        # What has other shapes does not fit, and the check of shapes says so.
+        if isinstance(row, Tensor) and isinstance(col, Tensor) and (row.numel(), col.numel()) == (rows, columns):
+            row, col = row.to(p.device), col.to(p.device)
+            v = Blocks(p).cut(row[:, None] * (col / row.mean().clamp_min(TINY)))
+            saved[f"{name}_row"], saved[f"{name}_col"] = tiling.row_means(v), tiling.column_means(v)
+    return saved
 
 
 def complete(state: st.State, p: Tensor, storage: str, options: dict[str, Any], paged: bool) -> st.State:

@@ -214,11 +214,8 @@ def check_kernels_package() -> Finding:
     """Whether `kernels`, Hugging Face's package that bitsandbytes and transformers import, is what that name gives."""
     name = "name `kernels`"
     ours, found = package_folder("automagic_bnb.kernels"), package_folder("kernels")
-    if ours is None:
-        return Finding(name, "problem", "automagic_bnb.kernels is missing: the package is not installed", INSTALL_SELF)
-    if found is None:
-        return Finding(name, "ok", "nothing stands in the way of Hugging Face's package of that name")
-    if found == ours:
+    checkout = Path(__file__).resolve().parents[1] / "kernels"
+    if found is not None and found in (ours, checkout):
         return Finding(
             name,
             "problem",
@@ -226,6 +223,10 @@ def check_kernels_package() -> Finding:
             "Face's package",
             "take the checkout off PYTHONPATH; run programs from another folder, or without python's -m and -c",
         )
+    if ours is None:
+        return Finding(name, "problem", "automagic_bnb.kernels is missing: the package is not installed", INSTALL_SELF)
+    if found is None:
+        return Finding(name, "ok", "nothing stands in the way of Hugging Face's package of that name")
     if installed_version("kernels"):
         return Finding(name, "ok", f"Hugging Face's package, {installed_version('kernels')}")
     detail = f"{found} would be imported where bitsandbytes and transformers look for Hugging Face's package"

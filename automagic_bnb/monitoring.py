@@ -12,6 +12,7 @@ from torch import Tensor
 
 from automagic_bnb import bnb, loss_curve
 from automagic_bnb import state as st
+from automagic_bnb.memory import quantized_share
 from automagic_bnb.optimizer import Automagic
 from automagic_bnb.run_log import as_number
 
@@ -298,17 +299,6 @@ def check_training_health(
         "issues": issues,
         "suggestions": [known[issue] for issue in issues],
     }
-
-
-def quantized_share(optimizer: Automagic) -> float:
-    """The share of elements in 8-bit states, among those of groups that ask for 8 bits; 1 where there are none."""
-    sizes = {"32bit": 0, "8bit": 0, "factored": 0}
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if group["optim_bits"] == 8 and "state1" in (state := optimizer.state.get(p, {})):
-                sizes[st.storage_held(state)] += st.local_tensor(p).numel()
-    total = sum(sizes.values())
-    return 1 - sizes["32bit"] / total if total else 1.0
 
 
 def automagic_of(optimizer: Any) -> Automagic:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from automagic_bnb import bnb, checkpoint, config, metrics, reference
+from automagic_bnb import bnb, checkpoint, config, memory, metrics, reference, requantization
 from automagic_bnb import state as st
 from automagic_bnb.fused import FusedStep
 from automagic_bnb.notices import warn_once
@@ -234,6 +234,41 @@ class Automagic(bnb.Optimizer2State):
             self.init_state(group, p)
         return state
 
+    def requantize(
+        self,
+        parameters: Tensor | Iterable[Tensor] | None = None,
+        *,
+        optim_bits: int | None = None,
+        min_8bit_size: int | None = None,
+        factored: bool | None = None,
+        force_8bit: bool | None = None,
+        stable_emb: bool | None = None,
+    ) -> None:
+        """Change how states are stored, in the middle of a run: what they hold is converted, one parameter at a time.
+
+        The options named replace those of the constructor and of all groups; overrides of single parameters stay in
+        force over them. With no option, states are brought in line with the options as they are. After an error (out
+        of memory) each parameter is wholly in its old or its new storage, and a further call goes on.
+
+        Args:
+            parameters: one or several parameters of this optimizer: the options then become overrides of these only,
+                as from `GlobalOptimManager`, which a checkpoint does not hold. None: all.
+            optim_bits, min_8bit_size, factored, force_8bit, stable_emb: as in the constructor; None: unchanged.
+
+        Raises:
+            TypeError, ValueError: an illegal value, or a tensor that is no parameter of this optimizer. Nothing has
+                changed then.
+        """
+        requantization.requantize(
+            self,
+            parameters,
+            optim_bits=optim_bits,
+            min_8bit_size=min_8bit_size,
+            factored=factored,
+            force_8bit=force_8bit,
+            stable_emb=stable_emb,
+        )
+
     def _log_plan(self) -> None:
         if not self.config.verbose:
             return
@@ -407,6 +442,13 @@ class Automagic(bnb.Optimizer2State):
         """
         return metrics.collect(self, per_group, per_parameter)
 
+    def get_memory_efficiency_report(self) -> dict[str, Any]:
+        """The bytes of state held, or to be allocated by the first step: `memory.efficiency_report` lists the figures.
+
+        Available at any time, and nothing is allocated for it.
+        """
+        return memory.efficiency_report(self)
+
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -425,8 +467,8 @@ class Automagic(bnb.Optimizer2State):
     def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
         """Load what `state_dict` returned; every dtype comes back exactly.
 
-        A key that an older checkpoint lacks starts at its first value. bitsandbytes' own two-state 8-bit and 32-bit
-        checkpoints load too: `state1` and `state2` are taken over.
+        A key that an older checkpoint lacks starts at its first value. Checkpoints of bitsandbytes' Adam and AdamW, of
+        ai-toolkit's Automagic and of Automagic_CameAMP load too: `migration` says what is taken over.
 
         Raises:
             ValueError: groups, shapes or keys do not fit. The optimizer is then as it was.
@@ -468,6 +510,9 @@ class Automagic(bnb.Optimizer2State):
         self._facts = dict(zip(parameters, facts, strict=True))
         for p, values in self.state.items():
             st.link_code_books(values, local_tensor(p).device)
+            if self.is_paged:  # a copy is in ordinary memory
+                for name in st.ELEMENT_KEYS & values.keys():
+                    values[name] = st.empty_element_state(local_tensor(p), values[name].dtype, True).copy_(values[name])
 
 
 class Automagic8bit(Automagic):

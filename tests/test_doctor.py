@@ -55,6 +55,11 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch, no_self_test: None) -> None:
 # ------------------------------------------------------------------------------------------------------ whole processes
 
 
+def own_errors(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """What it wrote to stderr, without a line that bitsandbytes writes when it is imported on some CPUs."""
+    return [line for line in done.stderr.splitlines() if "kernels-community" not in line]
+
+
 def test_a_sound_installation_without_a_gpu(tmp_path: Path) -> None:
     """No GPU is no error: status 0, and it says what runs."""
     done = doctor_process("whole", "doctor", cwd=tmp_path)
@@ -67,7 +72,7 @@ def test_a_sound_installation_without_a_gpu(tmp_path: Path) -> None:
     assert done.stdout.endswith("no problems found\n")
     for name in ("automagic_bnb", "Python", "torch", "CUDA", "driver", "Triton", "bitsandbytes"):
         assert re.search(rf"^{name} +\S", done.stdout, re.M), name
-    assert done.stderr == ""
+    assert own_errors(done) == []
 
 
 @pytest.mark.parametrize(
@@ -95,7 +100,7 @@ def test_without_bitsandbytes_and_triton(how: str, detail: str, remedy: str, tmp
     assert [name for name, finding in found.items() if finding["status"] == "problem"] == ["bitsandbytes"]
     if how == "missing":
         assert json.loads(done.stdout)["versions"]["Triton"] == "not installed"
-    assert done.stderr == ""
+    assert own_errors(done) == []
 
 
 def test_a_checkout_in_the_place_of_kernels(tmp_path: Path) -> None:
