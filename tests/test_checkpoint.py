@@ -367,7 +367,7 @@ def test_factored_moments_of_0_1_0_are_carried_over(shape: tuple[int, int], tool
         torch.testing.assert_close(blocks.join(moments.read(number)).view(shape).double(), v, rtol=1e-5, atol=0)
     tools.train(opt, [p], range(3, 5))
     saved["state"][0]["exp_avg_sq_col"] = col.float()[1:]
-    with pytest.raises(ValueError, match="exp_avg_sq_(row|col) has shape"):
+    with pytest.raises(ValueError, match=r"exp_avg_sq_(row|col) has shape"):
         opt.load_state_dict(saved)
 
 
