@@ -706,17 +706,15 @@ def step_kernel(
             tl.store(partials_ptr + program * 3 + 2, denominator)
 
 
-def _max_registers(warm: bool, factored: bool) -> int:
-    """Per thread, on NVIDIA: more warps at once are worth a few spilled registers, but not where all is to be held."""
-    return 128 if warm and not factored else 96
-
-
+_MAX_REGISTERS = {(False, False): 96, (True, False): 128, (False, True): 96, (True, True): 96}
+"""Per thread, on NVIDIA, by whether the mask moves and whether moments are factored: more warps at once are worth some
+spilled registers. Measured: benchmarks/NOTES.md."""
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def _compiler_options(device: torch.device, warm: bool, factored: bool) -> dict[str, Any]:
     on_nvidia = device.type == "cuda" and torch.version.hip is None
-    return {"maxnreg": _max_registers(warm, factored)} if on_nvidia else {}
+    return {"maxnreg": _MAX_REGISTERS[warm, factored]} if on_nvidia else {}
 
 
 def launch(bucket: Bucket, grads: list[int], sources: list[dict[str, Any]]) -> None:
