@@ -207,7 +207,7 @@ def low_rank_kernel(
 
 
 _TILES = {16: (64, 4), 32: (64, 4), 64: (32, 8)}
-"""By RANK: SPAN and the number of warps. What fits the registers (without a GPU only that was looked at)."""
+"""By RANK: SPAN and the number of warps. Others differ by 10 % at most (benchmarks/NOTES.md); 64 is not measured."""
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
