@@ -456,10 +456,10 @@ REGISTRY = re.compile(
 
 
 def source_files() -> Iterator[Path]:
-    """The files that belong to the project, wherever the checkout lies."""
+    """The project's files of text, wherever the checkout lies."""
     yield from (ROOT / name for name in SOURCES)
     for folder in FOLDERS:
-        yield from (p for p in (ROOT / folder).rglob("*") if p.is_file() and p.suffix != ".pyc")
+        yield from (p for p in (ROOT / folder).rglob("*") if p.is_file() and p.suffix not in (".pyc", ".png"))
 
 
 def local_names(text: str) -> list[str]:
