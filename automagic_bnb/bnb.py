@@ -6,6 +6,7 @@ Everything else asks this module: for the base class, the override manager and t
 from __future__ import annotations
 
 import functools
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,7 +50,31 @@ def overrides_of(p: torch.Tensor) -> dict[str, Any]:
     """
     if not BITSANDBYTES_AVAILABLE:
         return {}
-    return GlobalOptimManager.get_instance().pid2config.get(id(p), {})
+    found = GlobalOptimManager.get_instance().pid2config.get(id(p), {})
+    if found and id(p) not in _watched:
+        # bitsandbytes never forgets, and a new tensor may get the id of one that is gone.
+        _watched.add(id(p))
+        weakref.finalize(p, _forget, id(p)).atexit = False
+    return found
+
+
+_watched: set[int] = set()
+"""Ids of tensors whose override goes when they do."""
+
+
+def _forget(key: int) -> None:
+    _watched.discard(key)
+    GlobalOptimManager.get_instance().pid2config.pop(key, None)
+
+
+def override(p: torch.Tensor, options: dict[str, Any]) -> None:
+    """Add to the override of this very parameter, in a dict of its own.
+
+    `override_config` keeps one and the same dict for all parameters that it is given at once.
+    """
+    if options and BITSANDBYTES_AVAILABLE:
+        held = GlobalOptimManager.get_instance().pid2config
+        held[id(p)] = {**held.get(id(p), {}), **options}
 
 
 def overridden_ids() -> tuple[int, ...]:

@@ -50,6 +50,11 @@ def parse(optimizer: Automagic, state_dict: dict[str, Any]) -> tuple[dict[Tensor
     Raises:
         ValueError: the checkpoint does not fit this optimizer.
     """
+    if not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError(
+            f"this is no optimizer's checkpoint: it holds {sorted(map(str, state_dict))[:8]}, "
+            "not state and param_groups; pass what optimizer.state_dict() returned"
+        )
     saved_groups = state_dict["param_groups"]
     groups = optimizer.param_groups
     sizes, saved_sizes = [len(g["params"]) for g in groups], [len(g["params"]) for g in saved_groups]
@@ -110,6 +115,8 @@ def _parse_group(saved: dict[str, Any], group: dict[str, Any], index: int) -> di
             entries[name] = value.detach().to(device, copy=True)
         else:
             entries[name] = copy.deepcopy(value)
+    rates = {name: entries.get(name, group[name]) for name in ("min_lr", "max_lr", "base_lr")}
+    config.check_rates({**rates, "lr": rates["base_lr"]}, f" in the checkpoint's group {index}")
     return entries
 
 
@@ -124,12 +131,18 @@ def _parse_parameter(
     if saved_shard != shard:
         raise ValueError(f"{where}: the checkpoint holds shard {saved_shard}, here is {shard}; {SHARDED_WARNING}")
     unknown = sorted(k for k in saved if k not in st.TENSOR_KEYS and k != "step" and k not in IGNORED)
+    if unknown and "tensor_stats" in saved:
+        raise ValueError(
+            f"{where}: a later version wrote this checkpoint, {unknown} are not known here; update the package"
+        )
     if unknown or "state1" not in saved or not {"state2", "exp_avg_sq_row"} & saved.keys():
         raise ValueError(
             f"{where}: this is a checkpoint of another optimizer (its state holds {sorted(saved)}); "
             "start without it, or load one of this optimizer, a bitsandbytes Adam, ai-toolkit's Automagic or CameAMP"
         )
     state: st.State = {"step": int(saved.get("step", 0))}
+    if state["step"] < 0:
+        raise ValueError(f"{where}: the checkpoint's step is {state['step']}; expected a number >= 0")
     if shard is not None:
         state["shard"] = shard
     for name, value in saved.items():

@@ -15,6 +15,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from automagic_bnb import bnb
+from automagic_bnb.notices import warn_once
+
 # Compared by identity: a config that still holds this very object was given no max_lr by the user, and then a larger
 # rate raises the bound to 10 × lr. A literal 1e-3 is another object, and is kept.
 DEFAULT_MAX_LR = float("1e-3")
@@ -277,8 +280,7 @@ def make_config(**options: Any) -> AutomagicConfig:
     config = dataclasses.replace(base, **{k: check_option(k, v) for k, v in options.items()})
     config.profile = profile
     check_rates(vars(config))
-    if config.force_8bit and config.optim_bits == 32:
-        raise ValueError("option force_8bit=True: contradicts optim_bits=32; use Automagic8bit, or leave it out")
+    check_storage(vars(config))
     return config
 
 
@@ -289,6 +291,18 @@ def check_rates(options: dict[str, Any], where: str = "") -> None:
         raise ValueError(f"option min_lr={low!r}{where}: must not exceed max_lr={high!r}")
     if lr is not None and lr > high and high is not DEFAULT_MAX_LR:
         raise ValueError(f"option lr={lr!r}{where}: lies above max_lr={high!r}; raise max_lr or leave it out")
+
+
+def check_storage(options: dict[str, Any], where: str = "") -> None:
+    """Raise ValueError where 8-bit state is forced that cannot be, and warn where an option comes to nothing."""
+    if options["force_8bit"] and options["optim_bits"] == 32:
+        raise ValueError(f"option force_8bit=True{where}: contradicts optim_bits=32; leave one of them out")
+    if options["force_8bit"] and not bnb.BITSANDBYTES_AVAILABLE:
+        raise ValueError(
+            f"option force_8bit=True{where}: needs bitsandbytes, which failed to import ({bnb.IMPORT_ERROR})"
+        )
+    if options["factored"] and options["optim_bits"] == 32:
+        warn_once(f"option factored=True{where}: has no effect with optim_bits=32; pass optim_bits=8, or leave it out")
 
 
 def resolve_rates(options: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,10 +25,13 @@ if TYPE_CHECKING:
     from automagic_bnb.kernels.tables import Bucket, Member
     from automagic_bnb.optimizer import Automagic
 
-STRUCTURAL = tuple(
-    name for name in config.GROUP_OPTIONS if name not in ("lr", "min_lr", "max_lr", "weight_decay", "warmup_steps")
+READ_ANEW = (
+    *("lr", "min_lr", "max_lr", "weight_decay", "warmup_steps", "low_rank_emphasis", "rank_penalty_strength"),
+    *("percentile_clipping", "betas", "eps", "clip_threshold", "frequency_penalty", "edge_penalty", "edge_threshold"),
+    "detail_preservation",
 )
-"""Options that a plan rests on; the others are read anew at each step."""
+"""Numbers that are arguments of a launch or stand in its tables: schedulers change them, and no plan rests on them."""
+STRUCTURAL = tuple(name for name in config.GROUP_OPTIONS if name not in READ_ANEW)
 
 
 def triton_missing() -> str:
@@ -102,21 +106,31 @@ class Plan:
     rest: list[tuple[dict[str, Any], Tensor]] = field(default_factory=list)
     """Parameters that the kernels do not take."""
     overrides: tuple[int, ...] = ()
-    groups: tuple[int, ...] = ()
-    """The number of parameters of each group."""
+    groups: list[tuple[dict[str, Any], list[Tensor]]] | None = None
+    """Each group, and the parameters in it, which wrappers may exchange; None in the plan of a single parameter."""
 
     def is_current(self, optimizer: Automagic, options: list[dict[str, Any]]) -> bool:
         return (
-            self.groups == _group_sizes(optimizer)
+            self._has_groups(optimizer.param_groups)
             and self.overrides == bnb.overridden_ids()
             and all(s.signature == signature(o) for s, o in zip(self.sources, options, strict=True))
             and not any(p.grad is not None for p in self.idle)
-            and all(bucket.is_current(optimizer.state) for bucket in self.buckets)
+            and all(bucket.agrees(options) and bucket.is_current(optimizer.state) for bucket in self.buckets)
+        )
+
+    def _has_groups(self, groups: list[dict[str, Any]]) -> bool:
+        if self.groups is None:
+            return True
+        return len(groups) == len(self.groups) and all(
+            group is known and len(group["params"]) == len(parameters) and all(map(is_, group["params"], parameters))
+            for group, (known, parameters) in zip(groups, self.groups, strict=True)
         )
 
 
 def signature(options: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(options[name] for name in STRUCTURAL)
+    """What a plan rests on of the options: the switches, and of two numbers whether they switch something on."""
+    switches = tuple(options[name] for name in STRUCTURAL)
+    return *switches, options["frequency_penalty"] > 0, options["percentile_clipping"] < 100
 
 
 class FusedStep:
@@ -137,15 +151,29 @@ class FusedStep:
     def run(self) -> list[tuple[dict[str, Any], Tensor]]:
         """Step every parameter the kernels take; the others, with their groups, are returned."""
         if self.optimizer.config.backend == "torch":
+            self._check(self._everything())
             return self._everything()
         self._plan, rest = self._run(self._plan, self._everything)
+        if self._plan.groups is None:
+            self._plan.groups = [(group, list(group["params"])) for group in self.optimizer.param_groups]
         return rest
+
+    def _check(self, parameters: list[tuple[dict[str, Any], Tensor]]) -> None:
+        """Let what cannot be stepped fail before anything has moved: overrides, gradients, states that do not fit."""
+        for group, p in parameters:
+            if p.grad is not None:
+                self.optimizer.effective_options(group, p)
+                st.checked_gradient(p)
+                st.check_shape(self.optimizer.state.get(p, {}), st.local_tensor(p))
 
     def run_one(self, group: dict[str, Any], p: Tensor) -> bool:
         """Step one parameter, if the kernels take it."""
         if self.optimizer.config.backend == "torch":
             return False
-        self._plans_of_one[p], rest = self._run(self._plans_of_one.get(p), lambda: [(group, p)])
+        plan = self._plans_of_one.get(p)
+        if plan is not None and any(source.group is not group for source in plan.sources):
+            plan = None
+        self._plans_of_one[p], rest = self._run(plan, lambda: [(group, p)])
         return not rest
 
     def _everything(self) -> list[tuple[dict[str, Any], Tensor]]:
@@ -165,6 +193,7 @@ class FusedStep:
             options = self._options(plan)
             grads = self._gradients(plan)
             assert grads is not None, "a plan just made fits its gradients"
+        self._check(plan.rest)
         if plan.buckets:
             self._launch(plan, options, grads)
         return plan, plan.rest
@@ -203,7 +232,7 @@ class FusedStep:
 
     def _make_plan(self, parameters: list[tuple[dict[str, Any], Tensor]]) -> Plan:
         optimizer = self.optimizer
-        plan = Plan(groups=_group_sizes(optimizer), overrides=bnb.overridden_ids())
+        plan = Plan(overrides=bnb.overridden_ids())
         members, own_sources = [], {}
         for group, p in parameters:
             if p.grad is None:
@@ -230,8 +259,9 @@ class FusedStep:
     def _member(self, group: dict[str, Any], p: Tensor, source: int, options: dict[str, Any]) -> Member:
         from automagic_bnb.kernels.tables import Member
 
-        state, facts = self.optimizer.prepared_state(group, p, options), self.optimizer.facts_of(p)
         theta = st.local_tensor(p).detach()
+        st.check_shape(self.optimizer.state.get(p, {}), theta)
+        state, facts = self.optimizer.prepared_state(group, p, options), self.optimizer.facts_of(p)
         return Member(
             p=p,
             theta=theta,
@@ -285,7 +315,3 @@ class FusedStep:
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current CUDA device, whatever its arguments are on."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _group_sizes(optimizer: Automagic) -> tuple[int, ...]:
-    return tuple(len(group["params"]) for group in optimizer.param_groups)

@@ -68,7 +68,9 @@ class Automagic(bnb.Optimizer2State):
     """Those of the class options that the class's name promises."""
 
     def __init__(self, params: Iterable[Any], lr: float | None = None, **options: Any) -> None:
-        self.config = config.make_config(**{**self._class_options, "lr": lr, **options})
+        named = options.get("profile") is not None  # then only what the class's name promises stands above it
+        defaults = {k: v for k, v in self._class_options.items() if k in self._fixed_options or not named}
+        self.config = config.make_config(**{**defaults, "lr": lr, **options})
         c = self.config
         for name in self._fixed_options:
             value, promised = getattr(c, name), self._class_options[name]
@@ -77,14 +79,11 @@ class Automagic(bnb.Optimizer2State):
                     f"option {name}={value!r}: {type(self).__name__} has {name}={promised!r} by its name; "
                     "leave the option out, or use Automagic, which has no such fixed choice"
                 )
-        if not bnb.BITSANDBYTES_AVAILABLE:
-            if c.force_8bit:
-                raise ValueError(
-                    f"option force_8bit=True: needs bitsandbytes, which failed to import ({bnb.IMPORT_ERROR})"
-                )
-            if c.optim_bits == 8:
-                warn_once(bnb.MISSING_WARNING)
+        if not bnb.BITSANDBYTES_AVAILABLE and c.optim_bits == 8:
+            warn_once(bnb.MISSING_WARNING)
         self._facts: dict[Tensor, Facts] = {}
+        self._overrides: dict[Tensor, dict[str, Any]] = {}
+        """Options of single parameters that `requantize` was given; they stand over `GlobalOptimManager`'s."""
         self._fused = FusedStep(self)
         super().__init__(
             "automagic",
@@ -123,7 +122,7 @@ class Automagic(bnb.Optimizer2State):
             raise
         finally:
             self.defaults = defaults
-        self._index_parameters()
+        self._index_parameters(count)
 
     def _with_options(self, group: Group, where: str) -> Group:
         """The group with every option checked and filled in from the config, and the rates resolved."""
@@ -136,7 +135,14 @@ class Automagic(bnb.Optimizer2State):
         if "lr" in group and "auto_lr" not in group and self.config.auto_lr is None:
             options["auto_lr"] = None  # a group with a rate of its own keeps it
         config.check_rates(options, where)
+        if {"force_8bit", "factored"} & set(group):  # what a group has from the constructor it may make an exception of
+            config.check_storage(options, where)
         config.resolve_rates(options)
+        if not options["auto_lr"] and 0 < options["lr"] < options["min_lr"]:
+            warn_once(
+                f"option lr={options['lr']!r}{where}: lies below min_lr={options['min_lr']!r}, which raises it; "
+                "pass a lower min_lr"
+            )
         group.update(options)
         group.setdefault("base_lr", options["lr"])
         if options["auto_lr"]:
@@ -151,11 +157,11 @@ class Automagic(bnb.Optimizer2State):
                 "supported are float32, bfloat16 and float16: convert it, or leave it out"
             )
 
-    def _index_parameters(self) -> None:
-        """Note each parameter's ordinal, name and kind; facts already known stay as they were."""
-        known, self._facts = self._facts, {}
-        ordinal = 0
-        for group in self.param_groups:
+    def _index_parameters(self, first: int = 0) -> None:
+        """Note each parameter's ordinal, name and kind, from this group on; facts already known stay as they were."""
+        known, self._facts = self._facts, self._facts if first else {}
+        ordinal = sum(len(group["params"]) for group in self.param_groups[:first])
+        for group in self.param_groups[first:]:
             names = group.get("param_names") or [""] * len(group["params"])
             for p, name in zip(group["params"], names, strict=True):
                 marked = getattr(p, "_is_lora_layer", False) or any(part in name for part in LORA_NAME_PARTS)
@@ -189,7 +195,11 @@ class Automagic(bnb.Optimizer2State):
         Raises:
             TypeError, ValueError: the override holds an unknown option or an illegal value.
         """
+        if type(group["betas"]) is not tuple or len(group["betas"]) != 3:
+            group["betas"] = config.check_option("betas", group["betas"], " of a parameter group")
         override = bnb.overrides_of(p)
+        if self._overrides and p in self._overrides:
+            override = {**override, **self._overrides[p]}
         if not override:
             return group
         where = " in a GlobalOptimManager override"
@@ -202,6 +212,8 @@ class Automagic(bnb.Optimizer2State):
             if unset and options["max_lr"] == max(config.DEFAULT_MAX_LR, 10 * group["base_lr"]):
                 options["max_lr"] = config.DEFAULT_MAX_LR  # it follows this rate
         config.check_rates({**options, "lr": checked.get("lr")}, where)
+        if checked.get("force_8bit"):
+            config.check_storage(options, where)
         if "lr" in checked:
             config.resolve_rates(options)
             options["base_lr"] = options["initial_lr"] = options["lr"]
@@ -217,10 +229,8 @@ class Automagic(bnb.Optimizer2State):
         """Make the state of one parameter, or add what newly switched-on options need."""
         options = self.effective_options(group, p)
         state, local = self.state[p], local_tensor(p)
-        if "state1" in state:
-            storage = st.storage_held(state)
-        else:
-            storage = st.storage_of(local, options, self.facts_of(p).is_embedding)
+        wanted = st.storage_of(local, options, self.facts_of(p).is_embedding)
+        storage = st.storage_held(state) if "state1" in state else wanted
         if self.is_paged and local.device.type == "cpu":
             warn_once("paged optimizer states exist on CUDA only; on the CPU they are ordinary memory")
         checkpoint.complete(state, local, storage, options, self.is_paged)
@@ -229,9 +239,16 @@ class Automagic(bnb.Optimizer2State):
 
     def prepared_state(self, group: Group, p: Tensor, options: dict[str, Any]) -> st.State:
         """The state of one parameter, with all that these options need."""
-        state = self.state[p]
-        if not st.is_complete(state, local_tensor(p), options):
+        state, local = self.state[p], local_tensor(p)
+        if not st.is_complete(state, local, options):
             self.init_state(group, p)
+        if options is not group:  # an override may have come when the state was there already
+            held, wanted = st.storage_held(state), st.storage_of(local, options, self.facts_of(p).is_embedding)
+            if held != wanted:
+                warn_once(
+                    f"the state of a parameter of shape {tuple(p.shape)} is kept in {held}, its options say {wanted} "
+                    "now; call optimizer.requantize() to convert it"
+                )
         return state
 
     def requantize(
@@ -336,6 +353,7 @@ class Automagic(bnb.Optimizer2State):
         theta = local_tensor(p).detach()
         if theta.numel() == 0:
             return []
+        st.check_shape(state, theta)
         state["step"] += 1
         t, is_lora = state["step"], facts.counts_as_lora(options)
         scalars = reference.step_scalars(options, t, is_lora, facts.ordinal)
@@ -419,13 +437,18 @@ class Automagic(bnb.Optimizer2State):
         Raises:
             KeyError: p has not been stepped by this optimizer.
         """
+        state = self.state.get(p, {})
+        if "state1" not in state:
+            raise KeyError(f"a parameter of shape {tuple(p.shape)} has not been stepped by this optimizer")
         group = next(g for g in self.param_groups if any(q is p for q in g["params"]))
-        options, state, local = self.effective_options(group, p), self.state[p], local_tensor(p)
-        facts = self.facts_of(p)
-        scalars = reference.step_scalars(options, state["step"] + 1, facts.is_lora, facts.ordinal)
+        options, local, facts = self.effective_options(group, p), local_tensor(p), self.facts_of(p)
+        is_lora = facts.counts_as_lora(options)
+        scalars = reference.step_scalars(options, state["step"] + 1, is_lora, facts.ordinal)
         blocks = reference.Blocks(local)
         k, _ = reference.read_mask(state, blocks)
-        d = group["auto_lr_rate"].to(local.device) if options["auto_lr"] else None
+        d = None
+        if options["auto_lr"]:  # not found yet where it was switched on just now
+            d = torch.as_tensor(group.get("auto_lr_rate", group["base_lr"]), device=local.device)
         rates = reference.element_rates(k, state["tensor_stats"][st.MASK_MEAN], scalars, d)
         return blocks.join(rates).view(local.shape)
 
@@ -488,17 +511,21 @@ class Automagic(bnb.Optimizer2State):
             hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
+        self._adopt_overrides()
+        parameters = [p for group in self.param_groups for p in group["params"]]
         return {
             **super().__getstate__(),
             "config": self.config,
             "is_paged": self.is_paged,
             "optimizer_name": self.optimizer_name,
             "args": getattr(self, "args", None),
-            "facts": [self.facts_of(p) for group in self.param_groups for p in group["params"]],
+            "facts": [self.facts_of(p) for p in parameters],
+            # Both are told by the very parameter, of which a copy gets a copy.
+            "overrides": [(bnb.overrides_of(p), self._overrides.get(p, {})) for p in parameters],
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        facts = state.pop("facts", None)
+        facts, overrides = state.pop("facts", None), state.pop("overrides", [])
         super().__setstate__(state)
         if facts is None:
             return
@@ -508,6 +535,9 @@ class Automagic(bnb.Optimizer2State):
         bnb.restore_managers(self)
         parameters = [p for group in self.param_groups for p in group["params"]]
         self._facts = dict(zip(parameters, facts, strict=True))
+        self._overrides = {p: dict(own) for p, (_, own) in zip(parameters, overrides, strict=True) if own}
+        for p, (shared, _) in zip(parameters, overrides, strict=True):
+            bnb.override(p, shared)
         for p, values in self.state.items():
             st.link_code_books(values, local_tensor(p).device)
             if self.is_paged:  # a copy is in ordinary memory

@@ -40,14 +40,14 @@ def requantize(
     optimizer: Automagic, parameters: Tensor | Iterable[Tensor] | None = None, **options: bool | int | None
 ) -> None:
     """`Automagic.requantize`, which says what the arguments mean."""
-    changes = _checked(options)
+    changes = _checked(optimizer, options)
     owners = [(group, p) for group in optimizer.param_groups for p in group["params"]]
     optimizer._adopt_overrides()
     if parameters is None:
         _set_for_all(optimizer, changes)
     else:
         owners = _chosen(owners, parameters)
-        _override([p for _, p in owners], changes)
+        _override(optimizer, [p for _, p in owners], changes)
     # Now, not at the end: the plan of the fused step holds on to every tensor that is about to be replaced.
     optimizer._fused.forget()
     for group, p in owners:
@@ -61,7 +61,7 @@ def requantize(
         optimizer._check_embeddings()
 
 
-def _checked(options: dict[str, Any]) -> dict[str, Any]:
+def _checked(optimizer: Automagic, options: dict[str, Any]) -> dict[str, Any]:
     """The options given, as they are stored.
 
     Raises:
@@ -69,15 +69,11 @@ def _checked(options: dict[str, Any]) -> dict[str, Any]:
     """
     given = {name: value for name, value in options.items() if value is not None}
     changes = {name: config.check_parameter_option(name, value, " of requantize") for name, value in given.items()}
-    if changes.get("force_8bit") and changes.get("optim_bits") == 32:
-        raise ValueError("option force_8bit=True of requantize: contradicts optim_bits=32; leave one of them out")
-    if not bnb.BITSANDBYTES_AVAILABLE:
-        if changes.get("force_8bit"):
-            raise ValueError(
-                f"option force_8bit=True of requantize: needs bitsandbytes, which failed to import ({bnb.IMPORT_ERROR})"
-            )
-        if changes.get("optim_bits") == 8:
-            warn_once(bnb.MISSING_WARNING)
+    if changes.get("force_8bit"):
+        for group in optimizer.param_groups:
+            config.check_storage({**group, **changes}, " of requantize")
+    if changes.get("optim_bits") == 8 and not bnb.BITSANDBYTES_AVAILABLE:
+        warn_once(bnb.MISSING_WARNING)
     return changes
 
 
@@ -116,11 +112,10 @@ def _chosen(
     return [(groups[id(p)], p) for p in chosen]
 
 
-def _override(parameters: list[Tensor], changes: dict[str, Any]) -> None:
-    if changes and bnb.BITSANDBYTES_AVAILABLE:
-        held = bnb.GlobalOptimManager.get_instance().pid2config
-        for p in parameters:  # a dict of its own: `override_config` keeps one and the same for all of a list
-            held[id(p)] = {**held.get(id(p), {}), **changes}
+def _override(optimizer: Automagic, parameters: list[Tensor], changes: dict[str, Any]) -> None:
+    if changes:
+        for p in parameters:
+            optimizer._overrides[p] = {**optimizer._overrides.get(p, {}), **changes}
 
 
 # --- one parameter ----------------------------------------------------------------------------------------------------

@@ -71,6 +71,15 @@ def checked_gradient(p: Tensor) -> Tensor:
     return grad
 
 
+def check_shape(state: State, p: Tensor) -> None:
+    """Raise ValueError where a state was made for a (local) parameter of another shape."""
+    if "state1" in state and state["state1"].shape != p.shape:
+        raise ValueError(
+            f"a parameter now has shape {tuple(p.shape)}, its optimizer state was made for "
+            f"{tuple(state['state1'].shape)}; delete it with `del optimizer.state[p]` to start anew"
+        )
+
+
 def matrix_shape(p: Tensor) -> tuple[int, int]:
     """The view as a matrix: (shape[0], n / shape[0])."""
     rows = p.shape[0] if p.dim() else 1

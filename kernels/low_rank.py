@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from automagic_bnb.kernels import codec
-from automagic_bnb.kernels.tables import Bucket, Member, Spec
+from automagic_bnb.kernels.tables import Bucket, Member, Spec, upload
 from torch import Tensor
 
 from automagic_bnb import quantization as q
@@ -263,8 +263,7 @@ class Matrices:
         host[:, Column.KEY] = q.mix_in(self.keys[chosen], steps[chosen].astype(np.uint64))
         aligned = not (host[:, [Column.ROWS, Column.COLS]] % self.unit).any() and not (host[:, Column.THETA] % 16).any()
         spec = self.bucket.spec
-        staged = torch.from_numpy(host)
-        table = (staged.pin_memory() if spec.device.type == "cuda" else staged).to(spec.device, non_blocking=True)
+        table = upload(host, spec.device)
         span, warps = _TILES[rank]
         low_rank_kernel[(len(host),)](
             table_ptr=table,

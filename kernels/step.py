@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from automagic_bnb.kernels import codec, statistics
-from automagic_bnb.kernels.tables import BLOCKS_PER_PROGRAM, Bucket, Column, Number
+from automagic_bnb.kernels.tables import BLOCKS_PER_PROGRAM, Bucket, Column, Number, shared_numbers
 
 from automagic_bnb import bnb, reference
 from automagic_bnb import quantization as q
@@ -726,7 +726,8 @@ def launch(bucket: Bucket, grads: list[int], sources: list[dict[str, Any]]) -> N
     """
     spec = bucket.spec
     addresses, numbers, warm = bucket.advance(grads, sources)
-    betas, eps, clip_threshold, frequency, edge_penalty, edge_threshold, detail = spec.numbers
+    shared = shared_numbers(sources[bucket.members[0].source])
+    betas, eps, clip_threshold, frequency, edge_penalty, edge_threshold, detail = shared
     aligned = bucket.aligned and not (np.array(grads) & 15).any()
     clips = numbers
     if spec.scaled:

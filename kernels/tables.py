@@ -114,6 +114,12 @@ SHARED_NUMBERS = (
     "detail_preservation",
 )
 """Options that become arguments of a launch: tensors that differ in one go to different buckets."""
+
+
+def shared_numbers(options: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(options[name] for name in SHARED_NUMBERS)
+
+
 BLOCKS_PER_PROGRAM = 16
 """What a program works through, or with factored moments a part of the tile that it does."""
 
@@ -148,6 +154,7 @@ class Spec:
     one before is updated. -1 for all others."""
     stochastic: bool
     numbers: tuple[Any, ...]
+    """What they were when the bucket was filled; each launch takes them as they are."""
 
 
 def spec_of(member: Member, grad_dtype: torch.dtype, options: dict[str, Any]) -> Spec:
@@ -173,7 +180,7 @@ def spec_of(member: Member, grad_dtype: torch.dtype, options: dict[str, Any]) ->
         residual=st.keeps_residual(theta, options),
         paged=member.ordinal if any(map(is_paged, state.values())) else -1,
         stochastic=st.rounds_stochastically(theta, options),
-        numbers=tuple(options[name] for name in SHARED_NUMBERS),
+        numbers=shared_numbers(options),
     )
 
 
@@ -214,10 +221,8 @@ class Bucket:
             programs += count
             owners.append(count)
         self.programs = programs
-        device = self.spec.device
-        self.table = torch.from_numpy(table).to(device)
-        counts = torch.tensor(owners, device=device)
-        self.owners = torch.repeat_interleave(torch.arange(len(members), device=device, dtype=torch.int32), counts)
+        self.table = upload(table, self.spec.device)
+        self.owners = upload(np.repeat(np.arange(len(members), dtype=np.int32), owners), self.spec.device)
         self.parameters = [m.p for m in members]
         self.states = [m.state for m in members]
         held = [name for name in STATE_COLUMNS.values() if all(name in m.state for m in members)]
@@ -226,6 +231,7 @@ class Bucket:
         self.paged = [x for state in self.states for x in state.values() if is_paged(x)]
         self.sharded = any(m.sharded for m in members)
         self.thetas = [m.theta.data_ptr() for m in members]
+        self.sizes = [m.theta.numel() for m in members]
         self.first_address = self.tensors[0][0].data_ptr()
         self.short = [row for row, m in enumerate(members) if m.theta.numel() <= q.BLOCK]
         self.aligned = all(m.theta.data_ptr() % 16 == 0 for m in members) and self.spec.wide
@@ -269,8 +275,13 @@ class Bucket:
         Of the states it is seen whether they are the same tensors, and whether the first has moved: who moves the
         memory under a state moves that of all.
         """
-        parameters = map(st.local_tensor, self.parameters) if self.sharded else self.parameters
-        if list(map(Tensor.data_ptr, parameters)) != self.thetas or self.first_address != self.tensors[0][0].data_ptr():
+        parameters = list(map(st.local_tensor, self.parameters)) if self.sharded else self.parameters
+        lie = (
+            list(map(Tensor.data_ptr, parameters)) == self.thetas and list(map(Tensor.numel, parameters)) == self.sizes
+        )
+        if not lie or not all(map(Tensor.is_contiguous, parameters)):
+            return False
+        if self.first_address != self.tensors[0][0].data_ptr():
             return False
         try:  # identical objects compare equal at once; others are tensors, whose == is no answer, or lack a key
             same = (
@@ -283,6 +294,11 @@ class Bucket:
         return same and all(
             all(map(operator.is_, self.tensors_of(self.states[row]), self.tensors[row])) for row in self.short
         )
+
+    def agrees(self, sources: list[dict[str, Any]]) -> bool:
+        """Whether all members still have the launch's numbers in common."""
+        first, *others = (shared_numbers(sources[i]) for i in self.sources)
+        return all(numbers == first for numbers in others)
 
     def gradients(self) -> tuple[list[int], list[Tensor | None]] | None:
         """Each member's gradient's address (0 for none), and what keeps copies alive; None if a dtype has changed."""
@@ -343,6 +359,12 @@ class Bucket:
         keys = q.mix_in(self.keys, steps.astype(np.uint64))
         numbers[:, Number.KEY] = keys.astype(np.uint32).view(np.float32)
         return warm
+
+
+def upload(host: np.ndarray, device: torch.device) -> Tensor:
+    """A copy on the device, for which nothing waits."""
+    staged = torch.from_numpy(host)
+    return (staged.pin_memory() if device.type == "cuda" else staged).to(device, non_blocking=True)
 
 
 def _number_row(s: reference.Scalars, options: dict[str, Any], t: int) -> list[float]:

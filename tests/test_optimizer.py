@@ -908,3 +908,67 @@ def test_paged_state_on_the_cpu_is_ordinary_memory_and_says_so(tools: Any) -> No
     with pytest.warns(UserWarning, match="paged optimizer states exist on CUDA only") as caught:
         tools.train(opt, p, range(2))
     assert len(caught) == 1
+
+
+# --- mistakes and corner cases ----------------------------------------------------------------------------------------
+
+
+def test_betas_written_into_a_group_are_read_as_in_the_constructor(tools: Any) -> None:
+    """A list, or Adam's pair, becomes the tuple that trainers read."""
+    results = []
+    for betas in ((0.8, 0.95, 0.999), [0.8, 0.95], "0.8, 0.95"):
+        p = tools.parameters(BIG)
+        opt = Automagic8bit(p, lr=1e-3)
+        opt.param_groups[0]["betas"] = betas
+        tools.train(opt, p, range(2))
+        assert opt.param_groups[0]["betas"] == (0.8, 0.95, 0.999)
+        results.append(p[0].detach())
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+    opt.param_groups[0]["betas"] = (0.9,)
+    with pytest.raises(ValueError, match=r"option betas=.* of a parameter group: must be two or three numbers"):
+        opt.step()
+
+
+def test_rates_of_what_was_never_stepped_are_an_error(tools: Any) -> None:
+    """A KeyError that says so, and no empty state left behind."""
+    p = tools.parameters(BIG, (300,))
+    opt = Automagic8bit(p[:1])
+    for x in p:
+        with pytest.raises(KeyError, match="has not been stepped by this optimizer"):
+            opt.element_learning_rates(x)
+    assert not opt.state
+    opt = Automagic8bit(p[:1], lr=1e-3)
+    tools.train(opt, p[:1], range(1))
+    opt.param_groups[0]["auto_lr"] = True  # found from the next step on
+    assert opt.element_learning_rates(p[0]).shape == p[0].shape
+
+
+def test_a_rate_below_its_lower_bound_is_told(tools: Any) -> None:
+    with pytest.warns(UserWarning, match=r"lr=1e-08 in parameter group 0: lies below min_lr=1e-07, which raises it"):
+        Automagic8bit(tools.parameters(BIG), lr=1e-8)
+
+
+@pytest.mark.parametrize("cls", [Automagic, Automagic32bit])
+def test_factored_beside_32_bits_is_told(cls: Any, tools: Any) -> None:
+    with pytest.warns(UserWarning, match="factored=True: has no effect with optim_bits=32"):
+        cls(tools.parameters(BIG), lr=1e-3, factored=True)
+
+
+def test_a_profile_decides_the_bits_where_the_class_does_not(tools: Any) -> None:
+    """As the profile's config passed on does."""
+    p = tools.parameters(BIG)
+    assert Automagic(p, lr=1e-3, profile="memory_optimized").config.optim_bits == 8
+    assert Automagic(p, lr=1e-3, profile="memory_optimized", optim_bits=32, factored=False).config.optim_bits == 32
+    assert Automagic(p, lr=1e-3).config.optim_bits == 32
+    assert Automagic32bit(p, lr=1e-3, profile="balanced").config.optim_bits == 32
+
+
+def test_many_groups_are_indexed_once_each(tools: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adding a group looks at its own parameters, however many there are already."""
+    made, real = [], automagic_bnb.optimizer.Facts
+    monkeypatch.setattr(automagic_bnb.optimizer, "Facts", lambda *a: made.append(a) or real(*a))
+    p = tools.parameters(*[(4,)] * 50)
+    opt = Automagic8bit([{"params": [x]} for x in p], lr=1e-3)
+    assert [a[0] for a in made] == list(range(50))
+    assert [opt.facts_of(x).ordinal for x in p] == list(range(50))

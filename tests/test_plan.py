@@ -1,0 +1,222 @@
+"""What the kernels' plan rests on: whatever is changed between two steps, they do what plain PyTorch does."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.optim import GlobalOptimManager
+from kernel_cases import DEVICE, ONE_STEP, Differences
+
+from automagic_bnb import Automagic8bit
+from automagic_bnb.fused import FusedStep
+from automagic_bnb.optimizer import Automagic
+
+pytest.importorskip("triton", reason="the kernels need Triton")
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy: 1 / 0 in masked lanes
+
+BACKENDS = ("torch", "triton")
+
+
+def parameter(*shape: int, seed: int = 0) -> Any:
+    return torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE))
+
+
+def give(*parameters: Any, step: int = 0) -> None:
+    for i, p in enumerate(parameters):
+        generator = torch.Generator().manual_seed(100 * step + i)
+        p.grad = (torch.randn(p.shape, generator=generator) * 0.01).to(p.device, p.dtype)
+
+
+def build(parameters: Any, backend: str, **options: Any) -> Automagic:
+    return Automagic8bit(parameters, **{"lr": 1e-2, "backend": backend, "min_8bit_size": 0, **options})
+
+
+# --- parameters that change their shape -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("way", ["step", "step_parameter"])
+@pytest.mark.parametrize("shape", [(40, 24), (8, 16)], ids=["grown", "shrunk"])
+def test_another_shape_is_an_error_that_touches_nothing(shape: tuple[int, int], way: str, backend: str) -> None:
+    """Its state does not fit; with the state deleted, as the error says, it starts anew."""
+    p, other = parameter(16, 16), parameter(4, 8, seed=1)
+    opt = build([other, p], backend)
+    give(other, p)
+    opt.step()
+    p.grad, whole = None, p.data
+    p.data = torch.ones(shape, device=DEVICE) if shape[0] > 16 else whole[:8]
+    give(other, p, step=1)
+    before = [whole.clone(), other.detach().clone(), copy.deepcopy(dict(opt.state[p])), opt.state[other]["step"]]
+    with pytest.raises(ValueError, match=r"now has shape .*, its optimizer state was made for \(16, 16\); delete it"):
+        opt.step() if way == "step" else opt.step_parameter(p, opt.param_groups[0], 1)
+    assert torch.equal(whole, before[0])
+    assert torch.equal(other, before[1])
+    assert (opt.state[p]["step"], opt.state[other]["step"]) == (1, before[3])
+    del opt.state[p]
+    opt.step()
+    assert opt.state[p]["step"] == 1
+    assert torch.equal(whole[8:], before[0][8:]), "written beyond the parameter's end"
+    assert not torch.equal(whole[:8], before[0][:8]) or shape[0] > 16
+
+
+def test_transposed_where_it_lies() -> None:
+    """The same memory in another order: left to plain PyTorch, with its result."""
+    results = []
+    for backend in BACKENDS:
+        p = parameter(16, 16)
+        opt = build([p], backend)
+        give(p)
+        opt.step()
+        p.grad, p.data = None, p.data.t()
+        give(p, step=1)
+        opt.step()
+        results.append(p.detach().clone())
+    assert (results[0] - results[1]).abs().max() < 1e-6
+
+
+# --- groups and parameters that are exchanged -------------------------------------------------------------------------
+
+
+def another_tensor(opt: Automagic, p: list[Any]) -> None:
+    p[0] = parameter(8, 16, seed=5)
+    opt.param_groups[0]["params"][0] = p[0]
+
+
+def another_group(opt: Automagic, p: list[Any]) -> None:
+    opt.param_groups[0] = dict(opt.param_groups[0], lr=0.0, weight_decay=0.0)
+
+
+def parameters_swapped(opt: Automagic, p: list[Any]) -> None:
+    first, second = opt.param_groups
+    first["params"], second["params"] = second["params"], first["params"]
+
+
+def groups_built_anew(opt: Automagic, p: list[Any]) -> None:
+    opt.param_groups.clear()
+    opt.add_param_group({"params": p[::-1], "lr": 0.0, "weight_decay": 0.0})
+
+
+def state_replaced(opt: Automagic, p: list[Any]) -> None:
+    opt.state[p[0]] = copy.deepcopy(dict(opt.state[p[0]]))
+    opt.state[p[1]]["lr_mask"] = torch.full_like(opt.state[p[1]]["lr_mask"], 90)
+
+
+def one_group_has_other_numbers(opt: Automagic, p: list[Any]) -> None:
+    opt.param_groups[1]["betas"] = [0.5, 0.6, 0.7]
+
+
+def all_groups_have_other_numbers(opt: Automagic, p: list[Any]) -> None:
+    for group in opt.param_groups:
+        group.update(
+            betas=(0.5, 0.6, 0.7), clip_threshold=0.3, edge_penalty=0.9, frequency_penalty=0.4, eps=(1e-6, 1e-5)
+        )
+
+
+def a_filter_switched_on(opt: Automagic, p: list[Any]) -> None:
+    opt.param_groups[0]["frequency_penalty"] = 0.4
+
+
+CHANGES: list[Callable[[Automagic, list[Any]], None]] = [
+    another_tensor, another_group, parameters_swapped, groups_built_anew, state_replaced, one_group_has_other_numbers,
+    all_groups_have_other_numbers, a_filter_switched_on,
+]  # fmt: skip
+
+
+def runs(change: Callable[[Automagic, list[Any]], None] | None, **options: Any) -> dict[str, Automagic]:
+    """Two steps, the change between them, in both backends."""
+    done = {}
+    for backend in BACKENDS:
+        p = [parameter(8, 16), parameter(8, 16, seed=1)]
+        groups = [{"params": p[:1]}, {"params": p[1:], "lr": 3e-2}]
+        done[backend] = opt = build(groups, backend, edge_suppression=False, **options)
+        for step in range(2):
+            if step and change is not None:
+                change(opt, p)
+            give(*p, step=step)
+            opt.step()
+    return done
+
+
+def violations(done: dict[str, Automagic]) -> list[str]:
+    differences = Differences()
+    differences.take(done["triton"], done["torch"])
+    return differences.violations(ONE_STEP)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+def test_changes_between_two_steps_are_followed(change: Callable[[Automagic, list[Any]], None]) -> None:
+    options = {"frequency_penalty": 0.0} if change is a_filter_switched_on else {}
+    changed, unchanged = runs(change, **options), runs(None, **options)
+    assert violations(changed) == []
+    groups = [opt["torch"].param_groups for opt in (changed, unchanged)]
+    weights = [{float(p.detach().sum()) for group in each for p in group["params"]} for each in groups]
+    assert weights[0] != weights[1], "the change made no difference"
+
+
+def test_step_parameter_takes_the_group_it_is_given() -> None:
+    p = parameter(8, 16)
+    opt = build([p], "triton")
+    give(p)
+    opt.step_parameter(p, opt.param_groups[0], 0)
+    before = p.detach().clone()
+    opt.step_parameter(p, dict(opt.param_groups[0], lr=0.0), 0)
+    assert torch.equal(p, before)
+
+
+# --- what costs no new plan -------------------------------------------------------------------------------------------
+
+
+def test_a_schedule_of_rates_and_betas_keeps_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OneCycleLR moves betas too, at every step: as followed by plain PyTorch."""
+    made = []
+    real = FusedStep._make_plan
+    monkeypatch.setattr(FusedStep, "_make_plan", lambda *args: made.append(1) or real(*args))
+    done = {}
+    for backend in BACKENDS:
+        p = [parameter(8, 16), parameter(300, seed=1)]
+        done[backend] = opt = build(p, backend)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=0.05, total_steps=10)
+        for step in range(4):
+            give(*p, step=step)
+            opt.step()
+            schedule.step()
+    assert len(made) == 1
+    for p, q in zip(*(opt.param_groups[0]["params"] for opt in done.values()), strict=True):
+        assert (p - q).abs().max() < 1e-4
+
+
+# --- errors before anything has moved ---------------------------------------------------------------------------------
+
+
+def sparse_gradient(opt: Automagic, p: list[Any]) -> None:
+    p[-1].grad = p[-1].grad.to_sparse()
+
+
+def misspelt_override(opt: Automagic, p: list[Any]) -> None:
+    GlobalOptimManager.get_instance().override_config(p[-1], "weight_decai", 0.1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize("fault", [sparse_gradient, misspelt_override], ids=lambda f: f.__name__)
+def test_a_step_that_fails_moves_nothing(
+    fault: Callable[..., None], contiguous: bool, backend: str, tools: Any
+) -> None:
+    """Also where the fault is with a parameter that the kernels leave to plain PyTorch."""
+    p = [parameter(8, 16), parameter(8, 16, seed=1)]
+    if not contiguous:
+        p[1].data = p[1].data.t()
+    opt = build(p, backend)
+    give(*p)
+    opt.step()
+    give(*p, step=1)
+    fault(opt, p)
+    before = tools.snapshot(opt)
+    with pytest.raises((RuntimeError, TypeError), match=r"is sparse|weight_decai"):
+        opt.step()
+    assert not tools.differences(before, tools.snapshot(opt))
