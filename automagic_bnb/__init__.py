@@ -25,7 +25,7 @@ from automagic_bnb.singular import effective_rank, singular_values, stable_rank
 from automagic_bnb.spectrum import Spectrum, spectrum
 from automagic_bnb.timing import BenchmarkResult, benchmark_optimizer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BITSANDBYTES_AVAILABLE",

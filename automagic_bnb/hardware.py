@@ -13,6 +13,8 @@ from automagic_bnb.config import AutomagicConfig, OptimizationProfiles
 
 EIGHT_BITS_OFF = 99_999_999
 """A `min_8bit_size` that only a parameter of a hundred million elements reaches."""
+MAX_CAPABILITY = 20
+"""A larger major number is one written without its point."""
 ASSUMED_CAPABILITY = (7, 0)
 """Of a GPU of which only the memory is told."""
 
@@ -135,6 +137,8 @@ def _checked_capability(value: Any) -> tuple[int, int]:
     found = re.fullmatch(r"(\d{1,2})(?:\.(\d))?", text, re.ASCII)
     if found is None or (isinstance(value, (tuple, list)) and len(value) != 2):
         raise ValueError(f"capability={value!r}: {legal}")
+    if int(found[1]) > MAX_CAPABILITY:  # sm_86 is 8.6
+        raise ValueError(f"capability={value!r}: {legal}; for sm_{found[1]} write {found[1][0]}.{found[1][1:]}")
     return int(found[1]), int(found[2] or 0)
 
 

@@ -1,6 +1,7 @@
 """Soft-thresholding of singular values through the small Gram matrix.
 
-The proximal step of the nuclear norm, σ_j ← max(σ_j - τ, 0), of matrices with one short side (LoRA factors).
+The proximal step of the nuclear norm, σ_j ← max(σ_j - τ, 0), of matrices with one short side (LoRA factors): `lowered`
+by the `shrinkage` of their `gram`. Equals the result of a full SVD, and leaves A exactly as it is for τ = 0.
 """
 
 from __future__ import annotations
@@ -51,11 +52,3 @@ def lowered(matrices: Tensor, shrink: Tensor) -> Tensor:
     changes = (shrink != 0).any(dim=2).any(dim=1)[:, None, None]
     result = torch.where(changes, wide - (shrink.to(wide.dtype) @ wide), wide)
     return result.mT if tall else result
-
-
-def soft_threshold(matrices: Tensor, thresholds: Tensor) -> Tensor:
-    """Matrices [batch, a, b] with each singular value lowered by thresholds [batch], not below 0; same dtype.
-
-    Equals the result of a full SVD, and leaves A exactly as it is for τ = 0.
-    """
-    return lowered(matrices, shrinkage(gram(matrices), thresholds))

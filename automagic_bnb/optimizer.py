@@ -77,7 +77,7 @@ class Automagic(bnb.Optimizer2State):
             if value != promised:
                 raise ValueError(
                     f"option {name}={value!r}: {type(self).__name__} has {name}={promised!r} by its name; "
-                    "leave the option out, or use Automagic, which has no such fixed choice"
+                    f"leave it out, set it to {promised!r} (in a config too), or use Automagic, which promises nothing"
                 )
         if not bnb.BITSANDBYTES_AVAILABLE and c.optim_bits == 8:
             warn_once(bnb.MISSING_WARNING)

@@ -69,6 +69,8 @@ def _checked(optimizer: Automagic, options: dict[str, Any]) -> dict[str, Any]:
     """
     given = {name: value for name, value in options.items() if value is not None}
     changes = {name: config.check_parameter_option(name, value, " of requantize") for name, value in given.items()}
+    if changes.get("optim_bits") == 32:
+        changes.setdefault("force_8bit", False)  # what stood against 32 bits ends
     if changes.get("force_8bit"):
         for group in optimizer.param_groups:
             config.check_storage({**group, **changes}, " of requantize")

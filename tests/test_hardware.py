@@ -215,6 +215,7 @@ def test_a_plan_does_not_depend_on_the_machine(monkeypatch: pytest.MonkeyPatch) 
         ({"memory_gb": 8, "capability": -7.5}, ValueError, r"capability=-7\.5: must be a compute capability"),
         ({"memory_gb": 8, "capability": 7.55}, ValueError, r"capability=7\.55:"),
         ({"memory_gb": 8, "capability": "sm_75"}, ValueError, r"capability='sm_75':"),
+        ({"memory_gb": 8, "capability": 86}, ValueError, r"capability=86: .*; for sm_86 write 8\.6"),
         ({"memory_gb": 8, "capability": (7,)}, ValueError, r"capability=\(7,\):"),
         ({"memory_gb": 8, "capability": (7, 5, 0)}, ValueError, r"capability=\(7, 5, 0\):"),
         ({"memory_gb": 8, "capability": float("nan")}, ValueError, r"capability=nan:"),

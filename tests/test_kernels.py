@@ -897,7 +897,7 @@ def test_numbers_never_recompile() -> None:
 @pytest.mark.parametrize("switch", ["defaults", "rate found", "percentile clipping"])
 @pytest.mark.parametrize("storage", BITS)
 def test_a_step_does_not_wait_for_the_device(switch: str, storage: str) -> None:
-    """No host synchronisation once the plan is made; the low-rank step, every tenth, is the one that may wait."""
+    """No host synchronisation once the plan is made; of the low-rank step see test_low_rank_kernel.py."""
     opt = optimizer(parameters(SOME_SHAPES, torch.bfloat16), "triton", storage, **SWITCHES[switch])
     for number in range(1, 9):
         for index, p in enumerate(parameters_of(opt)):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 from torch import Tensor
 
-from automagic_bnb.low_rank import singular_values, soft_threshold
+from automagic_bnb.low_rank import gram, lowered, shrinkage, singular_values
 from automagic_bnb.optimizer import Automagic, Automagic8bit, Automagic32bit
 
 FLOAT32_ERROR = 1e-6
@@ -24,6 +24,11 @@ SHAPES = [(64, 8), (8, 64), (16, 16), (1, 9), (9, 1), (1, 1), (5, 7), (33, 4)]
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def soft_threshold(matrices: Tensor, thresholds: Tensor) -> Tensor:
+    """As the optimizer does it."""
+    return lowered(matrices, shrinkage(gram(matrices), thresholds))
 
 
 def with_values(shape: tuple[int, int], values: list[float], seed: int = 0) -> Tensor:
@@ -146,8 +151,8 @@ def test_small_singular_values_survive_the_gram_matrix() -> None:
     """A value of 1e-5 of the largest, lost in a float32 Gram matrix, is found and lowered."""
     matrix = with_values((30, 6), [1.0, 1e-5])
     assert singular_values(matrix)[1].item() == pytest.approx(1e-5, rel=0.02)
-    lowered = soft_threshold(matrix[None], torch.tensor([4e-6]))[0]
-    assert singular_values(lowered)[1].item() == pytest.approx(6e-6, rel=0.05)
+    after = soft_threshold(matrix[None], torch.tensor([4e-6]))[0]
+    assert singular_values(after)[1].item() == pytest.approx(6e-6, rel=0.05)
 
 
 # --- in the optimizer -------------------------------------------------------------------------------------------
@@ -175,17 +180,17 @@ def trained(
 def test_tenth_step_lowers_by_ten_times_the_rate_and_strength(shape: tuple[int, int], lr: float) -> None:
     """Step 10 is the ordinary step followed by soft-thresholding with 10 · lr · rank_penalty_strength."""
     p = torch.nn.Parameter(normal(*shape))
-    lowered, plain = trained(p, 10, lr=lr)
+    after, plain = trained(p, 10, lr=lr)
     expected = by_svd(plain, 10 * lr * 0.5)
-    assert (lowered - expected).abs().max() < FLOAT32_ERROR * torch.linalg.matrix_norm(plain, 2)
-    assert (lowered - plain).abs().max() > 1e-3
+    assert (after - expected).abs().max() < FLOAT32_ERROR * torch.linalg.matrix_norm(plain, 2)
+    assert (after - plain).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("steps", [1, 9, 11, 19, 20, 30])
 def test_only_every_tenth_step_lowers(steps: int) -> None:
     """Steps that are no multiple of ten leave the singular values alone."""
-    lowered, plain = trained(torch.nn.Parameter(normal(12, 5)), steps)
-    assert torch.equal(lowered, plain) == (steps % 10 != 0)
+    after, plain = trained(torch.nn.Parameter(normal(12, 5)), steps)
+    assert torch.equal(after, plain) == (steps % 10 != 0)
 
 
 @pytest.mark.parametrize(
@@ -202,17 +207,17 @@ def test_only_every_tenth_step_lowers(steps: int) -> None:
 )
 def test_only_narrow_lora_matrices_are_lowered(shape: tuple[int, ...], options: dict[str, Any], lowers: bool) -> None:
     """Two dimensions, a side of at most 256, and LoRA; a strength of 0 leaves every bit."""
-    lowered, plain = trained(torch.nn.Parameter(normal(*shape)), 10, **options)
-    assert torch.equal(lowered, plain) != lowers
+    after, plain = trained(torch.nn.Parameter(normal(*shape)), 10, **options)
+    assert torch.equal(after, plain) != lowers
 
 
 def test_found_rate_sets_the_threshold() -> None:
     """With auto_lr the threshold follows the rate found, d · ρ, not the group's lr."""
     p = torch.nn.Parameter(normal(12, 5))
     rates = {"lr": 1e-3, "auto_lr": True, "max_lr": 1e-3, "min_lr": 1e-3}
-    lowered, plain = trained(p, 10, **rates)
+    after, plain = trained(p, 10, **rates)
     expected = by_svd(plain, 10 * 1e-3 * 0.5)
-    assert (lowered - expected).abs().max() < FLOAT32_ERROR * torch.linalg.matrix_norm(plain, 2)
+    assert (after - expected).abs().max() < FLOAT32_ERROR * torch.linalg.matrix_norm(plain, 2)
 
 
 ROUNDING_NOISE = 0.2
@@ -227,8 +232,8 @@ def test_narrow_parameters_are_lowered_by_less_than_their_spacing(dtype: torch.d
     for stochastic in (True, False):
         p = torch.nn.Parameter((normal(64, 16) * 0.5).to(dtype))
         options = {"rank_penalty_strength": strength, "stochastic_rounding": stochastic, "min_8bit_size": 0}
-        lowered, plain = trained(p, 10, kind=Automagic8bit, **options)
-        drop = (singular_values(plain.float()) - singular_values(lowered.float())).mean().item()
+        after, plain = trained(p, 10, kind=Automagic8bit, **options)
+        drop = (singular_values(plain.float()) - singular_values(after.float())).mean().item()
         drops[stochastic] = drop / (10 * 1e-2 * strength)
     assert abs(drops[True] - 1) < ROUNDING_NOISE
     assert drops[False] < 0.1

@@ -332,3 +332,19 @@ def test_runs_that_change_storage_end_where_the_others_do() -> None:
     worst, noise = max(ends.values()), np.diff(unchanged(0, "32bit", SWITCHES[1])[0].losses[-40:]).std()
     assert switched.train(40)[-20:].mean() < worst + noise
     assert scheduled.train(160, after=schedule.step)[-20:].mean() < worst + noise
+
+
+def test_thresholds_hold_for_an_optimizer_that_forced_8_bits(tools: Any) -> None:
+    """32 bits end the force, which would let no threshold count; the config stays one that can be used."""
+    p = tools.parameters((16, 16), (128, 128))
+    opt = Automagic8bit(p, lr=1e-3, force_8bit=True)
+    schedule = ProgressiveQuantization(opt, 10)
+    seen = []
+    for step in range(10):
+        tools.train(opt, p, range(step, step + 1))
+        seen.append(tuple(st.storage_held(opt.state[x]) for x in p))
+        schedule.step()
+    assert seen[0] == ("32bit", "32bit")
+    assert ("32bit", "8bit") in seen
+    assert seen[-1] == ("8bit", "8bit")
+    Automagic8bit(p, **opt.config.__dict__)
