@@ -207,10 +207,10 @@ class FusedStep:
         updates = zip(plan.buckets, plan.matrices, grads, strict=True)
         due = [(bucket, matrices, addresses) for bucket, matrices, (addresses, _) in updates if any(addresses)]
         tasks: list[reference.RankTask] = []
-        ahead = iter([bucket for bucket, *_ in due if bucket.paged])
+        ahead = iter([bucket for bucket, *_ in due if bucket.fetched])
         self._prefetch(next(ahead, None))
         for bucket, matrices, addresses in due:
-            if bucket.paged:
+            if bucket.fetched:
                 self._prefetch(next(ahead, None))
             with on_device(bucket.spec.device):
                 step.launch(bucket, addresses, options)
@@ -223,7 +223,7 @@ class FusedStep:
             device = bucket.spec.device
             if device not in self._streams:
                 self._streams[device] = torch.cuda.Stream(device)
-            paged.prefetch(bucket.paged, self._streams[device])
+            paged.prefetch(bucket.fetched, self._streams[device])
 
     def _options(self, plan: Plan) -> list[dict[str, Any]]:
         """The effective options of each source, as they are now."""

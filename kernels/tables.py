@@ -122,6 +122,10 @@ def shared_numbers(options: dict[str, Any]) -> tuple[Any, ...]:
 
 BLOCKS_PER_PROGRAM = 16
 """What a program works through, or with factored moments a part of the tile that it does."""
+PAGED_PART = 2**26
+"""Bytes of paged states to a launch: one large parameter's, or those of many small ones."""
+FETCHED_BYTES = 2**20
+"""A smaller paged tensor comes when it is used: a call to the driver takes longer than that."""
 
 
 @dataclass(frozen=True)
@@ -150,14 +154,14 @@ class Spec:
     residual: bool
     """8 more bits of θ are in the state."""
     paged: int
-    """The place of a parameter whose states are paged, which has a launch of its own: its states are fetched while the
-    one before is updated. -1 for all others."""
+    """Which part of the paged states: each has a launch of its own, and is fetched while the one before is updated. -1
+    for what is not paged."""
     stochastic: bool
     numbers: tuple[Any, ...]
     """What they were when the bucket was filled; each launch takes them as they are."""
 
 
-def spec_of(member: Member, grad_dtype: torch.dtype, options: dict[str, Any]) -> Spec:
+def spec_of(member: Member, grad_dtype: torch.dtype, options: dict[str, Any], paged: int = -1) -> Spec:
     theta, state = member.theta, member.state
     spatial, storage = reference.is_spatial(theta, options), st.storage_held(state)
     return Spec(
@@ -178,7 +182,7 @@ def spec_of(member: Member, grad_dtype: torch.dtype, options: dict[str, Any]) ->
         auto=options["auto_lr"],
         scaled=options["percentile_clipping"] < 100,
         residual=st.keeps_residual(theta, options),
-        paged=member.ordinal if any(map(is_paged, state.values())) else -1,
+        paged=paged,
         stochastic=st.rounds_stochastically(theta, options),
         numbers=shared_numbers(options),
     )
@@ -228,7 +232,9 @@ class Bucket:
         held = [name for name in STATE_COLUMNS.values() if all(name in m.state for m in members)]
         self.tensors_of = operator.itemgetter(*held)
         self.tensors = list(map(self.tensors_of, self.states))
-        self.paged = [x for state in self.states for x in state.values() if is_paged(x)]
+        states = [x for state in self.states for x in state.values() if is_paged(x)]
+        self.fetched = [x for x in states if x.nbytes >= FETCHED_BYTES]
+        """What is paged and worth a call to the driver."""
         self.sharded = any(m.sharded for m in members)
         self.thetas = [m.theta.data_ptr() for m in members]
         self.sizes = [m.theta.numel() for m in members]
@@ -385,8 +391,11 @@ def _number_row(s: reference.Scalars, options: dict[str, Any], t: int) -> list[f
 def fill_buckets(members: Iterable[tuple[Member, torch.dtype, dict[str, Any]]]) -> list[Bucket]:
     """Sort members (with their gradient's dtype and effective options) into buckets, tables written."""
     buckets: dict[Spec, Bucket] = {}
+    paged_bytes = 0
     for member, grad_dtype, options in members:
-        spec = spec_of(member, grad_dtype, options)
+        size = sum(x.nbytes for x in member.state.values() if is_paged(x))
+        spec = spec_of(member, grad_dtype, options, paged_bytes // PAGED_PART if size else -1)
+        paged_bytes += size
         buckets.setdefault(spec, Bucket(spec)).members.append(member)
     for bucket in buckets.values():
         bucket.build()

@@ -129,8 +129,10 @@ def test_memory_is_given_back_with_the_optimizer(tools: Any) -> None:
 
 def test_fetched_in_order_one_parameter_ahead(monkeypatch: pytest.MonkeyPatch, tools: Any) -> None:
     """The first two at once, then each while the one before it is updated."""
-    from automagic_bnb.kernels import step
+    from automagic_bnb.kernels import step, tables
 
+    monkeypatch.setattr(tables, "PAGED_PART", 1)  # each parameter by itself
+    monkeypatch.setattr(tables, "FETCHED_BYTES", 0)
     p, opt = build(True)
     tools.train(opt, p, range(1))
     large = [x for x in p if x.numel() >= st.PAGED_MIN_SIZE]
@@ -141,7 +143,7 @@ def test_fetched_in_order_one_parameter_ahead(monkeypatch: pytest.MonkeyPatch, t
         events.extend(("fetch", place[x.data_ptr()]) for x in tensors if x.data_ptr() in place)
 
     def launch(bucket: Any, *_: Any) -> None:
-        events.extend(("step", place[s["state1"].data_ptr()]) for s in bucket.states if bucket.paged)
+        events.extend(("step", place[s["state1"].data_ptr()]) for s in bucket.states if bucket.fetched)
 
     tools.give_gradients(p, 1)
     monkeypatch.setattr(fused.paged, "prefetch", prefetch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from bitsandbytes.optim import GlobalOptimManager
 from kernel_cases import DEVICE, ONE_STEP, Differences
 
-from automagic_bnb import Automagic8bit
+from automagic_bnb import Automagic8bit, fused
 from automagic_bnb.fused import FusedStep
 from automagic_bnb.optimizer import Automagic
 
@@ -220,3 +221,59 @@ def test_a_step_that_fails_moves_nothing(
     with pytest.raises((RuntimeError, TypeError), match=r"is sparse|weight_decai"):
         opt.step()
     assert not tools.differences(before, tools.snapshot(opt))
+
+
+# --- without Triton ---------------------------------------------------------------------------------------------------
+
+
+def test_a_gpu_without_triton_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its parameters are left to plain PyTorch; who asked for the kernels gets an error."""
+    monkeypatch.setattr(fused, "triton_missing", lambda: "Triton could not be imported (No module named 'triton')")
+    p: Any = types.SimpleNamespace(device=torch.device("cuda"), is_contiguous=lambda: True, numel=lambda: 1)
+    with pytest.warns(UserWarning, match="could not be imported .*; the optimizer runs in plain PyTorch") as told:
+        assert [fused.takes(p, None) for _ in range(2)] == [False, False]
+    assert len(told) == 1
+    assert not fused.takes(p, "torch")
+    with pytest.raises(RuntimeError, match="backend='triton': Triton could not be imported"):
+        fused.takes(p, "triton")
+    monkeypatch.setattr(fused, "triton_missing", lambda: "")
+    assert fused.takes(p, None)
+
+
+# --- paged states, with a stand-in for managed memory -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [
+        (1, ["fetch 0", "fetch 1", "step 0", "step small", "fetch 2", "step 1", "step 2"]),
+        (2**26, ["fetch 0", "fetch 1", "fetch 2", "step 0 1 2", "step small"]),
+    ],
+    ids=["one at a time", "all of them small"],
+)
+def test_paged_states_are_fetched_one_part_ahead(
+    part: int, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part is one large parameter, or many small ones."""
+    from automagic_bnb.kernels import step, tables
+
+    large = [parameter(16, 16, seed=i) for i in range(3)]
+    opt = build([large[0], parameter(8, 8), *large[1:]], "triton")
+    give(*opt.param_groups[0]["params"])
+    monkeypatch.setattr(tables, "is_paged", lambda x: getattr(x, "dtype", None) == torch.uint8 and x.numel() == 256)
+    monkeypatch.setattr(tables, "PAGED_PART", part)
+    monkeypatch.setattr(tables, "FETCHED_BYTES", 0)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    events: list[str] = []
+
+    def place(state: Any) -> str:
+        return next((str(i) for i, p in enumerate(large) if opt.state[p] is state), "small")
+
+    def prefetch(tensors: list[Any], stream: Any) -> None:
+        owners = [place(s) for x in tensors for s in opt.state.values() if any(x is y for y in s.values())]
+        events.extend(f"fetch {owner}" for owner in dict.fromkeys(owners))
+
+    monkeypatch.setattr(fused.paged, "prefetch", prefetch)
+    monkeypatch.setattr(step, "launch", lambda bucket, *_: events.append(f"step {' '.join(map(place, bucket.states))}"))
+    opt.step()
+    assert events == expected
