@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from automagic_bnb.panels import Curve, Panel, panels_of
+from automagic_bnb.panels import Panel, panels_of
 from automagic_bnb.plots import MARKED, SMOOTHED, running_median
 from automagic_bnb.run_log import Run, Series, find_runs, read_run
 
@@ -136,8 +136,9 @@ def comparison(runs: list[Run]) -> Figure:
     figure = make_subplots(rows, columns, subplot_titles=titles, vertical_spacing=0.32 / rows, horizontal_spacing=0.09)
     for place, panel in enumerate(panels):
         at: dict[str, Any] = {"row": place // columns + 1, "col": place % columns + 1}
+        drawn = {name for run in runs for name in panel.drawn(run)}
         for index, run in enumerate(runs):
-            add_run(figure, panel, run, COLOURS[index % len(COLOURS)], at)
+            add_run(figure, panel, run, drawn, COLOURS[index % len(COLOURS)], at)
         figure.update_xaxes(title_text="step", **at)
         figure.update_yaxes(title_text=panel.unit, **at)
         figure.update_yaxes(
@@ -156,13 +157,6 @@ def comparison(runs: list[Run]) -> Figure:
     return figure
 
 
-def dash(panel: Panel, curve: Curve) -> str:
-    """Bounds and the like are dashed, the first of the others is solid, the rest are dotted."""
-    if curve.dashed:
-        return "dash"
-    return "solid" if curve == panel.curves[0] else "dot"
-
-
 def key(panel: Panel, runs: list[Run]) -> str:
     """Which line is which, where a panel has several kinds."""
     drawn = {name for run in runs for name in panel.drawn(run)}
@@ -170,14 +164,23 @@ def key(panel: Panel, runs: list[Run]) -> str:
     kinds: dict[str, list[str]] = {}
     for curve in panel.curves:
         if curve.metric in drawn:
-            kinds.setdefault(words[dash(panel, curve)], []).append(curve.label)
+            kinds.setdefault(words[panel.dash(curve, drawn)], []).append(curve.label)
     parts = [f"{kind}: {', '.join(labels)}" for kind, labels in kinds.items()]
+    parts += ["×: NaN or infinite"] if any(len(lost_losses(panel, run)) for run in runs) else []
     parts += ["shaded: 10 % to 90 % of elements"] if panel.band and set(panel.band) <= drawn else []
     return "; ".join(parts) if len(parts) > 1 else ""
 
 
-def add_run(figure: Figure, panel: Panel, run: Run, colour: str, at: dict[str, Any]) -> None:
-    """One run's curves in one panel."""
+def lost_losses(panel: Panel, run: Run) -> np.ndarray:
+    """The steps at which the loss, where this is its panel, was no number."""
+    if "loss" not in panel.metrics() or "loss" not in run.series:
+        return np.zeros(0, dtype=np.int64)
+    steps, values = run.series["loss"]
+    return steps[~np.isfinite(values)]
+
+
+def add_run(figure: Figure, panel: Panel, run: Run, drawn: set[str], colour: str, at: dict[str, Any]) -> None:
+    """One run's curves in one panel, in which these metrics are drawn of any run."""
     series = panel.drawn(run)
     common = {"legendgroup": run.name, "showlegend": False, "name": run.name}
     low, high = (series.get(name) for name in panel.band or ("", ""))
@@ -192,7 +195,12 @@ def add_run(figure: Figure, panel: Panel, run: Run, colour: str, at: dict[str, A
         if curve.metric not in series:
             continue
         steps, values = series[curve.metric]
-        line = {"color": colour, "dash": dash(panel, curve), "width": 2}
+        line = {
+            "color": colour,
+            "dash": panel.dash(curve, drawn),
+            "width": 2,
+            "shape": "hv" if panel.stepped else "linear",
+        }
         hover = f"{html.escape(run.name)}<br>{curve.label} %{{y:.4g}}<br>step %{{x}}<extra></extra>"
         if curve.metric == "loss" and len(steps) >= 10 * SMOOTHED:
             keep, thin = thinned(series[curve.metric]), {**line, "width": 1}
@@ -203,6 +211,15 @@ def add_run(figure: Figure, panel: Panel, run: Run, colour: str, at: dict[str, A
         keep = thinned(Series(steps, values))
         mode = "lines+markers" if len(steps) <= MARKED else "lines"
         figure.add_scatter(x=steps[keep], y=values[keep], line=line, hovertemplate=hover, mode=mode, **common, **at)
+    lost = lost_losses(panel, run)
+    if len(lost):  # at the bottom, where the curve has a gap; of very many some, evenly
+        lost = lost[:: -(-len(lost) // MOST_POINTS)]
+        bottom = min([0.0, *(values[np.isfinite(values)].min() for _, values in series.values())])
+        hover = f"{html.escape(run.name)}<br>loss NaN or infinite<br>step %{{x}}<extra></extra>"
+        cross = {"symbol": "x", "size": 7, "color": colour}
+        figure.add_scatter(
+            x=lost, y=np.full(len(lost), bottom), mode="markers", marker=cross, hovertemplate=hover, **common, **at
+        )
 
 
 def add_legend(figure: Figure, runs: list[Run]) -> None:

@@ -120,8 +120,8 @@ class History:
     step_ms: list[float] = field(default_factory=list)
     validation_step: list[int] = field(default_factory=list)
     validation_loss: list[float] = field(default_factory=list)
-    effective_rank: dict[str, list[float]] = field(default_factory=lambda: {"lora_A": [], "lora_B": []})
-    """By kind of LoRA matrix, at each validation: the mean over the layers."""
+    effective_rank: list[float] = field(default_factory=list)
+    """Of what the LoRA adds to a weight, B·A, at each validation: the mean over the layers."""
     interrupted: bool = False
 
     def validate(self, model: VelocityModel, batch: FlowBatch | None) -> None:
@@ -132,8 +132,7 @@ class History:
                 loss = flow_matching_loss(model, batch).item()
             self.validation_step.append(taken)
             self.validation_loss.append(loss)
-            for kind, matrices in lora_matrices(model).items():
-                self.effective_rank[kind].append(statistics.fmean(map(singular.effective_rank, matrices)))
+            self.effective_rank.append(statistics.fmean(map(singular.effective_rank, lora_products(model))))
 
 
 def train(
@@ -163,6 +162,13 @@ def train(
             history.interrupted = True
         history.validate(model, validation)
     return history
+
+
+@torch.no_grad()
+def lora_products(model: VelocityModel) -> list[Tensor]:
+    """What the LoRA adds to each layer's weight, B·A: A and B alone are known but for a factor between them."""
+    matrices = lora_matrices(model)
+    return [b @ a for a, b in zip(matrices["lora_A"], matrices["lora_B"], strict=True)]
 
 
 def train_step(model: nn.Module, optimizer: Optimizer, batch: FlowBatch, history: History) -> None:
@@ -364,17 +370,17 @@ def save_pictures(folder: Path, base: VelocityModel, runs: list[Run], seed: int)
 
 
 def save_ranks(path: Path, runs: list[Run]) -> None:
-    """Write the singular values that the LoRA matrices end with, and their effective rank on the way there."""
+    """Write the singular values of what the LoRAs end by adding, and their effective rank on the way there."""
     from automagic_bnb import plots
 
     values, ranks = {}, {}
-    for kind in ("lora_A", "lora_B"):
-        for run in runs:
-            label, history = f"{run.label}, {kind}", run.history
-            of_layers = [singular.singular_values(p) for p in lora_matrices(run.model)[kind]]
-            values[label] = torch.stack(of_layers).mean(dim=0)
-            ranks[label] = dict(zip(history.validation_step, history.effective_rank[kind], strict=True))
-    title = "LoRA matrices: singular values after the last step, and effective rank\n(means over the layers)"
+    for run in runs:
+        matrices = [p for of_kind in lora_matrices(run.model).values() for p in of_kind]
+        rank = min(min(p.shape) for p in matrices)  # a product has no more values that are not 0
+        of_layers = [singular.singular_values(product)[:rank] for product in lora_products(run.model)]
+        values[run.label] = torch.stack(of_layers).mean(dim=0)
+        ranks[run.label] = dict(zip(run.history.validation_step, run.history.effective_rank, strict=True))
+    title = "What the LoRA adds, B·A: singular values after the last step, and effective rank\n(means over the layers)"
     plots.plot_singular_values(values, ranks, path, title=title)
 
 

@@ -57,7 +57,10 @@ def tile(pictures: np.ndarray, rows: int) -> np.ndarray:
 
 
 def save_curves(path: Path, histories: Mapping[str, History]) -> None:
-    """Losses over steps, and below them the mean learning rate, by label of the optimizer."""
+    """Losses over steps, and below them the mean learning rate, by label of the optimizer.
+
+    That is the rate before the bounds hold single weights back, so it may lie above the mean of `learned_rates`.
+    """
     figure = new_figure("LoRA onto the digits 5-9", height=7.5)
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(5, 3))
     for colour, (label, history) in zip(COLOURS, histories.items(), strict=False):
@@ -71,7 +74,7 @@ def save_curves(path: Path, histories: Mapping[str, History]) -> None:
     losses.set_ylabel("flow-matching loss\n(mean squared error per pixel)")
     losses.legend(title=f"training: mean of the last {SMOOTHING} steps")
     rates.set_yscale("log")
-    rates.set_ylabel("learning rate")
+    rates.set_ylabel("mean learning rate,\nbefore bounds")
     rates.set_xlabel("step")
     rates.legend()
     for axes in (losses, rates):

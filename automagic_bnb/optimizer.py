@@ -21,6 +21,8 @@ logger = logging.getLogger("automagic_bnb")
 LORA_NAME_PARTS = ("lora_A", "lora_B", "lora_up", "lora_down", "lora_embedding", "lokr_", "hada_")
 EMBEDDING_NAME_PARTS = ("embed", "emb.", "wte", "wpe")
 PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PEAK_TOLD = 4.0
+"""A found rate may be doubled by hand, twice; beyond that the schedule was made for a given rate."""
 FOREIGN_OVERRIDES = ("alpha", "t_alpha", "t_beta3", "max_unorm", "skip_zeros")
 """Keys that bitsandbytes' own optimizers read from an override and that say nothing to this one."""
 
@@ -318,12 +320,23 @@ class Automagic(bnb.Optimizer2State):
             with torch.enable_grad():
                 loss = closure()
         self._adopt_overrides()
+        self._warn_of_peaks()
         tasks = []
         for group, p in self._fused.run():
             if p.grad is not None:
                 tasks += self._update(group, p)
         reference.shrink_ranks(tasks)
         return loss
+
+    def _warn_of_peaks(self) -> None:
+        """Say where a schedule drives a rate that is being found far above its bounds."""
+        for group in self.param_groups:
+            if group["auto_lr"] and reference.relative_rate(group) > PEAK_TOLD:
+                warn_once(
+                    f"a schedule has raised lr to more than {PEAK_TOLD:g} times its initial_lr, and with it the rate "
+                    "that is being found, above max_lr. OneCycleLR and CyclicLR begin far below their peak: give the "
+                    "optimizer an lr with them, or choose a schedule that begins at its peak"
+                )
 
     @torch.no_grad()
     def step_parameter(self, p: Tensor, group: Group, i: int | None = None) -> None:

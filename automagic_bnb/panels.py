@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +31,8 @@ class Panel:
     logarithmic: bool = False
     scale: float = 1.0
     """What a metric is multiplied by to be in the unit."""
+    stepped: bool = False
+    """A value stays until the next one: what lies between two was never there."""
 
     def metrics(self) -> list[str]:
         return [curve.metric for curve in self.curves] + list(self.band or ())
@@ -43,6 +46,13 @@ class Panel:
             if self._drawable(values).any()
         }
 
+    def dash(self, curve: Curve, drawn: Collection[str]) -> str:
+        """Bounds and the like are dashed, of the others the first that is drawn is solid, and the rest are dotted."""
+        if curve.dashed:
+            return "dash"
+        first = next(x for x in self.curves if not x.dashed and x.metric in drawn)
+        return "solid" if curve == first else "dot"
+
     def _drawable(self, values: np.ndarray) -> np.ndarray:
         return np.isfinite(values) & ((values > 0) | (not self.logarithmic))
 
@@ -51,9 +61,9 @@ PANELS = (
     Panel("Loss", "loss", (Curve("loss", "training"), Curve("eval_loss", "validation", dashed=True))),
     Panel(
         "Learning rate",
-        "rate of an element",
+        "rate",
         (
-            Curve("lr/mean", "mean"),
+            Curve("lr/mean", "mean of the elements"),
             Curve("learning_rate", "schedule"),
             Curve("lr/bound_min", "min_lr", dashed=True),
             Curve("lr/bound_max", "max_lr", dashed=True),
@@ -61,10 +71,10 @@ PANELS = (
         band=("lr/p10", "lr/p90"),
         logarithmic=True,
     ),
-    Panel("Optimizer state", "MB", (Curve("state_bytes", "state"),), scale=1e-6),
+    Panel("Optimizer state", "MB", (Curve("state_bytes", "state"),), scale=1e-6, stepped=True),
     Panel("Torque", "cosine; share of blocks", (Curve("torque", "mean cosine"), Curve("share_damped", "share damped"))),
     Panel("Edge strength", "mean over blocks", (Curve("edge_strength", "edge strength"),)),
-    Panel("Skipped elements", "elements so far", (Curve("skipped_elements", "not finite"),)),
+    Panel("Skipped elements", "elements so far", (Curve("skipped_elements", "not finite"),), stepped=True),
 )
 
 

@@ -27,6 +27,7 @@ DPI = 150
 SMOOTHED = 21
 """Losses in a running median, which is drawn from ten times as many on."""
 
+LINES = {"solid": "-", "dash": "--", "dot": ":"}
 MARKED = 30
 """Values up to which each gets a marker; a single one between gaps would not show otherwise."""
 
@@ -124,6 +125,7 @@ def plot_singular_values(
             panels[1].plot(list(ranks), list(ranks.values()), marker="o", ms=4, lw=2, label=label, **line_style(place))
         panels[1].set_xlabel("step")
         panels[1].set_ylabel("effective rank")
+        panels[1].set_ylim(bottom=0)
         finish(panels[1])
     return saved(figure, path)
 
@@ -170,7 +172,9 @@ def draw_panel(axes: Axes, panel: Panel, run: Run) -> None:
     if low is not None and high is not None and np.array_equal(low.steps, high.steps):
         axes.fill_between(low.steps, low.values, high.values, color=COLOURS[0], alpha=0.25, lw=0, label="10 % to 90 %")
     for place, curve in enumerate(curve for curve in panel.curves if curve.metric in series):
-        draw_curve(axes, curve, series[curve.metric], COLOURS[place])
+        style = {"color": COLOURS[place], "ls": LINES[panel.dash(curve, series)]}
+        style["ds"] = "steps-post" if panel.stepped else "default"
+        draw_curve(axes, curve, series[curve.metric], style)
     axes.set_title(panel.title, fontsize=12)
     axes.set_xlabel("step")
     axes.set_ylabel(panel.unit)
@@ -193,15 +197,15 @@ def set_range(axes: Axes, values: np.ndarray) -> None:
     axes.set_ylim(bottom=0, top=2 * ordinary if cut else None if values.any() else 1)
 
 
-def draw_curve(axes: Axes, curve: Curve, series: Series, colour: str) -> None:
+def draw_curve(axes: Axes, curve: Curve, series: Series, style: dict[str, Any]) -> None:
     """One metric; of a loss also where it is no number, and of a long one the running median."""
     steps, values = series
     label, is_loss = curve.label, curve.metric == "loss"
     if is_loss and len(steps) >= 10 * SMOOTHED:
-        axes.plot(steps, values, color=colour, lw=0.8, alpha=0.35)
+        axes.plot(steps, values, color=style["color"], lw=0.8, alpha=0.35)
         label, values = f"{label}, running median", running_median(values)
-    style, marker = "--" if curve.dashed else "-", "o" if len(steps) <= MARKED else ""
-    axes.plot(steps, values, style, color=colour, lw=1.8, marker=marker, ms=4, label=label)
+    marker = "o" if len(steps) <= MARKED else ""
+    axes.plot(steps, values, lw=1.8, marker=marker, ms=4, label=label, **style)
     lost = steps[~np.isfinite(series.values)]
     if is_loss and len(lost):
         at_the_bottom = {"transform": axes.get_xaxis_transform(), "clip_on": False}
@@ -226,6 +230,7 @@ def line_style(place: int) -> dict[str, str]:
 
 
 def finish(axes: Axes) -> None:
-    """What every panel of lines has: a legend and a faint grid."""
+    """What every panel of lines has: whole numbers below it, a legend and a faint grid."""
+    axes.locator_params(axis="x", integer=True)
     axes.legend()
     axes.grid(alpha=0.3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -361,3 +362,41 @@ def test_probes_are_every_sixteenth_block() -> None:
         assert torch.equal(held[1, :156], start[4096:])
         assert (held[1, 156:] == 0).all()
         assert opt.state[p]["probe_sum"].shape == (st.probe_count(p), 256)
+
+
+PEAKS = {
+    "one cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=1e-3, total_steps=60, cycle_momentum=False),
+    "cyclic": lambda o: torch.optim.lr_scheduler.CyclicLR(o, 1e-5, 1e-3, step_size_up=20, cycle_momentum=False),
+}
+
+
+@pytest.mark.parametrize("schedule", PEAKS.values(), ids=PEAKS)
+def test_a_schedule_that_begins_far_below_its_peak_is_told(schedule: Callable[[Any], Any]) -> None:
+    """It multiplies the rate found by up to 25 or 100; with a given rate it is what it is meant to be."""
+    for lr in (None, 1e-4):
+        p = torch.nn.Parameter(torch.zeros(60, 64))
+        opt = Automagic32bit([p], lr=lr)
+        scheduler = schedule(opt)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for t in range(20):
+                p.grad = normal(60, 64, seed=t)
+                opt.step()
+                scheduler.step()
+        assert len([w for w in told if "a schedule has raised lr to more than 4 times" in str(w.message)]) == (
+            lr is None
+        )
+
+
+def test_a_warm_up_and_a_doubling_by_hand_are_nothing_to_tell() -> None:
+    p = torch.nn.Parameter(torch.zeros(8, 8))
+    opt = Automagic32bit([p])
+    warm_up = torch.optim.lr_scheduler.LinearLR(opt, 0.01, total_iters=5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(8):
+            p.grad = torch.ones_like(p)
+            opt.step()
+            warm_up.step()
+        opt.param_groups[0]["lr"] *= 4
+        opt.step()

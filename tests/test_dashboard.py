@@ -120,6 +120,33 @@ def test_the_curves_are_what_was_logged(logdir: Path) -> None:
     assert [t.name for t in figure.data if t.showlegend is None] == ["given", "found"]
 
 
+def test_lost_losses_are_marked() -> None:
+    """Where and whose, at the bottom of the panel; a run without any has no mark, and few marks stand for very many."""
+    lossy = np.array([3.0, math.nan, 2.0, math.inf])
+    runs = [
+        Run("whole", {"loss": Series(np.arange(4), np.ones(4))}),
+        Run("lossy", {"loss": Series(np.arange(4), lossy)}),
+        Run("all", {"loss": Series(np.arange(9000), np.full(9000, math.nan))}),
+        Run("below 0", {"loss": Series(np.arange(3), np.array([-1.0, -5.0, math.nan]))}),
+    ]
+    figure: Any = comparison(runs)
+    marks = {t.legendgroup: t for t in figure.data if t.mode == "markers"}
+    assert set(marks) == {"lossy", "all", "below 0"}
+    assert (list(marks["lossy"].x), list(marks["lossy"].y)) == ([1, 3], [0, 0])
+    assert marks["lossy"].marker.color == COLOURS[1]
+    assert list(marks["below 0"].y) == [-5]
+    assert 1000 < len(marks["all"].x) <= MOST_POINTS
+    assert "×: NaN or infinite" in figure.layout.annotations[0].text
+    assert "×" not in str(comparison(runs[:1]).layout)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_what_stays_until_it_changes_is_drawn_in_steps() -> None:
+    names = ("state_bytes", "skipped_elements", "torque", "loss")
+    figure: Any = comparison([Run("a", {name: Series(np.arange(2), np.array([0.5, 0.25])) for name in names})])
+    shapes = [t.line.shape for t in figure.data if t.x[0] is not None]
+    assert sorted(shapes) == ["hv", "hv", "linear", "linear"]
+
+
 def test_summary() -> None:
     """By hand: medians of the last 21 losses and of any 21 neighbours, the last state and count."""
     steps = np.arange(100)
@@ -199,7 +226,7 @@ def test_a_browser_draws_every_curve_and_asks_nobody(page: Path, logdir: Path, t
     assert "data-error" not in root
     names = ("deep/found", "given", HOSTILE)
     runs = [Run(name, read_run(logdir / name).series) for name in names]
-    drawn = [points for points in re.findall(r'<path class="js-line" d="([^"]*)"', dom) if "L" in points]
+    drawn = [points for points in re.findall(r'<path class="js-line" d="([^"]*)"', dom) if re.search("[LHV]", points)]
     wanted = sum(len(panel.drawn(run)) for panel in PANELS for run in runs[:2])
     assert len(drawn) == wanted  # all but the third run's, of whose three losses the middle one is lost
     assert len(set(re.findall(r'<g class="subplot (x\d*y\d*)"', dom))) == len(PANELS)

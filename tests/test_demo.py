@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from automagic_bnb import Automagic8bit, bnb, cli, demo, demo_model
+from automagic_bnb import Automagic8bit, bnb, cli, demo, demo_model, demo_pictures, plots
 
 CPU = torch.device("cpu")
 PICTURES = ["effective_rank.png", "learning_rates.png", "loss.png", "samples.png"]
@@ -225,23 +225,45 @@ def test_automagic_is_given_a_rate_only_on_request(runs):
 # --- figures ----------------------------------------------------------------------------------------------------
 
 
-def test_effective_ranks_are_those_of_the_matrices(runs):
-    """Before the first step, when B is 0, and after the last, as means over the layers, by an SVD."""
-    start = demo.with_lora(demo.make_base(0, CPU), rank=8, seed=0)
+def test_effective_ranks_are_those_of_what_is_added(runs):
+    """Before the first step, when B is 0, and after the last, as means over the layers, by an SVD of B·A."""
     for run in runs:
-        for index, model in ((0, start), (-1, run.model)):
-            for kind in ("lora_A", "lora_B"):
-                found = []
-                for name, matrix in model.named_parameters():
-                    if name.endswith(kind):
-                        values = torch.linalg.svdvals(matrix.detach().double())
-                        shares = values[values > 0] / values.sum()
-                        found.append((-shares * shares.log()).sum().exp().item() if len(shares) else 0.0)
-                assert len(found) == 7
-                wanted = sum(found) / len(found)
-                assert run.history.effective_rank[kind][index] == pytest.approx(wanted, rel=1e-5)
-        assert run.history.effective_rank["lora_B"][0] == 0 < run.history.effective_rank["lora_B"][-1]
-        assert len(run.history.effective_rank["lora_A"]) == len(run.history.validation_step)
+        found = []
+        layers = [module for module in run.model.modules() if hasattr(module, "lora_A")]
+        for layer in layers:
+            values = torch.linalg.svdvals((layer.lora_B.detach() @ layer.lora_A.detach()).double())
+            shares = values[values > 0] / values.sum()
+            found.append((-shares * shares.log()).sum().exp().item())
+        assert len(found) == 7
+        assert run.history.effective_rank[-1] == pytest.approx(sum(found) / len(found), rel=1e-5)
+        assert run.history.effective_rank[0] == 0 < run.history.effective_rank[-1] <= 8
+        assert len(run.history.effective_rank) == len(run.history.validation_step)
+
+
+def test_the_picture_of_ranks_shows_what_is_added(runs, tmp_path, monkeypatch):
+    """As many singular values as the rank, of which none is 0; and one line for each optimizer."""
+    drawn = {}
+    real = plots.plot_singular_values
+
+    def plot(values, history, path, title):
+        drawn.update(values=values, history=history)
+        return real(values, history, path, title)
+
+    monkeypatch.setattr(plots, "plot_singular_values", plot)
+    demo.save_ranks(tmp_path / "ranks.png", runs)
+    assert list(drawn["values"]) == list(drawn["history"]) == [run.label for run in runs]
+    for values in drawn["values"].values():
+        assert values.shape == (8,)
+        assert (values > 0).all()
+    assert_picture(tmp_path / "ranks.png")
+
+
+def test_the_picture_of_rates_says_which_rate_it_shows(runs, tmp_path, monkeypatch):
+    """The one before the bounds, and not the mean that the table gives."""
+    figures = []
+    monkeypatch.setattr(demo_pictures, "saved", lambda figure, path: figures.append(figure))
+    demo_pictures.save_curves(tmp_path / "loss.png", {run.label: run.history for run in runs})
+    assert figures[0].axes[1].get_ylabel() == "mean learning rate,\nbefore bounds"
 
 
 def test_a_shared_storage_counts_once():

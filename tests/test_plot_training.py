@@ -49,7 +49,7 @@ def test_every_panel_of_a_real_run(logged: Path, tmp_path: Path) -> None:
     assert list(axes) == TITLES
     assert line(axes["Loss"], "training") == (list(range(12)), [2 / (1 + step) for step in range(12)])
     for title, label, name, scale in (
-        ("Learning rate", "mean", "lr/mean", 1),
+        ("Learning rate", "mean of the elements", "lr/mean", 1),
         ("Learning rate", "min_lr", "lr/bound_min", 1),
         ("Learning rate", "max_lr", "lr/bound_max", 1),
         ("Optimizer state", "state", "state_bytes", 1e-6),
@@ -132,3 +132,28 @@ def test_negative_values_and_zeros_have_their_ranges() -> None:
     axes = shown(plot_training({"torque": [-0.5, 0.5], "skipped_elements": [0, 0]}))
     assert axes["Torque"].get_ylim()[0] < -0.5
     assert axes["Skipped elements"].get_ylim() == (0, 1)
+
+
+def test_what_stays_until_it_changes_is_drawn_in_steps() -> None:
+    """Bytes and counts; other figures move between two looks."""
+    axes = shown(plot_training({name: [0.5, 0.25] for panel in PANELS for name in panel.metrics()}))
+    found = {title: {x.get_drawstyle() for x in axes[title].lines} for title in TITLES}
+    stepped = {"Optimizer state", "Skipped elements"}
+    assert found == {title: {"steps-post" if title in stepped else "default"} for title in TITLES}
+
+
+def test_lines_of_one_panel_differ_without_colours() -> None:
+    """A cosine and a share on one axis; a schedule is dotted beside the mean, and solid alone."""
+    axes = shown(plot_training({name: [0.5, 0.25] for panel in PANELS for name in panel.metrics()}))
+    styles = {x.get_label(): x.get_linestyle() for title in ("Torque", "Learning rate") for x in axes[title].lines}
+    assert styles == {
+        "mean cosine": "-",
+        "share damped": ":",
+        "mean of the elements": "-",
+        "schedule": ":",
+        "min_lr": "--",
+        "max_lr": "--",
+    }
+    alone = shown(plot_training([{"step": 10, "learning_rate": 1e-4}, {"step": 20, "learning_rate": 1e-5}]))
+    assert [x.get_linestyle() for x in alone["Learning rate"].lines] == ["-"]
+    assert "element" not in alone["Learning rate"].get_ylabel()

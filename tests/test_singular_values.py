@@ -130,4 +130,11 @@ def test_picture_of_values_and_history(tmp_path: Path) -> None:
     assert [np.asarray(line.get_ydata()).tolist() for line in ranks.lines] == [[3.0 + i, 2.5 + i] for i in range(6)]
     assert np.asarray(ranks.lines[0].get_xdata()).tolist() == [25, 50]
     assert len({(line.get_color(), line.get_linestyle()) for line in ranks.lines}) == 6
+    assert ranks.get_ylim()[0] == 0
     assert (tmp_path / "both.svg").read_text().startswith("<?xml")
+
+
+def test_axes_of_indices_and_steps_count_in_whole_numbers() -> None:
+    figure = plot_singular_values({"A": torch.tensor([2.0, 1.0])}, {"A": {1: 2.0, 2: 1.5}})
+    for axes in figure.axes:
+        assert all(tick == int(tick) for tick in axes.get_xticks())
