@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from operator import is_
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -199,13 +200,13 @@ class FusedStep:
         return plan, plan.rest
 
     def _launch(
-        self, plan: Plan, options: list[dict[str, Any]], grads: list[tuple[list[int], list[Tensor | None]]]
+        self, plan: Plan, options: list[dict[str, Any]], grads: list[tuple[np.ndarray, list[Tensor | None]]]
     ) -> None:
         from automagic_bnb.kernels import step
 
         self._find_rates(plan)
         updates = zip(plan.buckets, plan.matrices, grads, strict=True)
-        due = [(bucket, matrices, addresses) for bucket, matrices, (addresses, _) in updates if any(addresses)]
+        due = [(bucket, matrices, addresses) for bucket, matrices, (addresses, _) in updates if addresses.any()]
         tasks: list[reference.RankTask] = []
         ahead = iter([bucket for bucket, *_ in due if bucket.fetched])
         self._prefetch(next(ahead, None))
@@ -276,7 +277,7 @@ class FusedStep:
         )
 
     @staticmethod
-    def _gradients(plan: Plan) -> list[tuple[list[int], list[Tensor | None]]] | None:
+    def _gradients(plan: Plan) -> list[tuple[np.ndarray, list[Tensor | None]]] | None:
         """`Bucket.gradients` of each bucket; None where the plan no longer fits."""
         found = []
         for bucket in plan.buckets:

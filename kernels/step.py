@@ -717,18 +717,18 @@ def _compiler_options(device: torch.device, warm: bool, factored: bool) -> dict[
     return {"maxnreg": _MAX_REGISTERS[warm, factored]} if on_nvidia else {}
 
 
-def launch(bucket: Bucket, grads: list[int], sources: list[dict[str, Any]]) -> None:
+def launch(bucket: Bucket, grads: np.ndarray, sources: list[dict[str, Any]]) -> None:
     """One step of a bucket: at most four launches and one upload, nothing waited for.
 
     Args:
-        grads: the address of each member's gradient, 0 for none; contiguous, in the bucket's gradient dtype.
+        grads: int64, the address of each member's gradient, 0 for none; contiguous, in the bucket's gradient dtype.
         sources: the effective options by `Member.source`.
     """
     spec = bucket.spec
     addresses, numbers, warm = bucket.advance(grads, sources)
     shared = shared_numbers(sources[bucket.members[0].source])
     betas, eps, clip_threshold, frequency, edge_penalty, edge_threshold, detail = shared
-    aligned = bucket.aligned and not (np.array(grads) & 15).any()
+    aligned = bucket.aligned and not (grads & 15).any()
     clips = numbers
     if spec.scaled:
         clips = statistics.clip_factors(bucket, addresses, numbers, DTYPES[spec.grad_dtype], aligned)

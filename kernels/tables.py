@@ -7,6 +7,7 @@ imports Triton.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -282,10 +283,7 @@ class Bucket:
         memory under a state moves that of all.
         """
         parameters = list(map(st.local_tensor, self.parameters)) if self.sharded else self.parameters
-        lie = (
-            list(map(Tensor.data_ptr, parameters)) == self.thetas and list(map(Tensor.numel, parameters)) == self.sizes
-        )
-        if not lie or not all(map(Tensor.is_contiguous, parameters)):
+        if list(map(Tensor.data_ptr, parameters)) != self.thetas or list(map(Tensor.numel, parameters)) != self.sizes:
             return False
         if self.first_address != self.tensors[0][0].data_ptr():
             return False
@@ -306,8 +304,11 @@ class Bucket:
         first, *others = (shared_numbers(sources[i]) for i in self.sources)
         return all(numbers == first for numbers in others)
 
-    def gradients(self) -> tuple[list[int], list[Tensor | None]] | None:
-        """Each member's gradient's address (0 for none), and what keeps copies alive; None if a dtype has changed."""
+    def gradients(self) -> tuple[np.ndarray, list[Tensor | None]] | None:
+        """Each member's gradient's address, int64 (0 for none), and what keeps copies alive.
+
+        None if a dtype has changed, or a parameter lies otherwise in its memory: then so does its gradient.
+        """
         dtype = self.spec.grad_dtype
         # Some hundred nanoseconds a tensor count here: attributes are read in C, and one without gradient has none.
         grads = list(map(_GRAD, self.parameters))
@@ -316,7 +317,9 @@ class Bucket:
         except (AttributeError, TypeError):
             plain = False
         if plain and not self.sharded:
-            return list(map(Tensor.data_ptr, grads)), grads
+            return np.array(list(map(Tensor.data_ptr, grads)), dtype=np.int64), grads
+        if not all(st.local_tensor(p).is_contiguous() for p in self.parameters):
+            return None
         addresses: list[int] = []
         kept: list[Tensor | None] = []
         for p in self.parameters:
@@ -325,29 +328,29 @@ class Bucket:
                 return None
             addresses.append(0 if grad is None else grad.data_ptr())
             kept.append(grad)
-        return addresses, kept
+        return np.array(addresses, dtype=np.int64), kept
 
-    def advance(self, grads: list[int], sources: list[dict[str, Any]]) -> tuple[Tensor, Tensor, bool]:
+    def advance(self, grads: np.ndarray, sources: list[dict[str, Any]]) -> tuple[Tensor, Tensor, bool]:
         """Count the step, and upload its row of each tensor.
 
         Args:
-            grads: each member's gradient's address, 0 for none.
+            grads: int64, each member's gradient's address, 0 for none.
             sources: the effective options by `Member.source`.
 
         Returns:
             int64 [tensors] addresses and float32 [tensors, Number] on the device, and whether any mask still moves.
         """
-        for state, grad in zip(self.states, grads, strict=True):
-            if grad:
-                state["step"] += 1
+        stepped = grads != 0
+        for state in self.states if stepped.all() else itertools.compress(self.states, stepped):
+            state["step"] += 1
         steps = np.array(list(map(_STEP, self.states)))
-        self.steps = np.where(grads, steps, 0)
+        self.steps = np.where(stepped, steps, 0)
         warm = self._fill_numbers(steps, sources)
         rows, row_bytes = len(steps), 4 * len(Number)
         staged = torch.empty(rows * (8 + row_bytes), dtype=torch.uint8, pin_memory=self.spec.device.type == "cuda")
         host = staged.numpy()
         host[: rows * row_bytes] = self.numbers.reshape(-1).view(np.uint8)
-        host[rows * row_bytes :] = np.array(grads, dtype=np.int64).view(np.uint8)
+        host[rows * row_bytes :] = grads.view(np.uint8)
         uploaded = staged.to(self.spec.device, non_blocking=True)
         numbers = uploaded[: rows * row_bytes].view(torch.float32)
         return uploaded[rows * row_bytes :].view(torch.int64), numbers, warm

@@ -66,7 +66,7 @@ def test_another_shape_is_an_error_that_touches_nothing(shape: tuple[int, int], 
 
 
 def test_transposed_where_it_lies() -> None:
-    """The same memory in another order: left to plain PyTorch, with its result."""
+    """The same memory in another order, and so in its gradient: left to plain PyTorch, with its result."""
     results = []
     for backend in BACKENDS:
         p = parameter(16, 16)
@@ -74,7 +74,8 @@ def test_transposed_where_it_lies() -> None:
         give(p)
         opt.step()
         p.grad, p.data = None, p.data.t()
-        give(p, step=1)
+        p.grad = torch.zeros_like(p).copy_(torch.randn(16, 16, generator=torch.Generator().manual_seed(1)))
+        assert p.grad.stride() == (1, 16)
         opt.step()
         results.append(p.detach().clone())
     assert (results[0] - results[1]).abs().max() < 1e-6
