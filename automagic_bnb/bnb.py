@@ -51,15 +51,20 @@ def overrides_of(p: torch.Tensor) -> dict[str, Any]:
     if not BITSANDBYTES_AVAILABLE:
         return {}
     found = GlobalOptimManager.get_instance().pid2config.get(id(p), {})
-    if found and id(p) not in _watched:
-        # bitsandbytes never forgets, and a new tensor may get the id of one that is gone.
-        _watched.add(id(p))
-        weakref.finalize(p, _forget, id(p)).atexit = False
+    if found:
+        _watch(p)
     return found
 
 
 _watched: set[int] = set()
 """Ids of tensors whose override goes when they do."""
+
+
+def _watch(p: torch.Tensor) -> None:
+    """bitsandbytes never forgets an override, and a new tensor may get the id of one that is gone."""
+    if id(p) not in _watched:
+        _watched.add(id(p))
+        weakref.finalize(p, _forget, id(p)).atexit = False
 
 
 def _forget(key: int) -> None:
@@ -75,11 +80,14 @@ def override(p: torch.Tensor, options: dict[str, Any]) -> None:
     if options and BITSANDBYTES_AVAILABLE:
         held = GlobalOptimManager.get_instance().pid2config
         held[id(p)] = {**held.get(id(p), {}), **options}
+        _watch(p)
 
 
 def overridden_ids() -> tuple[int, ...]:
-    """The ids of all tensors with an override: differs when one is added."""
-    return tuple(GlobalOptimManager.get_instance().pid2config) if BITSANDBYTES_AVAILABLE else ()
+    """The ids of all tensors with an override: differs when one gets its first option."""
+    if not BITSANDBYTES_AVAILABLE:
+        return ()
+    return tuple(key for key, options in GlobalOptimManager.get_instance().pid2config.items() if options)
 
 
 def adopt_module_overrides(parameters: set[int]) -> None:
@@ -95,6 +103,7 @@ def adopt_module_overrides(parameters: set[int]) -> None:
         p = getattr(module, name, None)
         if id(p) in parameters:
             manager.pid2config[id(p)] = {**config, **manager.pid2config.get(id(p), {})}
+            _watch(p)  # type: ignore[arg-type]
 
 
 def restore_managers(optimizer: Any) -> None:
@@ -107,4 +116,6 @@ def restore_managers(optimizer: Any) -> None:
 @functools.cache
 def code_book(signed: bool, device: torch.device) -> torch.Tensor:
     """bitsandbytes' dynamic map, float32 [256], ascending: `qmap1` (signed) or `qmap2` (unsigned)."""
+    if not BITSANDBYTES_AVAILABLE:
+        raise RuntimeError(f"8-bit states need bitsandbytes' code books. {MISSING_WARNING}")
     return _functional.create_dynamic_map(signed=signed).to(device)

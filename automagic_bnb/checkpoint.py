@@ -84,7 +84,7 @@ def _parse_foreign(
     state: dict[Tensor, st.State] = {}
     new_groups: list[dict[str, Any]] = []
     for group, saved_group in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
-        found = []
+        found: list[tuple[Tensor, int]] = []
         for p, key in zip(group["params"], saved_group["params"], strict=True):
             if saved := state_dict["state"].get(key):
                 options, local = optimizer.effective_options(group, p), st.local_tensor(p)
@@ -95,7 +95,8 @@ def _parse_foreign(
                 if (shard := shard_of(p)) is not None:
                     state[p]["shard"] = shard
                 migration.warn_of_freeze(carried.step, options["warmup_steps"])
-                found.append(carried)
+                if carried.rates is not None:  # and no more: of a large model, tensors of all would not fit
+                    found.append((carried.rates.double().sum(), carried.rates.numel()))
         new_groups.append(migration.group_entries(group, found))
     return state, new_groups
 
@@ -115,8 +116,9 @@ def _parse_group(saved: dict[str, Any], group: dict[str, Any], index: int) -> di
             entries[name] = value.detach().to(device, copy=True)
         else:
             entries[name] = copy.deepcopy(value)
-    rates = {name: entries.get(name, group[name]) for name in ("min_lr", "max_lr", "base_lr")}
-    config.check_rates({**rates, "lr": rates["base_lr"]}, f" in the checkpoint's group {index}")
+    bounds = {name: entries.get(name, group[name]) for name in ("min_lr", "max_lr")}
+    # The rates themselves are history: OneCycleLR has its own bounds in the group, below the rate it was built with.
+    config.check_rates({**bounds, "lr": None}, f" in the checkpoint's group {index}")
     return entries
 
 

@@ -305,6 +305,16 @@ def check_storage(options: dict[str, Any], where: str = "") -> None:
         warn_once(f"option factored=True{where}: has no effect with optim_bits=32; pass optim_bits=8, or leave it out")
 
 
+def complete_betas(group: dict[str, Any]) -> None:
+    """Put betas that were written into a group by hand into the form that the constructor gives them.
+
+    Raises:
+        TypeError, ValueError: not two or three numbers from 0 to 1.
+    """
+    if type(group["betas"]) is not tuple or len(group["betas"]) != 3:
+        group["betas"] = check_option("betas", group["betas"], " of a parameter group")
+
+
 def resolve_rates(options: dict[str, Any]) -> None:
     """Fill in place what depends on whether a rate was given: `auto_lr`, `lr`, `max_lr`."""
     if options["auto_lr"] is None:

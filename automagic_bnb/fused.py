@@ -7,6 +7,7 @@ state's memory, a gradient's dtype, an option, an override.
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -33,6 +34,12 @@ READ_ANEW = (
 )
 """Numbers that are arguments of a launch or stand in its tables: schedulers change them, and no plan rests on them."""
 STRUCTURAL = tuple(name for name in config.GROUP_OPTIONS if name not in READ_ANEW)
+
+
+SPREAD_WARNING = (
+    "a group whose rate is being found lies on several devices: it is stepped in plain PyTorch, which is many times "
+    "slower; give it an lr, or make a group for each device"
+)
 
 
 def triton_missing() -> str:
@@ -87,10 +94,13 @@ class Source:
 
 @dataclass
 class FoundRate:
-    """A group with auto_lr: its members in the plan, and where the `tensor_stats` of all its parameters lie."""
+    """A group with auto_lr, and where the `tensor_stats` of all its parameters lie."""
 
     group: dict[str, Any]
-    members: list[Member]
+    rows: list[tuple[int, np.ndarray]]
+    """By number of the bucket, which of its members are the group's."""
+    is_whole: bool
+    """Whether all of the group's parameters are in the plan, which sees to it that their states stay where they are."""
     addresses: list[int] = field(default_factory=list)
     on_device: Tensor | None = None
 
@@ -106,6 +116,8 @@ class Plan:
     """Parameters that had no gradient when the plan was made."""
     rest: list[tuple[dict[str, Any], Tensor]] = field(default_factory=list)
     """Parameters that the kernels do not take."""
+    spread: frozenset[int] = frozenset()
+    """The ids of groups on several devices: the kernels of each could not read one rate that is found for all."""
     overrides: tuple[int, ...] = ()
     groups: list[tuple[dict[str, Any], list[Tensor]]] | None = None
     """Each group, and the parameters in it, which wrappers may exchange; None in the plan of a single parameter."""
@@ -116,8 +128,12 @@ class Plan:
             and self.overrides == bnb.overridden_ids()
             and all(s.signature == signature(o) for s, o in zip(self.sources, options, strict=True))
             and not any(p.grad is not None for p in self.idle)
+            and not any(self._would_take(group, p, optimizer.config.backend) for group, p in self.rest)
             and all(bucket.agrees(options) and bucket.is_current(optimizer.state) for bucket in self.buckets)
         )
+
+    def _would_take(self, group: dict[str, Any], p: Tensor, backend: str | None) -> bool:
+        return id(group) not in self.spread and takes(st.local_tensor(p), backend)
 
     def _has_groups(self, groups: list[dict[str, Any]]) -> bool:
         if self.groups is None:
@@ -138,7 +154,8 @@ class FusedStep:
     """The kernels' side of `Automagic.step`."""
 
     def __init__(self, optimizer: Automagic) -> None:
-        self.optimizer = optimizer
+        self.optimizer: Automagic = weakref.proxy(optimizer)
+        """No owner of it: an optimizer that is dropped frees its states at once."""
         self._plan: Plan | None = None
         self._plans_of_one: dict[Tensor, Plan] = {}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -171,6 +188,8 @@ class FusedStep:
         """Step one parameter, if the kernels take it."""
         if self.optimizer.config.backend == "torch":
             return False
+        if p not in self._plans_of_one and len(self._plans_of_one) >= len(self.optimizer._facts):
+            self._plans_of_one.clear()  # some are of parameters that are no longer here
         plan = self._plans_of_one.get(p)
         if plan is not None and any(source.group is not group for source in plan.sources):
             plan = None
@@ -204,7 +223,7 @@ class FusedStep:
     ) -> None:
         from automagic_bnb.kernels import step
 
-        self._find_rates(plan)
+        self._find_rates(plan, [addresses for addresses, _ in grads])
         updates = zip(plan.buckets, plan.matrices, grads, strict=True)
         due = [(bucket, matrices, addresses) for bucket, matrices, (addresses, _) in updates if addresses.any()]
         tasks: list[reference.RankTask] = []
@@ -224,24 +243,32 @@ class FusedStep:
             device = bucket.spec.device
             if device not in self._streams:
                 self._streams[device] = torch.cuda.Stream(device)
+            # Not before the device has come so far: what is fetched too early drives out what is needed first.
+            self._streams[device].wait_stream(torch.cuda.current_stream(device))
             paged.prefetch(bucket.fetched, self._streams[device])
 
     def _options(self, plan: Plan) -> list[dict[str, Any]]:
         """The effective options of each source, as they are now."""
+        for source in plan.sources:
+            config.complete_betas(source.group)
         effective = self.optimizer.effective_options
         return [s.group if s.p is None else effective(s.group, s.p) for s in plan.sources]
 
     def _make_plan(self, parameters: list[tuple[dict[str, Any], Tensor]]) -> Plan:
         optimizer = self.optimizer
-        plan = Plan(overrides=bnb.overridden_ids())
+        groups = {id(group): group for group, _ in parameters}
+        spread = frozenset(key for key, group in groups.items() if len({p.device for p in group["params"]}) > 1)
+        plan = Plan(overrides=bnb.overridden_ids(), spread=spread)
         members, own_sources = [], {}
         for group, p in parameters:
             if p.grad is None:
                 plan.idle.append(p)
             elif not takes(st.local_tensor(p), optimizer.config.backend):
                 plan.rest.append((group, p))
+            elif (options := optimizer.effective_options(group, p))["auto_lr"] and id(group) in spread:
+                warn_once(SPREAD_WARNING)
+                plan.rest.append((group, p))
             else:
-                options = optimizer.effective_options(group, p)
                 overriding = None if options is group else p
                 key = id(group) if overriding is None else id(p)
                 if key not in own_sources:
@@ -254,7 +281,7 @@ class FusedStep:
 
             plan.buckets = tables.fill_buckets(members)
             plan.matrices = [low_rank.Matrices(bucket) for bucket in plan.buckets]
-            plan.found_rates = self._found_rates([member for member, _, _ in members])
+            plan.found_rates = self._found_rates(plan.buckets)
         return plan
 
     def _member(self, group: dict[str, Any], p: Tensor, source: int, options: dict[str, Any]) -> Member:
@@ -265,7 +292,6 @@ class FusedStep:
         state, facts = self.optimizer.prepared_state(group, p, options), self.optimizer.facts_of(p)
         return Member(
             p=p,
-            theta=theta,
             state=state,
             group=group,
             source=source,
@@ -287,19 +313,22 @@ class FusedStep:
             found.append(gradients)
         return found
 
-    def _find_rates(self, plan: Plan) -> None:
+    def _find_rates(self, plan: Plan, grads: list[np.ndarray]) -> None:
         """auto_lr: bring d of each group that is about to step up to date."""
         from automagic_bnb.kernels import statistics
 
         for found in plan.found_rates:
-            steps = [m.state["step"] for m in found.members if m.p.grad is not None]
-            if steps and self.optimizer.begins_step(found.group, max(steps) + 1):
+            step = max(plan.buckets[i].next_step(rows, grads[i]) for i, rows in found.rows)
+            if step and self.optimizer.begins_step(found.group, step):
                 d, low, high = found.group["auto_lr_rate"], found.group["min_lr"], found.group["max_lr"]
-                statistics.find_rate(d, self._stats_addresses(found), low, high)
+                with on_device(d.device):
+                    statistics.find_rate(d, self._stats_addresses(found), low, high)
                 self.optimizer.publish_rate(found.group)
 
     def _stats_addresses(self, found: FoundRate) -> Tensor:
         """Where the sums of all the group's parameters lie, those outside the plan too, as int64 on the device."""
+        if found.on_device is not None and found.is_whole:
+            return found.on_device
         states = [self.optimizer.state.get(p, {}) for p in found.group["params"]]
         addresses = [state["tensor_stats"].data_ptr() for state in states if "probe_sum" in state]
         if found.on_device is None or addresses != found.addresses:
@@ -308,9 +337,14 @@ class FusedStep:
         return found.on_device
 
     @staticmethod
-    def _found_rates(members: list[Member]) -> list[FoundRate]:
-        groups = {id(m.group): m.group for m in members if m.rate is not None}
-        return [FoundRate(group, [m for m in members if m.group is group]) for group in groups.values()]
+    def _found_rates(buckets: list[Bucket]) -> list[FoundRate]:
+        groups = {id(m.group): m.group for bucket in buckets for m in bucket.members if m.rate is not None}
+        found = []
+        for group in groups.values():
+            rows = [np.array([i for i, m in enumerate(b.members) if m.group is group], dtype=np.int64) for b in buckets]
+            whole = sum(map(len, rows)) == len(group["params"])
+            found.append(FoundRate(group, [(i, x) for i, x in enumerate(rows) if len(x)], whole))
+        return found
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:

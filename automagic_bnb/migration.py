@@ -112,15 +112,18 @@ def _fill_mask(state: st.State, rates: Tensor, polarity: Tensor | None) -> None:
     state["tensor_stats"][st.MASK_MEAN] = torch.exp2(k / 16).mean()
 
 
-def group_entries(group: dict[str, Any], carried: list[Carried]) -> dict[str, Any]:
-    """What a group takes over: where its rate is being found, that starts at the mean of the weights' rates."""
-    rates = [c.rates for c in carried if c.rates is not None]
-    count = sum(x.numel() for x in rates)
+def group_entries(group: dict[str, Any], sums: list[tuple[Tensor, int]]) -> dict[str, Any]:
+    """What a group takes over: where its rate is being found, that starts at the mean of the weights' rates.
+
+    Args:
+        sums: of each parameter whose rates are carried over, their sum and number.
+    """
+    count = sum(n for _, n in sums)
     if not group["auto_lr"] or not count:
         return {}
-    mean = sum(float(x.double().sum()) for x in rates) / count
+    mean = sum(float(x) for x, _ in sums) / count
     found = min(max(mean, group["min_lr"]), group["max_lr"])
-    return {"auto_lr_rate": torch.tensor(found, dtype=torch.float32, device=rates[0].device)}
+    return {"auto_lr_rate": torch.tensor(found, dtype=torch.float32, device=sums[0][0].device)}
 
 
 def warn_of_freeze(step: int, warmup_steps: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from automagic_bnb import bnb, checkpoint, config, memory, metrics, reference, requantization
+from automagic_bnb import bnb, checkpoint, config, memory, metrics, paged, reference, requantization
 from automagic_bnb import state as st
 from automagic_bnb.fused import FusedStep
 from automagic_bnb.notices import warn_once
@@ -197,8 +197,7 @@ class Automagic(bnb.Optimizer2State):
         Raises:
             TypeError, ValueError: the override holds an unknown option or an illegal value.
         """
-        if type(group["betas"]) is not tuple or len(group["betas"]) != 3:
-            group["betas"] = config.check_option("betas", group["betas"], " of a parameter group")
+        config.complete_betas(group)
         override = bnb.overrides_of(p)
         if self._overrides and p in self._overrides:
             override = {**override, **self._overrides[p]}
@@ -233,8 +232,8 @@ class Automagic(bnb.Optimizer2State):
         state, local = self.state[p], local_tensor(p)
         wanted = st.storage_of(local, options, self.facts_of(p).is_embedding)
         storage = st.storage_held(state) if "state1" in state else wanted
-        if self.is_paged and local.device.type == "cpu":
-            warn_once("paged optimizer states exist on CUDA only; on the CPU they are ordinary memory")
+        if self.is_paged and not paged.exists_on(local.device):
+            warn_once("paged optimizer states exist on CUDA only; elsewhere they are ordinary memory")
         checkpoint.complete(state, local, storage, options, self.is_paged)
         if (shard := checkpoint.shard_of(p)) is not None:
             state["shard"] = shard  # lets a checkpoint of another process's part be told
@@ -538,7 +537,7 @@ class Automagic(bnb.Optimizer2State):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        facts, overrides = state.pop("facts", None), state.pop("overrides", [])
+        facts, overrides = state.pop("facts", None), state.pop("overrides", None)
         super().__setstate__(state)
         if facts is None:
             return
@@ -548,12 +547,15 @@ class Automagic(bnb.Optimizer2State):
         bnb.restore_managers(self)
         parameters = [p for group in self.param_groups for p in group["params"]]
         self._facts = dict(zip(parameters, facts, strict=True))
+        overrides = overrides or [({}, {})] * len(parameters)
         self._overrides = {p: dict(own) for p, (_, own) in zip(parameters, overrides, strict=True) if own}
         for p, (shared, _) in zip(parameters, overrides, strict=True):
             bnb.override(p, shared)
         for p, values in self.state.items():
+            if "state1" not in values:
+                continue
             st.link_code_books(values, local_tensor(p).device)
-            if self.is_paged:  # a copy is in ordinary memory
+            if self.is_paged:  # a copy is in ordinary memory, for which there must be room
                 for name in st.ELEMENT_KEYS & values.keys():
                     values[name] = st.empty_element_state(local_tensor(p), values[name].dtype, True).copy_(values[name])
 

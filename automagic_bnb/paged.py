@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_HOST, _ATTACH_GLOBAL, _CONCURRENT_ACCESS = -1, 1, 89
-"""CU_DEVICE_CPU, CU_MEM_ATTACH_GLOBAL and CU_DEVICE_ATTRIBUTE_CONCURRENT_MANAGED_ACCESS of the driver's interface."""
+_HOST, _ATTACH_GLOBAL, _CONCURRENT_ACCESS, _OUT_OF_MEMORY = -1, 1, 89, 2
+"""CU_DEVICE_CPU, CU_MEM_ATTACH_GLOBAL, CU_DEVICE_ATTRIBUTE_CONCURRENT_MANAGED_ACCESS and CUDA_ERROR_OUT_OF_MEMORY of
+the driver's interface."""
 _held: set[int] = set()
 """The addresses of all that is held. A mark on the tensor would be copied along to tensors in ordinary memory."""
 
@@ -34,19 +35,30 @@ def empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor
     """An uninitialised contiguous CUDA tensor in managed memory.
 
     Raises:
-        MemoryError: neither the GPU nor the host has room.
+        torch.cuda.OutOfMemoryError: neither the GPU nor the host has room.
     """
     size = math.prod(shape) * dtype.itemsize
     pointer = ctypes.c_uint64()
     with torch.cuda.device(device):
-        if _driver().cuMemAllocManaged(ctypes.byref(pointer), ctypes.c_size_t(size), ctypes.c_uint(_ATTACH_GLOBAL)):
-            raise MemoryError(f"no managed memory left for {size:,} bytes of paged optimizer state")
+        torch.cuda.mem_get_info(device)  # makes the device's context this thread's, on which the driver's calls rest
+        status = _driver().cuMemAllocManaged(
+            ctypes.byref(pointer), ctypes.c_size_t(size), ctypes.c_uint(_ATTACH_GLOBAL)
+        )
+        if status == _OUT_OF_MEMORY:
+            raise torch.cuda.OutOfMemoryError(f"no managed memory left for {size:,} bytes of paged optimizer state")
+        _check(status)
         address = pointer.value
         owner = _Managed(address, size)
-        tensor = torch.as_tensor(owner, device=device).view(dtype).view(shape)
-    weakref.finalize(owner, _free, address, device).atexit = False  # at the end the driver takes everything back
-    _held.add(address)
-    return tensor
+        _held.add(address)
+        weakref.finalize(owner, _free, address, device).atexit = False  # at the end the driver takes everything back
+        tensor = torch.as_tensor(owner, device=device)
+        assert tensor.data_ptr() == address, "torch has copied what it was to take as it is"
+    return tensor.view(dtype).view(shape)
+
+
+def exists_on(device: torch.device) -> bool:
+    """Whether a device has managed memory that is had in this way: NVIDIA's."""
+    return device.type == "cuda" and torch.version.hip is None
 
 
 def is_paged(tensor: Any) -> bool:
@@ -55,19 +67,23 @@ def is_paged(tensor: Any) -> bool:
 
 
 def prefetch(tensors: Iterable[Tensor], stream: torch.cuda.Stream, to_host: bool = False) -> None:
-    """Start moving paged tensors to their device, or to the host, on a stream; nothing waits for it.
+    """Start moving paged tensors to their device, or (to see what that costs) to the host; nothing waits for it.
 
     Where the driver cannot (Windows, GPUs before Pascal), they come when they are first used.
+
+    Args:
+        stream: of the tensors' device.
     """
     for tensor in tensors:
         if not _moves_on_request(tensor.device.index):
             continue
-        _check(_driver().cuMemPrefetchAsync(
-            ctypes.c_uint64(tensor.data_ptr()),
-            ctypes.c_size_t(tensor.nbytes),
-            ctypes.c_int(_HOST if to_host else tensor.device.index),
-            ctypes.c_void_p(stream.cuda_stream),
-        ))  # fmt: skip
+        with torch.cuda.device(tensor.device):  # the default stream's number is that of the current device's
+            _check(_driver().cuMemPrefetchAsync(
+                ctypes.c_uint64(tensor.data_ptr()),
+                ctypes.c_size_t(tensor.nbytes),
+                ctypes.c_int(_HOST if to_host else tensor.device.index),
+                ctypes.c_void_p(stream.cuda_stream),
+            ))  # fmt: skip
 
 
 def _free(address: int, device: torch.device) -> None:

@@ -125,7 +125,7 @@ def storage_held(state: State) -> str:
 
 def empty_element_state(p: Tensor, dtype: torch.dtype, paged: bool) -> Tensor:
     """An uninitialised contiguous tensor shaped like p; in managed memory if `paged` and large and on CUDA."""
-    if paged and p.device.type == "cuda" and p.numel() >= PAGED_MIN_SIZE:
+    if paged and paged_memory.exists_on(p.device) and p.numel() >= PAGED_MIN_SIZE:
         return paged_memory.empty(p.shape, dtype, p.device)
     return torch.empty(p.shape, dtype=dtype, device=p.device)
 

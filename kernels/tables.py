@@ -194,7 +194,6 @@ class Member:
     """One parameter of a plan."""
 
     p: Tensor
-    theta: Tensor
     state: st.State
     group: dict[str, Any]
     source: int
@@ -204,6 +203,11 @@ class Member:
     sharded: bool
     rate: Tensor | None
     """auto_lr's d."""
+
+    @property
+    def theta(self) -> Tensor:
+        """The (local) parameter, taken anew each time: who moves its memory elsewhere wants the old to be freed."""
+        return st.local_tensor(self.p).detach()
 
 
 @dataclass
@@ -287,9 +291,9 @@ class Bucket:
             return False
         if self.first_address != self.tensors[0][0].data_ptr():
             return False
-        try:  # identical objects compare equal at once; others are tensors, whose == is no answer, or lack a key
+        try:  # identical tensors compare equal at once; of others == is no answer
             same = (
-                list(map(state_of.__getitem__, self.parameters)) == self.states
+                all(map(operator.is_, map(state_of.get, self.parameters), self.states))
                 and list(map(self.tensors_of, self.states)) == self.tensors
             )
         except (KeyError, RuntimeError):
@@ -298,6 +302,11 @@ class Bucket:
         return same and all(
             all(map(operator.is_, self.tensors_of(self.states[row]), self.tensors[row])) for row in self.short
         )
+
+    def next_step(self, rows: np.ndarray, grads: np.ndarray) -> int:
+        """The highest t that these members are about to step to; 0 if none has a gradient."""
+        steps = np.array(list(map(_STEP, self.states)))[rows]
+        return int(np.where(grads[rows] != 0, steps + 1, 0).max())
 
     def agrees(self, sources: list[dict[str, Any]]) -> bool:
         """Whether all members still have the launch's numbers in common."""

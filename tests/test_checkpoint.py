@@ -328,6 +328,19 @@ def test_the_nested_form_of_bitsandbytes_loads(tools: Any) -> None:
     assert not tools.differences(tools.snapshot(opt), tools.snapshot(again))
 
 
+def test_a_checkpoint_written_under_a_one_cycle_schedule_loads(tools: Any) -> None:
+    """Which has put bounds of its own into the groups, here below the rate that the optimizer was built with."""
+    opt = build(tools, lr=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=5e-4, total_steps=20, cycle_momentum=False)
+    for step in range(3):
+        train(tools, opt, step, step + 1)
+        schedule.step()
+    other = resumed(tools, opt)
+    for x in (opt, other):
+        train(tools, x, 3, 5)
+    assert not tools.differences(tools.snapshot(opt), tools.snapshot(other))
+
+
 def as_in_0_1_0(state_dict: Any) -> Any:
     """The checkpoint with `tensor_stats` as that version kept them: two more figures behind the first."""
     state_dict = through_file(state_dict)
@@ -424,9 +437,9 @@ WRONG: dict[str, tuple[Edit, str]] = {
     "no second moment": (drop("state2"), "another optimizer"),
     "a stranger's key": (lambda saved: saved["state"][3].update(exp_avg=torch.zeros(3)), "a later version.*exp_avg"),
     "a negative step": (lambda saved: saved["state"][3].update(step=-5), "step is -5; expected a number >= 0"),
-    "a rate above its bound": (
-        lambda saved: saved["param_groups"][1].update(base_lr=5.0, max_lr=0.01),
-        r"lr=5.0 in the checkpoint's group 1: lies above max_lr=0.01",
+    "bounds the wrong way round": (
+        lambda saved: saved["param_groups"][1].update(min_lr=5.0, max_lr=0.01),
+        r"min_lr=5.0 in the checkpoint's group 1: must not exceed max_lr=0.01",
     ),
     "no groups": (lambda saved: saved.pop("param_groups"), "no optimizer's checkpoint: it holds .'state'."),
     "a shard of a parameter": (lambda saved: saved["state"][3].update(shard=1), "holds shard 1, here is None"),

@@ -98,6 +98,55 @@ def test_an_override_ends_with_its_parameter(tools: Any) -> None:
     assert key not in manager.pid2config
 
 
+@pytest.mark.parametrize("carry", CARRIES.values(), ids=CARRIES)
+def test_an_override_of_a_copy_ends_with_it(carry: Carry, tools: Any) -> None:
+    """Also of one that was never stepped, and of a module's."""
+    embedding = bitsandbytes.nn.StableEmbedding(100, 64)
+    p = tools.parameters((64, 64))
+    override(p[0], lr=5e-4)
+    other = carry((p, embedding, Automagic8bit([*p, *embedding.parameters()], lr=1e-3)))
+    originals = {id(p[0]), id(embedding.weight)}
+    assert originals < set(GlobalOptimManager.get_instance().pid2config)
+    assert len(GlobalOptimManager.get_instance().pid2config) == 4
+    del other
+    gc.collect()
+    assert set(GlobalOptimManager.get_instance().pid2config) == originals
+
+
+def test_an_override_that_gets_its_options_later_is_seen(tools: Any) -> None:
+    p = tools.parameters((8, 16))
+    options: dict[str, Any] = {}
+    override(p[0], **options)
+    opt = Automagic8bit(p, lr=1e-3, backend="triton", min_8bit_size=0, weight_decay=0.0)
+    tools.train(opt, p, range(1))
+    before = p[0].detach().clone()
+    override(p[0], lr=0.0)
+    tools.train(opt, p, range(1, 2))
+    assert torch.equal(before, p[0])
+
+
+def test_a_pickle_without_overrides_loads(tools: Any) -> None:
+    """As written before they were carried along."""
+    p = tools.parameters((64, 64))
+    opt = Automagic8bit(p, lr=1e-3)
+    tools.train(opt, p, range(1))
+    state = opt.__getstate__()
+    del state["overrides"]
+    other = Automagic8bit.__new__(Automagic8bit)
+    other.__setstate__(state)
+    tools.train(other, p, range(1, 2))
+
+
+def test_a_parameter_whose_state_was_deleted_is_copied(tools: Any) -> None:
+    p = tools.parameters((64, 64), (64, 64))
+    opt = Automagic8bit(p, lr=1e-3)
+    tools.train(opt, p, range(1))
+    opt.state[p[0]].clear()
+    q, other = copy.deepcopy((p, opt))
+    tools.train(other, q, range(1, 2))
+    assert [other.state[x]["step"] for x in q] == [1, 2]
+
+
 def test_another_optimizers_override_stays(tools: Any) -> None:
     """The optimizer goes, the parameter stays: so does what was said of it."""
     p = tools.parameters((64, 64))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import types
+import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -104,12 +107,12 @@ def groups_built_anew(opt: Automagic, p: list[Any]) -> None:
 
 
 def state_replaced(opt: Automagic, p: list[Any]) -> None:
-    opt.state[p[0]] = copy.deepcopy(dict(opt.state[p[0]]))
+    opt.state[p[0]] = dict(opt.state[p[0]])  # equal, and yet another one: its step is the one to count
     opt.state[p[1]]["lr_mask"] = torch.full_like(opt.state[p[1]]["lr_mask"], 90)
 
 
 def one_group_has_other_numbers(opt: Automagic, p: list[Any]) -> None:
-    opt.param_groups[1]["betas"] = [0.5, 0.6, 0.7]
+    opt.param_groups[1]["betas"] = (0.5, 0.6)  # with the third as it is by default
 
 
 def all_groups_have_other_numbers(opt: Automagic, p: list[Any]) -> None:
@@ -192,6 +195,85 @@ def test_a_schedule_of_rates_and_betas_keeps_the_plan(monkeypatch: pytest.Monkey
         assert (p - q).abs().max() < 1e-4
 
 
+def test_a_parameter_that_has_become_contiguous_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = parameter(8, 16)
+    p.data = p.data.t()
+    opt = build([p], "triton")
+    give(p)
+    opt.step()
+    assert opt._fused._plan is not None
+    assert opt._fused._plan.buckets == []
+    p.grad, p.data = None, p.data.contiguous()
+    give(p)
+    opt.step()
+    assert len(opt._fused._plan.buckets) == 1
+
+
+# --- what is kept alive -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["step", "step_parameter"])
+def test_an_optimizer_that_is_dropped_frees_its_states_at_once(way: str) -> None:
+    """Without waiting for Python's collector of cycles: out of memory is no time for that."""
+    p = parameter(8, 16)
+    opt = build([p], "triton")
+    give(p)
+    opt.step() if way == "step" else opt.step_parameter(p, opt.param_groups[0], 0)
+    state = weakref.ref(opt.state[p]["state1"])
+    gc.disable()
+    try:
+        del opt
+        assert state() is None
+    finally:
+        gc.enable()
+
+
+def test_a_model_that_is_moved_away_frees_its_memory() -> None:
+    """Between two steps, as offloading does; the plan of the step before must not hold on to it."""
+    p = parameter(8, 16)
+    opt = build([p], "triton")
+    give(p)
+    opt.step()
+    memory = weakref.ref(p.data.untyped_storage())
+    kept = weakref.WeakSet([p.data])
+    p.data = p.data.clone()
+    p.grad = None
+    gc.collect()
+    assert memory() is None
+    assert len(kept) == 0
+
+
+def test_plans_of_parameters_that_are_gone_are_dropped() -> None:
+    p = [parameter(4, 8, seed=i) for i in range(2)]
+    opt = build(p, "triton")
+    for round_ in range(3):
+        for i in range(2):
+            opt.param_groups[0]["params"][i] = q = parameter(4, 8, seed=10 * round_ + i)
+            give(q)
+            opt.step_parameter(q, opt.param_groups[0], i)
+    assert len(opt._fused._plans_of_one) <= 2 + 2
+
+
+# --- several devices --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lr", [None, 1e-3])
+def test_a_found_rate_on_several_devices_is_left_to_plain_pytorch(lr: float | None) -> None:
+    """Told once; a given rate needs nothing from another device."""
+    p = [parameter(8, 16), parameter(8, 16, seed=1)]
+    opt = build(p, "triton", lr=lr)
+    give(*p)
+    groups = opt.param_groups
+    far: Any = types.SimpleNamespace(device=torch.device("meta"))
+    shown = {**groups[0], "params": [p[0], far]}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        plan = opt._fused._make_plan([(shown, p[0])])
+    assert [x for _, x in plan.rest] == ([p[0]] if lr is None else [])
+    assert len([w for w in told if "lies on several devices" in str(w.message)]) == (lr is None)
+    assert not plan._would_take(shown, p[0], "triton")
+
+
 # --- errors before anything has moved ---------------------------------------------------------------------------------
 
 
@@ -264,7 +346,9 @@ def test_paged_states_are_fetched_one_part_ahead(
     monkeypatch.setattr(tables, "is_paged", lambda x: getattr(x, "dtype", None) == torch.uint8 and x.numel() == 256)
     monkeypatch.setattr(tables, "PAGED_PART", part)
     monkeypatch.setattr(tables, "FETCHED_BYTES", 0)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    waits: list[str] = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: types.SimpleNamespace(wait_stream=waits.append))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the kernels' stream")
     events: list[str] = []
 
     def place(state: Any) -> str:
@@ -278,3 +362,4 @@ def test_paged_states_are_fetched_one_part_ahead(
     monkeypatch.setattr(step, "launch", lambda bucket, *_: events.append(f"step {' '.join(map(place, bucket.states))}"))
     opt.step()
     assert events == expected
+    assert len(waits) == len([x for x in expected if x.startswith("fetch")]) or part > 1
