@@ -106,6 +106,46 @@ def test_hugging_face_trainer_resumes_bit_for_bit(lr: float | None, tmp_path: Pa
     assert not all(torch.equal(a, b) for a, b in zip(trained(whole), trained(tiny_llama(torch.bfloat16)), strict=True))
 
 
+# ------------------------------------------------------------------------------------------------------------------ TRL
+
+
+def sft_trainer(model: Any, folder: Path, steps: int, **options: Any) -> Any:
+    """TRL's, over numbers spelled as words, with the LoRA made by itself."""
+    trl, peft = pytest.importorskip("trl"), pytest.importorskip("peft")
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {str(i): i for i in range(VOCABULARY - 2)} | {"<pad>": VOCABULARY - 2, "<end>": VOCABULARY - 1}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    texts = [" ".join(str(int(x) % (VOCABULARY - 2)) for x in row["input_ids"]) for row in sentences()]
+    args = trl.SFTConfig(
+        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=4, logging_steps=1, save_steps=5,
+        report_to=[], use_cpu=True, bf16=False, disable_tqdm=True, gradient_checkpointing=False, seed=5,
+    )  # fmt: skip
+    return trl.SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_dict({"text": texts}),
+        processing_class=PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>"),
+        peft_config=peft.LoraConfig(r=64, target_modules=["q_proj", "down_proj"], lora_dropout=0.0),
+        optimizer_cls_and_kwargs=(Automagic8bit, options),
+    )
+
+
+@pytest.mark.parametrize("lr", [5e-3, None])
+def test_trl_trains_and_resumes_bit_for_bit(lr: float | None, tmp_path: Path) -> None:
+    """A LoRA over a small Llama, half of the run from a checkpoint."""
+    whole = sft_trainer(tiny_llama(), tmp_path / "run", 10, lr=lr, lora=True)
+    whole.train()
+    resumed = sft_trainer(tiny_llama(), tmp_path / "run", 10, lr=lr, lora=True)
+    start = [p.clone() for p in trained(resumed.model)]
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-5"))
+    assert all(torch.equal(a, b) for a, b in zip(trained(whole.model), trained(resumed.model), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(trained(whole.model), start, strict=True))
+
+
 # ----------------------------------------------------------------------------------------------------------- accelerate
 
 
