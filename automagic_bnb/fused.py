@@ -169,8 +169,9 @@ class FusedStep:
     def run(self) -> list[tuple[dict[str, Any], Tensor]]:
         """Step every parameter the kernels take; the others, with their groups, are returned."""
         if self.optimizer.config.backend == "torch":
-            self._check(self._everything())
-            return self._everything()
+            parameters = self._everything()
+            self._check(parameters)
+            return parameters
         self._plan, rest = self._run(self._plan, self._everything)
         if self._plan.groups is None:
             self._plan.groups = [(group, list(group["params"])) for group in self.optimizer.param_groups]

@@ -166,7 +166,7 @@ def _memory_of(optimizer: Automagic, group: dict[str, Any], p: Tensor) -> Parame
 def _missing(state: st.State, p: Tensor, storage: str, options: dict[str, Any], is_paged: bool) -> list[Piece]:
     """What `state.complete` would add."""
     shape_only = torch.empty(p.shape, dtype=p.dtype, device="meta")
-    large = is_paged and paged.exists_on(p.device) and p.numel() >= st.PAGED_MIN_SIZE
+    large = st.pages(p, is_paged)
     return [
         Piece(key, make().nbytes, exists=False, paged=large and key in st.ELEMENT_KEYS)
         for key, make in st.recipes(shape_only, storage, options).items()

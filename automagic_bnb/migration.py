@@ -25,7 +25,7 @@ from automagic_bnb import quantization as q
 from automagic_bnb import state as st
 from automagic_bnb.moments import moments_of
 from automagic_bnb.notices import warn_once
-from automagic_bnb.reference import K_MAX, K_MIN, Blocks
+from automagic_bnb.reference import FLOAT_TINY, K_MAX, K_MIN, Blocks
 
 WRAPPED = "__bnb_optimizer_quant_state__"
 """bitsandbytes moves block-wise tensors under this key, so that FSDP does not gather them."""
@@ -34,7 +34,6 @@ OWN_KEYS = frozenset(["tensor_stats", "torque"])
 ADAM_BETAS = (0.9, 0.999)
 SECOND_DECAY = 0.999
 """beta2 of ai-toolkit's Automagic, where its group has none."""
-TINY = 1e-37
 
 Options = dict[str, Any]
 
@@ -89,7 +88,7 @@ def fill(state: st.State, carried: Carried, p: Tensor, options: Options) -> None
     beta1, beta2, _ = options["betas"]
     if carried.momentum is not None:
         m = blocks.cut(carried.momentum)
-        bound = options["clip_threshold"] / blocks.mean(m.square()).sqrt().clamp_min(TINY)
+        bound = options["clip_threshold"] / blocks.mean(m.square()).sqrt().clamp_min(FLOAT_TINY)
         moments.write(1, m * bound.clamp_max(1) * (1 - beta1**carried.step), None)
     if carried.second is not None:
         moments.write(2, blocks.cut(carried.second) * (1 - beta2**carried.step), None)
@@ -210,7 +209,7 @@ class Reader:
         if "exp_avg_sq_row" in self.saved:
             row = self.floats("exp_avg_sq_row", shape[:-1])
             col = self.floats("exp_avg_sq_col", (*shape[:-2], *shape[-1:]))
-            mean = row.mean(dim=-1, keepdim=True).clamp_min(TINY)
+            mean = row.mean(dim=-1, keepdim=True).clamp_min(FLOAT_TINY)
             return (row / mean).unsqueeze(-1) * col.unsqueeze(-2)
         return self.optional("exp_avg_sq")
 
@@ -245,7 +244,7 @@ def _read_adam(reader: Reader, group: dict[str, Any]) -> Carried:
     m = _unbiased(reader.adam_moment(1), beta1, step)
     # A mean of squares is no less than the square of the mean; 8-bit codes can say 0 where it is small.
     v = torch.maximum(_unbiased(reader.adam_moment(2), beta2, step), m.square())
-    return Carried(step, momentum=(m / v.sqrt().clamp_min(TINY)).clamp(-1, 1), second=v)
+    return Carried(step, momentum=(m / v.sqrt().clamp_min(FLOAT_TINY)).clamp(-1, 1), second=v)
 
 
 def _read_automagic(reader: Reader, group: dict[str, Any], options: Options) -> Carried:
@@ -272,5 +271,5 @@ def _direction(momentum: Tensor, beta1: float) -> Tensor:
     """
     blocks = Blocks(momentum)
     m = blocks.cut(momentum)
-    rms = blocks.mean(m.square()).sqrt().clamp_min(TINY)
+    rms = blocks.mean(m.square()).sqrt().clamp_min(FLOAT_TINY)
     return blocks.join(m / rms * math.sqrt((1 - beta1) / (1 + beta1))).view(momentum.shape)

@@ -230,8 +230,10 @@ class Automagic(bnb.Optimizer2State):
         """Make the state of one parameter, or add what newly switched-on options need."""
         options = self.effective_options(group, p)
         state, local = self.state[p], local_tensor(p)
-        wanted = st.storage_of(local, options, self.facts_of(p).is_embedding)
-        storage = st.storage_held(state) if "state1" in state else wanted
+        if "state1" in state:
+            storage = st.storage_held(state)
+        else:
+            storage = st.storage_of(local, options, self.facts_of(p).is_embedding)
         if self.is_paged and not paged.exists_on(local.device):
             warn_once("paged optimizer states exist on CUDA only; elsewhere they are ordinary memory")
         checkpoint.complete(state, local, storage, options, self.is_paged)
@@ -269,8 +271,8 @@ class Automagic(bnb.Optimizer2State):
         of memory) each parameter is wholly in its old or its new storage, and a further call goes on.
 
         Args:
-            parameters: one or several parameters of this optimizer: the options then become overrides of these only,
-                as from `GlobalOptimManager`, which a checkpoint does not hold. None: all.
+            parameters: one or several parameters of this optimizer: the options then become its overrides of these
+                only, over those of `GlobalOptimManager`; a checkpoint does not hold them. None: all.
             optim_bits, min_8bit_size, factored, force_8bit, stable_emb: as in the constructor; None: unchanged.
 
         Raises:
@@ -319,23 +321,12 @@ class Automagic(bnb.Optimizer2State):
             with torch.enable_grad():
                 loss = closure()
         self._adopt_overrides()
-        self._warn_of_peaks()
         tasks = []
         for group, p in self._fused.run():
             if p.grad is not None:
                 tasks += self._update(group, p)
         reference.shrink_ranks(tasks)
         return loss
-
-    def _warn_of_peaks(self) -> None:
-        """Say where a schedule drives a rate that is being found far above its bounds."""
-        for group in self.param_groups:
-            if group["auto_lr"] and reference.relative_rate(group) > PEAK_TOLD:
-                warn_once(
-                    f"a schedule has raised lr to more than {PEAK_TOLD:g} times its initial_lr, and with it the rate "
-                    "that is being found, above max_lr. OneCycleLR and CyclicLR begin far below their peak: give the "
-                    "optimizer an lr with them, or choose a schedule that begins at its peak"
-                )
 
     @torch.no_grad()
     def step_parameter(self, p: Tensor, group: Group, i: int | None = None) -> None:
@@ -413,8 +404,15 @@ class Automagic(bnb.Optimizer2State):
 
     @staticmethod
     def publish_rate(group: Group) -> None:
-        """Put the rate found where some trainers look for it, in place of `lr`."""
-        group["effective_lr"] = group["auto_lr_rate"] * reference.relative_rate(group)
+        """Put the rate found where some trainers look for it, in place of `lr`; say if a schedule drives it far up."""
+        relative = reference.relative_rate(group)
+        group["effective_lr"] = group["auto_lr_rate"] * relative
+        if relative > PEAK_TOLD:
+            warn_once(
+                f"a schedule has raised lr to more than {PEAK_TOLD:g} times its initial_lr, and with it the rate that "
+                "is being found, above max_lr. OneCycleLR and CyclicLR begin far below their peak: give the optimizer "
+                "an lr with them, or choose a schedule that begins at its peak"
+            )
 
     def get_learning_rates(self) -> list[float | Tensor]:
         """Each group's learning rate: a float, or where it is being found a 0-d tensor (nothing synchronises).

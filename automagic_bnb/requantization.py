@@ -69,8 +69,6 @@ def _checked(optimizer: Automagic, options: dict[str, Any]) -> dict[str, Any]:
     """
     given = {name: value for name, value in options.items() if value is not None}
     changes = {name: config.check_parameter_option(name, value, " of requantize") for name, value in given.items()}
-    if changes.get("optim_bits") == 32:
-        changes.setdefault("force_8bit", False)  # what stood against 32 bits ends
     if changes.get("force_8bit"):
         for group in optimizer.param_groups:
             config.check_storage({**group, **changes}, " of requantize")
@@ -79,8 +77,14 @@ def _checked(optimizer: Automagic, options: dict[str, Any]) -> dict[str, Any]:
     return changes
 
 
+def _without_force(changes: dict[str, Any]) -> dict[str, Any]:
+    """The changes, and with 32 bits the end of what stands against them."""
+    return {**changes, "force_8bit": False} if changes.get("optim_bits") == 32 else changes
+
+
 def _set_for_all(optimizer: Automagic, changes: dict[str, Any]) -> None:
     """Put the options where states made later, groups added later and checkpoints take them from."""
+    changes = _without_force(changes)
     for name, value in changes.items():
         setattr(optimizer.config, name, value)
     optimizer.defaults.update(changes)
@@ -117,7 +121,7 @@ def _chosen(
 def _override(optimizer: Automagic, parameters: list[Tensor], changes: dict[str, Any]) -> None:
     if changes:
         for p in parameters:
-            optimizer._overrides[p] = {**optimizer._overrides.get(p, {}), **changes}
+            optimizer._overrides[p] = {**optimizer._overrides.get(p, {}), **_without_force(changes)}
 
 
 # --- one parameter ----------------------------------------------------------------------------------------------------

@@ -123,9 +123,14 @@ def storage_held(state: State) -> str:
     return "8bit" if state["state1"].dtype == torch.uint8 else "32bit"
 
 
+def pages(p: Tensor, paged: bool) -> bool:
+    """Whether a paged optimizer keeps this parameter's element-wise states in managed memory."""
+    return paged and paged_memory.exists_on(p.device) and p.numel() >= PAGED_MIN_SIZE
+
+
 def empty_element_state(p: Tensor, dtype: torch.dtype, paged: bool) -> Tensor:
     """An uninitialised contiguous tensor shaped like p; in managed memory if `paged` and large and on CUDA."""
-    if paged and paged_memory.exists_on(p.device) and p.numel() >= PAGED_MIN_SIZE:
+    if pages(p, paged):
         return paged_memory.empty(p.shape, dtype, p.device)
     return torch.empty(p.shape, dtype=dtype, device=p.device)
 

@@ -22,6 +22,8 @@ import triton.language as tl
 # Where PTX cannot be written (the interpreter, AMD) the general functions stand in for the fast instructions.
 _PTX = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") != "1" and torch.version.hip is None)
 
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
 # 1.5 · 2^23: adding it leaves a float32's nearest whole number in the low bits, without a conversion instruction.
 MAGIC = tl.constexpr(12582912.0)
 _TOP_SIGNED = tl.constexpr(0.45 / 64)  # 1 minus the last value below 1

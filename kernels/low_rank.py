@@ -10,7 +10,6 @@ from enum import IntEnum
 from typing import Any
 
 import numpy as np
-import torch
 import triton
 import triton.language as tl
 from automagic_bnb.kernels import codec
@@ -208,7 +207,6 @@ def low_rank_kernel(
 
 _TILES = {16: (64, 4), 32: (64, 4), 64: (32, 8)}
 """By RANK: SPAN and the number of warps. Others differ by 10 % at most (benchmarks/NOTES.md); 64 is not measured."""
-_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def takes(member: Member, spec: Spec) -> bool:
@@ -267,7 +265,7 @@ class Matrices:
         span, warps = _TILES[rank]
         low_rank_kernel[(len(host),)](
             table_ptr=table,
-            P=_DTYPES[spec.theta_dtype],
+            P=codec.DTYPES[spec.theta_dtype],
             UNIT=self.unit if aligned else 1,
             RANK=rank,
             SPAN=span,

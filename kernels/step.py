@@ -709,7 +709,6 @@ def step_kernel(
 _MAX_REGISTERS = {(False, False): 96, (True, False): 128, (False, True): 96, (True, True): 96}
 """Per thread, on NVIDIA, by whether the mask moves and whether moments are factored: more warps at once are worth some
 spilled registers. Measured: benchmarks/NOTES.md."""
-DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def _compiler_options(device: torch.device, warm: bool, factored: bool) -> dict[str, Any]:
@@ -731,7 +730,7 @@ def launch(bucket: Bucket, grads: np.ndarray, sources: list[dict[str, Any]]) -> 
     aligned = bucket.aligned and not (grads & 15).any()
     clips = numbers
     if spec.scaled:
-        clips = statistics.clip_factors(bucket, addresses, numbers, DTYPES[spec.grad_dtype], aligned)
+        clips = statistics.clip_factors(bucket, addresses, numbers, codec.DTYPES[spec.grad_dtype], aligned)
     book1, book2 = bnb.code_book(True, spec.device), bnb.code_book(False, spec.device)
     partials = torch.empty(3 * bucket.programs if warm or spec.auto else 0, device=spec.device)
     step_kernel[(bucket.programs,)](
@@ -753,8 +752,8 @@ def launch(bucket: Bucket, grads: np.ndarray, sources: list[dict[str, Any]]) -> 
         edge_penalty=edge_penalty,
         edge_threshold=edge_threshold,
         detail=detail,
-        P=DTYPES[spec.theta_dtype],
-        G=DTYPES[spec.grad_dtype],
+        P=codec.DTYPES[spec.theta_dtype],
+        G=codec.DTYPES[spec.grad_dtype],
         WIDE=16 if aligned else 2,
         BLOCKS=BLOCKS_PER_PROGRAM,
         EIGHT=spec.storage != "32bit",

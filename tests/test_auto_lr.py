@@ -370,8 +370,9 @@ PEAKS = {
 }
 
 
+@pytest.mark.parametrize("way", ["step", "step_parameter"])
 @pytest.mark.parametrize("schedule", PEAKS.values(), ids=PEAKS)
-def test_a_schedule_that_begins_far_below_its_peak_is_told(schedule: Callable[[Any], Any]) -> None:
+def test_a_schedule_that_begins_far_below_its_peak_is_told(schedule: Callable[[Any], Any], way: str) -> None:
     """It multiplies the rate found by up to 25 or 100; with a given rate it is what it is meant to be."""
     for lr in (None, 1e-4):
         p = torch.nn.Parameter(torch.zeros(60, 64))
@@ -381,7 +382,7 @@ def test_a_schedule_that_begins_far_below_its_peak_is_told(schedule: Callable[[A
             warnings.simplefilter("always")
             for t in range(20):
                 p.grad = normal(60, 64, seed=t)
-                opt.step()
+                opt.step() if way == "step" else opt.step_parameter(p, opt.param_groups[0], 0)
                 scheduler.step()
         assert len([w for w in told if "a schedule has raised lr to more than 4 times" in str(w.message)]) == (
             lr is None

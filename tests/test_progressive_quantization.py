@@ -339,6 +339,7 @@ def test_thresholds_hold_for_an_optimizer_that_forced_8_bits(tools: Any) -> None
     p = tools.parameters((16, 16), (128, 128))
     opt = Automagic8bit(p, lr=1e-3, force_8bit=True)
     schedule = ProgressiveQuantization(opt, 10)
+    Automagic8bit(p, **opt.config.__dict__)
     seen = []
     for step in range(10):
         tools.train(opt, p, range(step, step + 1))
