@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from operator import is_
@@ -121,15 +121,18 @@ class Plan:
     overrides: tuple[int, ...] = ()
     groups: list[tuple[dict[str, Any], list[Tensor]]] | None = None
     """Each group, and the parameters in it, which wrappers may exchange; None in the plan of a single parameter."""
+    states: dict[Tensor, st.State] = field(default_factory=dict)
+    """Of all parameters of the groups."""
 
     def is_current(self, optimizer: Automagic, options: list[dict[str, Any]]) -> bool:
         return (
             self._has_groups(optimizer.param_groups)
+            and self._has_states(optimizer.state)
             and self.overrides == bnb.overridden_ids()
             and all(s.signature == signature(o) for s, o in zip(self.sources, options, strict=True))
             and not any(p.grad is not None for p in self.idle)
             and not any(self._would_take(group, p, optimizer.config.backend) for group, p in self.rest)
-            and all(bucket.agrees(options) and bucket.is_current(optimizer.state) for bucket in self.buckets)
+            and all(bucket.agrees(options) and bucket.is_current() for bucket in self.buckets)
         )
 
     def _would_take(self, group: dict[str, Any], p: Tensor, backend: str | None) -> bool:
@@ -141,6 +144,18 @@ class Plan:
         return len(groups) == len(self.groups) and all(
             group is known and len(group["params"]) == len(parameters) and all(map(is_, group["params"], parameters))
             for group, (known, parameters) in zip(groups, self.groups, strict=True)
+        )
+
+    def _has_states(self, held: Mapping[Tensor, st.State]) -> bool:
+        """Whether each parameter's state is still the same dictionary; what is in it is for the buckets to see."""
+        if self.groups is None:
+            buckets = self.buckets
+            return all(held.get(p) is state for b in buckets for p, state in zip(b.parameters, b.states, strict=True))
+        # Not one by one: a tensor's hash is a call of Python code.
+        return (
+            len(held) == len(self.states)
+            and all(map(is_, held, self.states))
+            and all(map(is_, held.values(), self.states.values()))
         )
 
 
@@ -175,6 +190,7 @@ class FusedStep:
         self._plan, rest = self._run(self._plan, self._everything)
         if self._plan.groups is None:
             self._plan.groups = [(group, list(group["params"])) for group in self.optimizer.param_groups]
+            self._plan.states = dict(self.optimizer.state)
         return rest
 
     def _check(self, parameters: list[tuple[dict[str, Any], Tensor]]) -> None:

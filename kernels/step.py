@@ -185,10 +185,10 @@ def _tile_estimate(entry_ptr, column: tl.constexpr, block, col_ptr, scale, remai
     lanes = tl.arange(0, BLOCK)
     row_ptr = _row_ptr(entry_ptr, column, block, WIDTH)
     if WIDTH == BLOCK:
-        return tl.load(col_ptr + lanes) * (tl.load(row_ptr) * scale)
+        return tl.load(col_ptr + lanes) * (tl.load(row_ptr, volatile=True) * scale)
     else:  # the 8 elements of a thread lie in one row
         threads = tl.arange(0, BLOCK // 8) * 8
-        rows = tl.load(row_ptr + threads // WIDTH, mask=threads < remaining, other=0.0) * scale
+        rows = tl.load(row_ptr + threads // WIDTH, mask=threads < remaining, other=0.0, volatile=True) * scale
         rows = tl.reshape(tl.broadcast_to(rows[:, None], (BLOCK // 8, 8)), (BLOCK,))
         return tl.load(col_ptr + lanes % WIDTH) * rows
 
@@ -233,18 +233,19 @@ def _statistics(
 ):  # fmt: skip
     """What is kept of each block: absmax of m, v and r, edge history, torque, spatial variance."""
     absmax1, absmax2, absmax3, history, torque, sigma = 1.0, 1.0, 1.0, 0.0, 0.0, 0.0
+    EARLY: tl.constexpr = WIDTH > 0
     if EIGHT:
-        absmax1 = tl.load(address(entry_ptr, ABSMAX1, tl.float32, 4) + block)
+        absmax1 = tl.load(address(entry_ptr, ABSMAX1, tl.float32, 4) + block, volatile=EARLY)
         if WIDTH == 0:
             absmax2 = tl.load(address(entry_ptr, ABSMAX2, tl.float32, 4) + block)
             if CAME:
                 absmax3 = tl.load(address(entry_ptr, ABSMAX3, tl.float32, 4) + block)
     if EDGES:
-        history = tl.load(address(entry_ptr, EDGE, tl.float32, 4) + block)
+        history = tl.load(address(entry_ptr, EDGE, tl.float32, 4) + block, volatile=EARLY)
     if TORQUE_ON:
-        torque = tl.load(address(entry_ptr, TORQUE, tl.float32, 4) + block)
+        torque = tl.load(address(entry_ptr, TORQUE, tl.float32, 4) + block, volatile=EARLY)
     if WARM:
-        sigma = tl.load(address(entry_ptr, SIGMA, tl.float32, 4) + block)
+        sigma = tl.load(address(entry_ptr, SIGMA, tl.float32, 4) + block, volatile=EARLY)
     return absmax1, absmax2, absmax3, history, torque, sigma
 
 
@@ -487,6 +488,7 @@ def _blocks(
     """
     STATE: tl.constexpr = tl.uint8 if EIGHT else tl.float32
     EMPTY: tl.constexpr = 127 if EIGHT else 0
+    EARLY: tl.constexpr = WIDTH > 0
     lanes = tl.arange(0, BLOCK)
     rows, cols = tl.load(entry_ptr + ROWS), tl.load(entry_ptr + COLS)
     first_element = first.to(tl.int64) * BLOCK
@@ -515,9 +517,10 @@ def _blocks(
         valid = lanes < (remaining if CAREFUL else BLOCK)
         place = i * stride * BLOCK + lanes
         g_ptr = grad_ptr + i * stride * BLOCK
-        # Everything is asked for before anything is waited for.
+        # Everything is asked for before anything is waited for; `volatile`, as ptxas would otherwise put off what only
+        # the branch below needs. (With codes of v and r too that costs more registers than it is worth.)
         g_raw = tl.load(grad_ptr + place, mask=valid, other=0).to(tl.float32)
-        m_raw = tl.load(m_ptr + place, mask=valid, other=EMPTY)
+        m_raw = tl.load(m_ptr + place, mask=valid, other=EMPTY, volatile=EARLY)
         if WIDTH:
             v_raw = _tile_estimate(entry_ptr, V_ROW, block, tile[0], tile[2], remaining, WIDTH)
         else:
@@ -528,11 +531,11 @@ def _blocks(
                 r_raw = _tile_estimate(entry_ptr, R_ROW, block, tile[1], tile[3], remaining, WIDTH)
             else:
                 r_raw = tl.load(r_ptr + place, mask=valid, other=0)
-        mask_raw = tl.load(k_ptr + place, mask=valid, other=0)
-        theta_raw = tl.load(theta_ptr + place, mask=valid, other=0)
+        mask_raw = tl.load(k_ptr + place, mask=valid, other=0, volatile=EARLY)
+        theta_raw = tl.load(theta_ptr + place, mask=valid, other=0, volatile=EARLY)
         low_raw = theta_raw
         if ECC:
-            low_raw = tl.load(low_ptr + place, mask=valid, other=0)
+            low_raw = tl.load(low_ptr + place, mask=valid, other=0, volatile=EARLY)
         held = _statistics(entry_ptr, block, EIGHT, WIDTH, EDGES, TORQUE_ON, CAME, WARM)
         if SCALED:
             g_raw = g_raw * clip
@@ -724,7 +727,7 @@ def launch(bucket: Bucket, grads: np.ndarray, sources: list[dict[str, Any]]) -> 
         sources: the effective options by `Member.source`.
     """
     spec = bucket.spec
-    addresses, numbers, warm = bucket.advance(grads, sources)
+    addresses, numbers, warm = bucket.upload_step(grads, sources)
     shared = shared_numbers(sources[bucket.members[0].source])
     betas, eps, clip_threshold, frequency, edge_penalty, edge_threshold, detail = shared
     aligned = bucket.aligned and not (grads & 15).any()
@@ -777,3 +780,4 @@ def launch(bucket: Bucket, grads: np.ndarray, sources: list[dict[str, Any]]) -> 
     )
     if warm or spec.auto:
         statistics.finalise(bucket, addresses, numbers, partials, betas[1], warm)
+    bucket.count()  # while the device works

@@ -7,9 +7,8 @@ imports Triton.
 
 from __future__ import annotations
 
-import itertools
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -280,8 +279,8 @@ class Bucket:
         row[Column.STRIPS] = Tiling.of(theta).strips
         return row
 
-    def is_current(self, state_of: Mapping[Tensor, st.State]) -> bool:
-        """Whether parameters and states still lie where the table says.
+    def is_current(self) -> bool:
+        """Whether parameters and the tensors in their states still lie where the table says.
 
         Of the states it is seen whether they are the same tensors, and whether the first has moved: who moves the
         memory under a state moves that of all.
@@ -292,10 +291,8 @@ class Bucket:
         if self.first_address != self.tensors[0][0].data_ptr():
             return False
         try:  # identical tensors compare equal at once; of others == is no answer
-            same = (
-                all(map(operator.is_, map(state_of.get, self.parameters), self.states))
-                and list(map(self.tensors_of, self.states)) == self.tensors
-            )
+            # One tuple at a time: a thousand at once would set off the garbage collector at each step.
+            same = all(map(operator.eq, map(self.tensors_of, self.states), self.tensors))
         except (KeyError, RuntimeError):
             return False
         # Tensors of one element do have an answer, but a copy is not the same tensor.
@@ -305,7 +302,7 @@ class Bucket:
 
     def next_step(self, rows: np.ndarray, grads: np.ndarray) -> int:
         """The highest t that these members are about to step to; 0 if none has a gradient."""
-        steps = np.array(list(map(_STEP, self.states)))[rows]
+        steps = np.fromiter(map(_STEP, self.states), np.int64, len(self.states))[rows]
         return int(np.where(grads[rows] != 0, steps + 1, 0).max())
 
     def agrees(self, sources: list[dict[str, Any]]) -> bool:
@@ -326,7 +323,7 @@ class Bucket:
         except (AttributeError, TypeError):
             plain = False
         if plain and not self.sharded:
-            return np.array(list(map(Tensor.data_ptr, grads)), dtype=np.int64), grads
+            return np.fromiter(map(Tensor.data_ptr, grads), np.int64, len(grads)), grads
         if not all(st.local_tensor(p).is_contiguous() for p in self.parameters):
             return None
         addresses: list[int] = []
@@ -339,8 +336,8 @@ class Bucket:
             kept.append(grad)
         return np.array(addresses, dtype=np.int64), kept
 
-    def advance(self, grads: np.ndarray, sources: list[dict[str, Any]]) -> tuple[Tensor, Tensor, bool]:
-        """Count the step, and upload its row of each tensor.
+    def upload_step(self, grads: np.ndarray, sources: list[dict[str, Any]]) -> tuple[Tensor, Tensor, bool]:
+        """Upload each tensor's row of the step that comes.
 
         Args:
             grads: int64, each member's gradient's address, 0 for none.
@@ -350,9 +347,7 @@ class Bucket:
             int64 [tensors] addresses and float32 [tensors, Number] on the device, and whether any mask still moves.
         """
         stepped = grads != 0
-        for state in self.states if stepped.all() else itertools.compress(self.states, stepped):
-            state["step"] += 1
-        steps = np.array(list(map(_STEP, self.states)))
+        steps = np.fromiter(map(_STEP, self.states), np.int64, len(self.states)) + stepped
         self.steps = np.where(stepped, steps, 0)
         warm = self._fill_numbers(steps, sources)
         rows, row_bytes = len(steps), 4 * len(Number)
@@ -363,6 +358,12 @@ class Bucket:
         uploaded = staged.to(self.spec.device, non_blocking=True)
         numbers = uploaded[: rows * row_bytes].view(torch.float32)
         return uploaded[rows * row_bytes :].view(torch.int64), numbers, warm
+
+    def count(self) -> None:
+        """Note in the states that the step that was uploaded has been launched."""
+        for state, step in zip(self.states, self.steps.tolist(), strict=True):
+            if step:
+                state["step"] = step
 
     def _fill_numbers(self, steps: np.ndarray, sources: list[dict[str, Any]]) -> bool:
         numbers, warm = self.numbers, False
@@ -401,7 +402,10 @@ def _number_row(s: reference.Scalars, options: dict[str, Any], t: int) -> list[f
 
 
 def fill_buckets(members: Iterable[tuple[Member, torch.dtype, dict[str, Any]]]) -> list[Bucket]:
-    """Sort members (with their gradient's dtype and effective options) into buckets, tables written."""
+    """Sort members (with their gradient's dtype and effective options) into buckets, tables written.
+
+    The largest comes first: while the device works on it, the host prepares the others. Paged ones keep their order.
+    """
     buckets: dict[Spec, Bucket] = {}
     paged_bytes = 0
     for member, grad_dtype, options in members:
@@ -411,4 +415,4 @@ def fill_buckets(members: Iterable[tuple[Member, torch.dtype, dict[str, Any]]]) 
         buckets.setdefault(spec, Bucket(spec)).members.append(member)
     for bucket in buckets.values():
         bucket.build()
-    return list(buckets.values())
+    return sorted(buckets.values(), key=lambda bucket: (bucket.spec.paged, -bucket.programs))

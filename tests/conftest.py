@@ -14,6 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
+# `python -m pytest` puts the checkout on the path, in which the package is not whole: kernels/ lies beside it.
+if str(Path(__file__).parents[1]) in sys.path:
+    sys.path.remove(str(Path(__file__).parents[1]))
+
 if not torch.cuda.is_available():
     # Triton reads it when it is imported, which bitsandbytes does: the kernels then run, interpreted, on CPU tensors.
     os.environ["TRITON_INTERPRET"] = "1"

@@ -173,6 +173,17 @@ def test_step_parameter_takes_the_group_it_is_given() -> None:
     assert torch.equal(p, before)
 
 
+def test_step_parameter_takes_the_state_it_finds() -> None:
+    p = parameter(8, 16)
+    opt = build([p], "triton")
+    give(p)
+    opt.step_parameter(p, opt.param_groups[0], 0)
+    old = opt.state[p]
+    opt.state[p] = dict(old)
+    opt.step_parameter(p, opt.param_groups[0], 0)
+    assert (old["step"], opt.state[p]["step"]) == (1, 2)
+
+
 # --- what costs no new plan -------------------------------------------------------------------------------------------
 
 
@@ -207,6 +218,16 @@ def test_a_parameter_that_has_become_contiguous_is_taken(monkeypatch: pytest.Mon
     give(p)
     opt.step()
     assert len(opt._fused._plan.buckets) == 1
+
+
+def test_the_largest_bucket_is_launched_first() -> None:
+    """The host prepares the others while the device works."""
+    p = [parameter(8, 16), parameter(64, 128, seed=1).bfloat16().detach().requires_grad_()]
+    opt = build(p, "triton")
+    give(*p)
+    opt.step()
+    assert opt._fused._plan is not None
+    assert [bucket.parameters[0] is p[1] for bucket in opt._fused._plan.buckets] == [True, False]
 
 
 # --- what is kept alive -----------------------------------------------------------------------------------------------
@@ -306,6 +327,27 @@ def test_a_step_that_fails_moves_nothing(
     assert not tools.differences(before, tools.snapshot(opt))
 
 
+def test_a_launch_that_fails_is_no_step(monkeypatch: pytest.MonkeyPatch, tools: Any) -> None:
+    """As where the device has no memory left for the launch's own needs."""
+    from automagic_bnb.kernels import step
+
+    def out_of_memory(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    p = [parameter(8, 16), parameter(300, seed=1)]
+    opt = build(p, "triton")
+    give(*p)
+    opt.step()
+    before = tools.snapshot(opt)
+    with monkeypatch.context() as patched:
+        patched.setattr(step.bnb, "code_book", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            opt.step()
+    assert not tools.differences(before, tools.snapshot(opt))
+    opt.step()
+    assert opt.state[p[0]]["step"] == opt.state[p[1]]["step"] == 2
+
+
 # --- without Triton ---------------------------------------------------------------------------------------------------
 
 
@@ -329,8 +371,8 @@ def test_a_gpu_without_triton_is_told_once(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("part", "expected"),
     [
-        (1, ["fetch 0", "fetch 1", "step 0", "step small", "fetch 2", "step 1", "step 2"]),
-        (2**26, ["fetch 0", "fetch 1", "fetch 2", "step 0 1 2", "step small"]),
+        (1, ["fetch 0", "step small", "fetch 1", "step 0", "fetch 2", "step 1", "step 2"]),
+        (2**26, ["fetch 0", "fetch 1", "fetch 2", "step small", "step 0 1 2"]),
     ],
     ids=["one at a time", "all of them small"],
 )
