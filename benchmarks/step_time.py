@@ -30,6 +30,8 @@ WARM_UP = 3
 PASS_SECONDS = 6.0
 """A slow optimizer gets fewer steps (down to MIN_STEPS, or one cycle), so that a pass stays near this time."""
 MIN_STEPS = 3
+STEADY_SECONDS = 0.5
+"""A fast one gets more, and a warm-up as long: a host's pace swings over tenths of a second, most at the start."""
 
 Row = dict[str, Any]
 
@@ -57,7 +59,7 @@ def parity_report(peers: list[Peer], dtypes: list[str], device: torch.device) ->
     return f"Parity with the plain-torch rule ({', '.join(dtypes)}): {names}.", True
 
 
-def measure_peer(peer: Peer, params: list[torch.nn.Parameter], workload: Workload, steps: int) -> Row:
+def measure_peer(peer: Peer, params: list[torch.nn.Parameter], workload: Workload, steps: int, steady: float) -> Row:
     """All figures of one optimizer on parameters that are drawn anew first."""
     device = params[0].device
     fill(params)
@@ -71,7 +73,9 @@ def measure_peer(peer: Peer, params: list[torch.nn.Parameter], workload: Workloa
     start = time.perf_counter()
     optimizer.step()
     measure.synchronize(device)
-    count = affordable(steps, time.perf_counter() - start, workload.lora)
+    seconds = time.perf_counter() - start
+    count = affordable(max(steps, int(steady / seconds)), seconds, workload.lora)
+    warm_up = affordable(int(steady / seconds), seconds, workload.lora) if steady else 0
     held = measure.allocated(device) - before
     gradients = [p.grad for p in params]
 
@@ -81,7 +85,7 @@ def measure_peer(peer: Peer, params: list[torch.nn.Parameter], workload: Workloa
             p.grad = g.detach()
 
     with PeakMemory(device) as peak:
-        times = measure.time_steps(optimizer.step, device, count, before=renew_gradients)
+        times = measure.time_steps(optimizer.step, device, count, warm_up, before=renew_gradients)
     parameters = sum(p.numel() for p in params)
     state = measure.state_bytes(optimizer)
     row: Row = {
@@ -176,13 +180,15 @@ def report(results: dict[str, Any]) -> str:
 
 def arguments() -> argparse.Namespace:
     parser = argument_parser(__doc__ or "", "step_time")
-    parser.add_argument("--steps", type=int, default=15, help="timed steps (LoRA: rounded up to whole tens)")
-    parser.add_argument("--quick", action="store_true", help="5 timed steps")
+    parser.add_argument(
+        "--steps", type=int, default=15, help="timed steps; more where they are short (LoRA: rounded up to whole tens)"
+    )
+    parser.add_argument("--quick", action="store_true", help="5 timed steps, however short, and next to no warm-up")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no measurement later than this")
     args = parser.parse_args()
     if args.steps < MIN_STEPS:
         parser.error(f"--steps must be at least {MIN_STEPS}")
-    args.steps = 5 if args.quick else args.steps
+    args.steps, args.steady = (5, 0.0) if args.quick else (args.steps, STEADY_SECONDS)
     return args
 
 
@@ -222,7 +228,7 @@ def main() -> int:
                     if time.monotonic() > deadline:
                         run["optimizers"][peer.name] = {"error": f"not started within {args.minutes:g} minutes"}
                     else:
-                        run["optimizers"][peer.name] = attempt(peer, params, workload, args.steps)
+                        run["optimizers"][peer.name] = attempt(peer, params, workload, args.steps, args.steady)
                     measure.write_results(args.out, args.name, results, report(results))
                     bar.update()
                 del params
@@ -231,10 +237,10 @@ def main() -> int:
     return 0
 
 
-def attempt(peer: Peer, params: list[torch.nn.Parameter], workload: Workload, steps: int) -> Row:
+def attempt(peer: Peer, params: list[torch.nn.Parameter], workload: Workload, steps: int, steady: float) -> Row:
     """The figures, or the reason why there are none."""
     try:
-        return measure_peer(peer, params, workload, steps)
+        return measure_peer(peer, params, workload, steps, steady)
     except Exception as e:
         if peer.ours and not isinstance(e, ImportError):
             traceback.print_exc()

@@ -194,14 +194,15 @@ def _tile_estimate(entry_ptr, column: tl.constexpr, block, col_ptr, scale, remai
 
 
 @triton.jit
-def _move_rows(row_ptr, seen, used, remaining, per, beta, WIDTH: tl.constexpr, CAREFUL: tl.constexpr):
+def _move_rows(row_ptr, seen, used, remaining, per, beta, gain, WIDTH: tl.constexpr, CAREFUL: tl.constexpr):
     """Move a block's row means towards those of `seen`, float32 [256], 0 behind the end.
 
     Args:
+        gain: 1 - beta.
         used: int32 [256], 1 for what was not skipped. A row in which all was skipped keeps its very mean.
     """
     if WIDTH == BLOCK:
-        moved = beta * tl.load(row_ptr) + (1 - beta) * (tl.sum(seen, 0) * per)
+        moved = beta * tl.load(row_ptr) + gain * (tl.sum(seen, 0) * per)
         if CAREFUL:
             tl.store(row_ptr, moved, mask=tl.sum(used, 0) > 0)
         else:
@@ -210,20 +211,20 @@ def _move_rows(row_ptr, seen, used, remaining, per, beta, WIDTH: tl.constexpr, C
         rows = tl.arange(0, BLOCK // WIDTH)
         inside = rows * WIDTH < remaining
         means = tl.sum(tl.reshape(seen, (BLOCK // WIDTH, WIDTH)), 1) * (1 / WIDTH)
-        moved = beta * tl.load(row_ptr + rows, mask=inside, other=0.0) + (1 - beta) * means
+        moved = beta * tl.load(row_ptr + rows, mask=inside, other=0.0) + gain * means
         if CAREFUL:
             inside = inside & (tl.sum(tl.reshape(used, (BLOCK // WIDTH, WIDTH)), 1) > 0)
         tl.store(row_ptr + rows, moved, mask=inside)
 
 
 @triton.jit
-def _move_columns(col_ptr, sums, counts, beta, WIDTH: tl.constexpr):
+def _move_columns(col_ptr, sums, counts, beta, gain, WIDTH: tl.constexpr):
     """Move a tile's column means towards those of what its program has seen: sums float32 [256] over its blocks."""
     if WIDTH < BLOCK:
         sums = tl.sum(tl.reshape(sums, (BLOCK // WIDTH, WIDTH)), 0)
     columns = tl.arange(0, WIDTH)
     held = tl.load(col_ptr + columns)
-    tl.store(col_ptr + columns, beta * held + (1 - beta) * (sums / tl.maximum(counts, 1.0)), mask=counts > 0)
+    tl.store(col_ptr + columns, beta * held + gain * (sums / tl.maximum(counts, 1.0)), mask=counts > 0)
 
 
 @triton.jit
@@ -269,8 +270,8 @@ def _block(
         rule: the run-time numbers of the rule, as `step_kernel` puts them together.
     """
     (
-        beta1, beta2, beta3, eps1, eps2, clip_threshold, frequency, edge_penalty, edge_threshold, detail, book1_ptr,
-        book2_ptr,
+        beta1, beta2, beta3, gain1, gain2, gain3, eps1, eps2, clip_threshold, frequency, edge_penalty, edge_threshold,
+        detail, book1_ptr, book2_ptr,
     ) = rule  # fmt: skip
     per = codec.reciprocal(remaining.to(tl.float32)) if CAREFUL else 1 / 256
     usable = _usable(g_raw)
@@ -302,7 +303,7 @@ def _block(
 
     # 2. Second moment, activity, clipping.
     v_seen = filtered * filtered + eps1
-    v = (beta2 * absmax2) * v_old + (1 - beta2) * v_seen
+    v = (beta2 * absmax2) * v_old + gain2 * v_seen
     if CAREFUL:
         v = tl.where(usable, v, v_old * absmax2)
         v_seen = tl.where(valid, tl.where(usable, v_seen, v_old), 0.0)
@@ -320,7 +321,7 @@ def _block(
     energy = energy * shrink * shrink
 
     # 3. Torque.
-    damping = 1 - beta1
+    damping = gain1
     if TORQUE_ON:
         norms = (absmax1 * absmax1) * tl.sum(m_old * m_old, 0) * energy
         torque = 0.9 * torque + 0.1 * (aligned * (shrink * correction) * tl.rsqrt(norms + 1e-30))
@@ -339,7 +340,7 @@ def _block(
     bits = codec.random_bits(key, start)
     centred = codec.centred(bits)
     if WIDTH:
-        _move_rows(_row_ptr(entry_ptr, V_ROW, block, WIDTH), v_seen, used, remaining, per, beta2, WIDTH, CAREFUL)
+        _move_rows(_row_ptr(entry_ptr, V_ROW, block, WIDTH), v_seen, used, remaining, per, beta2, gain2, WIDTH, CAREFUL)
     else:
         _write_moment(v_ptr, entry_ptr, ABSMAX2, block, place, v, centred, valid, touched, EIGHT, False)
     _write_moment(m_ptr, entry_ptr, ABSMAX1, block, place, m, 0.0, valid, touched, EIGHT, True)
@@ -351,7 +352,7 @@ def _block(
     if CAME:
         off = u - m
         r_seen = off * off + eps2
-        r = (beta3 * absmax3) * r_old + (1 - beta3) * r_seen
+        r = (beta3 * absmax3) * r_old + gain3 * r_seen
         if CAREFUL:
             r = tl.where(usable, r, r_old * absmax3)
             r_seen = tl.where(valid, tl.where(usable, r_seen, r_old), 0.0)
@@ -359,7 +360,9 @@ def _block(
         n = m * tl.rsqrt(tl.maximum(r, 0.01 * correction3))
         weight = weight * tl.sqrt(correction3)
         if WIDTH:
-            _move_rows(_row_ptr(entry_ptr, R_ROW, block, WIDTH), r_seen, used, remaining, per, beta3, WIDTH, CAREFUL)
+            _move_rows(
+                _row_ptr(entry_ptr, R_ROW, block, WIDTH), r_seen, used, remaining, per, beta3, gain3, WIDTH, CAREFUL
+            )
         else:
             _write_moment(r_ptr, entry_ptr, ABSMAX3, block, place, r, centred, valid, touched, EIGHT, False)
 
@@ -651,16 +654,17 @@ def _tile(
             skipped += skips
             done += BLOCKS
         if skipped.to(tl.float32) < tl.sum(counts, 0):  # a tile in which all was skipped keeps its very means
-            _move_columns(v_col_ptr, v_sums, counts, rule[1], WIDTH)  # β2
+            _move_columns(v_col_ptr, v_sums, counts, rule[1], rule[4], WIDTH)  # β2, 1 - β2
             if CAME:
-                _move_columns(r_col_ptr, r_sums, counts, rule[2], WIDTH)  # β3
+                _move_columns(r_col_ptr, r_sums, counts, rule[2], rule[5], WIDTH)  # β3, 1 - β3
     return mask_sum, numerator, denominator
 
 
 @triton.jit
 def step_kernel(
     table_ptr, numbers_ptr, grads_ptr, owners_ptr, partials_ptr, book1_ptr, book2_ptr, clips_ptr,
-    beta1, beta2, beta3, eps1, eps2, clip_threshold, frequency, edge_penalty, edge_threshold, detail,
+    beta1, beta2, beta3, gain1, gain2, gain3, eps1, eps2, clip_threshold, frequency, edge_penalty, edge_threshold,
+    detail,
     P: tl.constexpr, G: tl.constexpr, WIDE: tl.constexpr, BLOCKS: tl.constexpr, EIGHT: tl.constexpr,
     WIDTH: tl.constexpr, HEIGHT: tl.constexpr, SPATIAL: tl.constexpr, EVEN: tl.constexpr, EDGES: tl.constexpr,
     TORQUE_ON: tl.constexpr, CAME: tl.constexpr, CAUTIOUS: tl.constexpr, BACKGROUND: tl.constexpr, AWARE: tl.constexpr,
@@ -673,6 +677,7 @@ def step_kernel(
         numbers_ptr: float32 [tensors, Number], this step's scalars.
         grads_ptr: int64 [tensors], addresses of the gradients; 0 where a tensor has none this time.
         owners_ptr: int32 [programs], the tensor each program works on.
+        gain1: 1 - beta1, and so on; in float32 1 - 0.999 would be off by 1.3e-5 of it.
         partials_ptr: float32 [programs, 3] out: sums of 2^(k/16) and of auto_lr over the program's blocks.
     """
     program = tl.program_id(0)
@@ -687,8 +692,8 @@ def step_kernel(
         if SCALED:
             clip = tl.load(clips_ptr + row)
         rule = (
-            beta1, beta2, beta3, eps1, eps2, clip_threshold, frequency, edge_penalty, edge_threshold, detail, book1_ptr,
-            book2_ptr,
+            beta1, beta2, beta3, gain1, gain2, gain3, eps1, eps2, clip_threshold, frequency, edge_penalty,
+            edge_threshold, detail, book1_ptr, book2_ptr,
         )  # fmt: skip
         if WIDTH:
             mask_sum, numerator, denominator = _tile(
@@ -748,6 +753,9 @@ def launch(bucket: Bucket, grads: np.ndarray, sources: list[dict[str, Any]]) -> 
         beta1=betas[0],
         beta2=betas[1],
         beta3=betas[2],
+        gain1=1 - betas[0],
+        gain2=1 - betas[1],
+        gain3=1 - betas[2],
         eps1=max(eps[0], reference.LEAST_EPS1),
         eps2=eps[1],
         clip_threshold=clip_threshold,

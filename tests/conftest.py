@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import os
 import sys
 import warnings
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -31,6 +33,25 @@ sys.path.append(str(Path(__file__).parent))  # importlib mode does not: for `imp
 def few_threads() -> None:
     """Small tensors and workers that share the cores: one thread each is fastest, and its sums are reproducible."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def numbers_as_compiled() -> Iterator[None]:
+    """The interpreter leaves numbers that a kernel is given as Python's float64; compiled, they are float32."""
+    if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    def convert(x: Any) -> Any:
+        if isinstance(x, float):
+            return tl.tensor(interpreter.TensorHandle(np.array([x], dtype=np.float32), tl.float32), tl.float32)
+        return real(x)
+
+    real, interpreter._implicit_cvt = interpreter._implicit_cvt, convert
+    yield
+    interpreter._implicit_cvt = real
 
 
 @pytest.fixture(autouse=True)

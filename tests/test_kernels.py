@@ -72,6 +72,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "LoRA": {"lora": True, "low_rank_emphasis": 1.3, "rank_penalty_strength": 0.1},
     "narrow bounds": {"min_lr": 0.0198, "max_lr": 0.0203},
     "betas of 0": {"betas": (0.5, 0.0, 0.0)},
+    "betas near 1": {"betas": (0.8, 0.999, 0.9999)},  # 1 - β must not be taken in float32
     "24-bit weights": {"master": "ecc8"},
     "24-bit weights to nearest": {"master": "ecc8", "stochastic_rounding": False},
     "master none": {"master": "none"},
@@ -132,6 +133,7 @@ COVERING = [
     Case("8bit", "bfloat16", "LoRA"),
     Case("32bit", "float32", "narrow bounds"),
     Case("8bit", "float32", "betas of 0"),
+    Case("8bit", "bfloat16", "betas near 1"),
     Case("8bit", "bfloat16", "24-bit weights", "float32"),
     Case("32bit", "bfloat16", "24-bit weights to nearest"),
     Case("factored", "bfloat16", shapes=TILED_SHAPES, steps=2),
@@ -139,6 +141,7 @@ COVERING = [
     Case("factored", "float16", "percentile clipping", "float32", shapes=FEW_TILED_SHAPES),
     Case("factored", "float32", "rate found", shapes=FEW_TILED_SHAPES, steps=4),
     Case("factored", "float16", "mask freezes", shapes=FEW_TILED_SHAPES),
+    Case("factored", "float32", "betas near 1", shapes=FEW_TILED_SHAPES),
 ]
 """Every switch, storage and dtype at least once. Rounding to the nearest bfloat16 is left to the product: the
 interpreter cuts the low bits off instead."""

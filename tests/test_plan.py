@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.optim import GlobalOptimManager
-from kernel_cases import DEVICE, ONE_STEP, Differences
+from kernel_cases import DEVICE, ONE_STEP, Differences, synchronise
 
 from automagic_bnb import Automagic8bit, fused
 from automagic_bnb.fused import FusedStep
@@ -133,13 +133,16 @@ CHANGES: list[Callable[[Automagic, list[Any]], None]] = [
 
 
 def runs(change: Callable[[Automagic, list[Any]], None] | None, **options: Any) -> dict[str, Automagic]:
-    """Two steps, the change between them, in both backends."""
+    """Two steps and the change between them, in both backends; before the second their states are made equal."""
+    parameters = {backend: [parameter(8, 16), parameter(8, 16, seed=1)] for backend in BACKENDS}
     done = {}
-    for backend in BACKENDS:
-        p = [parameter(8, 16), parameter(8, 16, seed=1)]
+    for backend, p in parameters.items():
         groups = [{"params": p[:1]}, {"params": p[1:], "lr": 3e-2}]
-        done[backend] = opt = build(groups, backend, edge_suppression=False, **options)
-        for step in range(2):
+        done[backend] = build(groups, backend, edge_suppression=False, **options)
+    for step in range(2):
+        if step:
+            synchronise(done["triton"], done["torch"])
+        for opt, p in zip(done.values(), parameters.values(), strict=True):
             if step and change is not None:
                 change(opt, p)
             give(*p, step=step)
