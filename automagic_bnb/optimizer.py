@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -98,6 +99,7 @@ class Automagic(bnb.Optimizer2State):
             min_8bit_size=c.min_8bit_size,
             is_paged=c.is_paged,
         )
+        self.state = defaultdict(st.WatchedState)
         self.defaults = {name: getattr(c, name) for name in config.GROUP_OPTIONS}
         self.non_castable_tensor_keys = set(st.TENSOR_KEYS)
         self._check_embeddings()
@@ -357,8 +359,8 @@ class Automagic(bnb.Optimizer2State):
         if theta.numel() == 0:
             return []
         st.check_shape(state, theta)
-        state["step"] += 1
-        t, is_lora = state["step"], facts.counts_as_lora(options)
+        t, is_lora = state["step"] + 1, facts.counts_as_lora(options)
+        st.set_uncounted(state, "step", t)
         scalars = reference.step_scalars(options, t, is_lora, facts.ordinal)
         d = self.found_rate(group, t, theta.device) if options["auto_lr"] else None
         flat = theta.contiguous()
@@ -511,7 +513,7 @@ class Automagic(bnb.Optimizer2State):
             state_dict = hook(self, state_dict) or state_dict
         state, groups = checkpoint.parse(self, state_dict)
         self.state.clear()
-        self.state.update(state)
+        self.state.update({p: st.WatchedState(values) for p, values in state.items()})
         self._fused.forget()
         for group, saved in zip(self.param_groups, groups, strict=True):
             for name in ("auto_lr_rate", "auto_lr_step", "effective_lr"):

@@ -56,7 +56,8 @@ def requantize(
             effective, local = optimizer.effective_options(group, p), st.local_tensor(p)
             storage = st.storage_of(local, effective, optimizer.facts_of(p).is_embedding)
             # One assignment at the end: an error in between leaves the parameter all in its old storage.
-            optimizer.state[p] = converted(state, local, storage, effective, optimizer.is_paged)
+            new = converted(state, local, storage, effective, optimizer.is_paged)
+            optimizer.state[p] = st.WatchedState(new)
     if changes.get("stable_emb"):
         optimizer._check_embeddings()
 

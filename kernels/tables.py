@@ -253,6 +253,9 @@ class Bucket:
         self.rank_rows = [
             row for row, m in enumerate(members) if m.is_lora and m.theta.dim() == 2 and m.theta.shape == m.p.shape
         ]
+        self.watched = all(isinstance(state, st.WatchedState) for state in self.states)
+        self.changes = st.WatchedState.changes
+        """As many as when the tensors in the states were last seen to be those of the table."""
         self.numbers = np.zeros((len(members), len(Number)), dtype=np.float32)
         self.steps = np.zeros(len(members), dtype=np.int64)
         """t of what the last launch updated, 0 of the others."""
@@ -290,6 +293,14 @@ class Bucket:
             return False
         if self.first_address != self.tensors[0][0].data_ptr():
             return False
+        changes = st.WatchedState.changes
+        if not self.watched or self.changes != changes:
+            if not self._holds_same_tensors():
+                return False
+            self.changes = changes
+        return True
+
+    def _holds_same_tensors(self) -> bool:
         try:  # identical tensors compare equal at once; of others == is no answer
             # One tuple at a time: a thousand at once would set off the garbage collector at each step.
             same = all(map(operator.eq, map(self.tensors_of, self.states), self.tensors))
@@ -363,7 +374,7 @@ class Bucket:
         """Note in the states that the step that was uploaded has been launched."""
         for state, step in zip(self.states, self.steps.tolist(), strict=True):
             if step:
-                state["step"] = step
+                st.set_uncounted(state, "step", step)
 
     def _fill_numbers(self, steps: np.ndarray, sources: list[dict[str, Any]]) -> bool:
         numbers, warm = self.numbers, False

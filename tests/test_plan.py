@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import operator
+import pickle
 import types
 import warnings
 import weakref
@@ -18,6 +20,7 @@ from kernel_cases import DEVICE, ONE_STEP, Differences, synchronise
 from automagic_bnb import Automagic8bit, fused
 from automagic_bnb.fused import FusedStep
 from automagic_bnb.optimizer import Automagic
+from automagic_bnb.state import WatchedState, set_uncounted
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
@@ -185,6 +188,94 @@ def test_step_parameter_takes_the_state_it_finds() -> None:
     opt.state[p] = dict(old)
     opt.step_parameter(p, opt.param_groups[0], 0)
     assert (old["step"], opt.state[p]["step"]) == (1, 2)
+
+
+# --- states that tell whether they have been changed ------------------------------------------------------------------
+
+CHANGING: dict[str, Callable[[WatchedState, Any], Any]] = {
+    "__setitem__": lambda state, x: state.__setitem__("lr_mask", x),
+    "update": lambda state, x: state.update(lr_mask=x),
+    "__ior__": lambda state, x: operator.ior(state, {"lr_mask": x}),
+    "__delitem__": lambda state, x: (operator.delitem(state, "lr_mask"), set_uncounted(state, "lr_mask", x)),
+    "pop": lambda state, x: (state.pop("lr_mask"), set_uncounted(state, "lr_mask", x)),
+    "setdefault": lambda state, x: (dict.pop(state, "lr_mask"), state.setdefault("lr_mask", x)),
+    "popitem": lambda state, x: (set_uncounted(state, *state.popitem()), set_uncounted(state, "lr_mask", x)),
+    "clear": lambda state, x: (held := {**state, "lr_mask": x}, state.clear(), dict.update(state, held)),
+}
+READING = {
+    "__class_getitem__", "__contains__", "__getitem__", "__iter__", "__len__", "__or__", "__reversed__", "__ror__",
+    "copy", "fromkeys", "get", "items", "keys", "values",
+}  # fmt: skip
+
+
+def test_no_way_to_change_a_state_is_forgotten() -> None:
+    """Nor one that a later Python adds."""
+    assert set(dir(dict)) - set(dir(object)) == READING | CHANGING.keys()
+
+
+@pytest.mark.parametrize("change", CHANGING.values(), ids=CHANGING)
+def test_a_state_changed_in_any_way_is_followed(
+    change: Callable[[WatchedState, Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And while nobody changes any, nobody looks."""
+    from automagic_bnb.kernels.tables import Bucket
+
+    looks = []
+    look = Bucket._holds_same_tensors
+    monkeypatch.setattr(Bucket, "_holds_same_tensors", lambda bucket: looks.append(bucket) or look(bucket))
+    p = parameter(8, 16)
+    opt = build([p], "triton")
+    for step in range(3):
+        give(p, step=step)
+        opt.step()
+    assert looks == []
+    mask = torch.full_like(opt.state[p]["lr_mask"], 90)
+    change(opt.state[p], mask)
+    opt.step()
+    assert len(looks) == 1
+    assert not torch.equal(mask, torch.full_like(mask, 90)), "the step went by the mask that was there before"
+    opt.step()
+    assert len(looks) == 1
+
+
+def test_a_plain_dictionary_in_its_place_is_looked_at_each_time() -> None:
+    p = parameter(8, 16)
+    opt = build([p], "triton")
+    give(p)
+    opt.step()
+    opt.state[p] = dict(opt.state[p])
+    opt.step()
+    mask = torch.full_like(opt.state[p]["lr_mask"], 90)
+    opt.state[p]["lr_mask"] = mask
+    opt.step()
+    assert not torch.equal(mask, torch.full_like(mask, 90)), "the step went by the mask that was there before"
+
+
+def test_steps_counted_elsewhere_are_not_counted_again() -> None:
+    """By `step_parameter`, which has a plan of its own, between two steps."""
+    p = parameter(8, 16)
+    opt = build([p], "triton")
+    give(p)
+    opt.step()
+    opt.step_parameter(p, opt.param_groups[0], 0)
+    opt.step()
+    assert opt.state[p]["step"] == 3
+
+
+def test_states_are_watched_wherever_they_come_from() -> None:
+    """And plain dictionaries in a checkpoint, which other programs read."""
+    p = parameter(8, 16)
+    opt = build([p], "triton")
+    give(p)
+    opt.step()
+    saved = opt.state_dict()
+    assert {type(x) for x in saved["state"].values()} == {dict}
+    others = [copy.deepcopy(opt), build([parameter(8, 16)], "triton"), pickle.loads(pickle.dumps(opt))]
+    others[1].load_state_dict(saved)
+    opt.requantize(optim_bits=32)
+    for other in [opt, *others]:
+        assert {type(x) for x in other.state.values()} == {WatchedState}
+        assert other.state.default_factory is WatchedState
 
 
 # --- what costs no new plan -------------------------------------------------------------------------------------------
