@@ -150,8 +150,8 @@ def _parse_parameter(
     for name, value in saved.items():
         if name not in st.TENSOR_KEYS or name.startswith("qmap"):
             continue
-        expected = st.expected_shape(name, local)
         shape = tuple(value.shape) if isinstance(value, Tensor) else f"none ({type(value).__name__})"
+        expected = st.expected_shape(name, local, len(value) if isinstance(value, Tensor) and value.dim() else 0)
         if shape != expected:
             raise ValueError(
                 f"{where}: the checkpoint's {name} has shape {shape}, "
@@ -223,6 +223,8 @@ def _check_storage(state: st.State, where: str) -> None:
         expected = dtypes.get(name, torch.float32)
         if isinstance(value, Tensor) and name != "probe_start" and value.dtype != expected:
             raise ValueError(f"{where}: the checkpoint's {name} is {value.dtype}; expected {expected}")
+    if {"probe_start", "probe_sum"} <= state.keys() and len(state["probe_start"]) != len(state["probe_sum"]):
+        raise ValueError(f"{where}: the checkpoint's probe_start and probe_sum do not belong together")
     for number in (1, 2, 3):
         if held == torch.uint8 and f"state{number}" in state and f"absmax{number}" not in state:
             raise ValueError(f"{where}: the checkpoint's state{number} is in 8 bits but absmax{number} is missing")

@@ -121,6 +121,9 @@ class Automagic(bnb.Optimizer2State):
             super().add_param_group(group)
             for p in self.param_groups[-1]["params"]:
                 self._check_parameter(p)
+            if group["auto_lr"]:
+                elements = sum(local_tensor(p).numel() for p in self.param_groups[-1]["params"])
+                self.param_groups[-1].setdefault("auto_lr_stride", st.probe_stride(elements))
         except (TypeError, ValueError):
             del self.param_groups[count:]
             raise

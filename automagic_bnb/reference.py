@@ -358,15 +358,18 @@ def element_rates(k: Tensor, mask_mean: Tensor, s: Scalars, d: Tensor | None) ->
 def update_probes(theta: Tensor, grad: Tensor, state: st.State, s: Scalars, d: Tensor) -> None:
     """auto_lr's sums of this parameter: num ← √β2 num + ω Σ g (θ0 - θ), z ← √β2 z + ω g with ω = d² ρ / d0.
 
+    Where probes are further apart than 16 blocks each stands for as many more, and ω is larger by that.
+
     Args:
         theta: θ before the update, float32 [blocks, 256].
         grad: g as [blocks, 256], skipped elements 0.
     """
-    decay = math.sqrt(s.beta2)
-    weight = d.square() * s.probe_weight
-    g = grad[:: st.PROBE_STRIDE]
-    moved = state["probe_start"].float() - theta[:: st.PROBE_STRIDE]
     stats, z = state["tensor_stats"], state["probe_sum"]
+    stride = st.stride_held(len(theta), len(z))
+    decay = math.sqrt(s.beta2)
+    weight = d.square() * (s.probe_weight * stride / st.PROBE_STRIDE)
+    g = grad[::stride]
+    moved = state["probe_start"].float() - theta[::stride]
     stats[st.LR_NUMERATOR] = decay * stats[st.LR_NUMERATOR] + weight * (g * moved).sum()
     z.mul_(decay).add_(weight * g)
     stats[st.LR_DENOMINATOR] = z.abs().sum()

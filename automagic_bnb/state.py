@@ -14,8 +14,8 @@
 | `probe_start`, `probe_sum` | θ0, z of auto_lr | [probes, 256], θ's dtype and float32 | same | same |
 
 `qmap1`, `qmap2` are bitsandbytes' code books, one tensor for all parameters of a device; `step` is an int. A block is
-256 consecutive elements of the contiguous parameter; the row and column means are those of the tiles of
-`factored.Tiling`, float32 [rows] and [tiles, width].
+256 consecutive elements of the contiguous parameter; probes are every 16th of them, or fewer (`probe_stride`); the row
+and column means are those of the tiles of `factored.Tiling`, float32 [rows] and [tiles, width].
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ STATS = (
 EMPTY_MASK = 64
 """The byte of k = 0 and π = 0: see `quantization.pack_mask`."""
 PROBE_STRIDE = 16
-"""auto_lr watches every 16th block."""
+"""auto_lr watches every 16th block; in a large group each of the watched stands for more."""
+MAX_PROBED = 2**20
+"""About how many elements of a group it watches at most: more find no other rate (benchmarks/results/found_rate.md)."""
 NORM_WINDOW = 100
 """Gradient norms remembered by percentile_clipping, as in bitsandbytes."""
 PAGED_MIN_SIZE = 100_000
@@ -122,8 +124,20 @@ def block_count(p: Tensor) -> int:
     return -(-p.numel() // BLOCK)
 
 
-def probe_count(p: Tensor) -> int:
-    return -(-block_count(p) // PROBE_STRIDE)
+def probe_stride(elements: int) -> int:
+    """Of how many blocks auto_lr watches one, in a group of so many elements: 16, or a larger power of two."""
+    stride = PROBE_STRIDE
+    while elements > stride * MAX_PROBED:
+        stride *= 2
+    return stride
+
+
+def stride_held(blocks: int, probes: int) -> int:
+    """The stride of a tensor's probes, told by their number: the smallest that gives no more."""
+    stride = PROBE_STRIDE
+    while probes and -(-blocks // stride) > probes:
+        stride *= 2
+    return stride
 
 
 def factors_well(p: Tensor) -> bool:
@@ -194,8 +208,9 @@ def recipes(p: Tensor, storage: str, options: dict[str, Any], paged: bool = Fals
     if options["percentile_clipping"] < 100:
         made["gnorm_vec"] = lambda: torch.zeros(NORM_WINDOW, device=device)
     if options["auto_lr"]:
-        made["probe_start"] = lambda: probe_blocks(p.detach().reshape(-1)).clone()
-        made["probe_sum"] = lambda: torch.zeros(probe_count(p), BLOCK, device=device)
+        stride = options.get("auto_lr_stride", PROBE_STRIDE)
+        made["probe_start"] = lambda: probe_blocks(p.detach().reshape(-1), stride).clone()
+        made["probe_sum"] = lambda: torch.zeros(-(-blocks // stride), BLOCK, device=device)
     return made
 
 
@@ -259,10 +274,10 @@ def link_code_books(state: State, device: torch.device) -> None:
         state["qmap2"] = bnb.code_book(False, device)
 
 
-def probe_blocks(flat: Tensor) -> Tensor:
-    """Every 16th block of a flat tensor, [probes, 256], zeros beyond its end."""
+def probe_blocks(flat: Tensor, stride: int) -> Tensor:
+    """Every `stride`-th block of a flat tensor, [probes, 256], zeros beyond its end."""
     n = flat.numel()
-    span = BLOCK * PROBE_STRIDE
+    span = BLOCK * stride
     whole = n // span
     blocks = flat[: whole * span].view(whole, span)[:, :BLOCK]
     rest = flat[whole * span :][:BLOCK]
@@ -277,8 +292,12 @@ def state_bytes(state: State) -> int:
     return sum(v.nbytes for k, v in state.items() if isinstance(v, Tensor) and not k.startswith("qmap"))
 
 
-def expected_shape(name: str, p: Tensor) -> tuple[int, ...]:
-    """The shape a tensor of this name has for parameter p; the check of a loaded checkpoint."""
+def expected_shape(name: str, p: Tensor, length: int) -> tuple[int, ...]:
+    """The shape a tensor of this name has for parameter p; the check of a loaded checkpoint.
+
+    Args:
+        length: that of the tensor there, which for probes may be one of several.
+    """
     if name in ELEMENT_KEYS:
         return tuple(p.shape)
     if name.endswith("_row"):
@@ -289,7 +308,7 @@ def expected_shape(name: str, p: Tensor) -> tuple[int, ...]:
     if name in fixed:
         return (fixed[name],)
     if name.startswith("probe_"):
-        return (probe_count(p), BLOCK)
+        return (-(-block_count(p) // stride_held(block_count(p), length)), BLOCK)
     return (block_count(p),)
 
 

@@ -24,6 +24,7 @@ OURS: dict[str, dict[str, Any]] = {
     "automagic8bit": {},
     "automagic8bit-factored": {"factored": True},
     "automagic8bit-auto-lr": {"lr": None},
+    "automagic8bit-factored-auto-lr": {"factored": True, "lr": None},
     "automagic8bit-ecc8": {"master": "ecc8"},
     "automagic-32bit": {"optim_bits": 32},
 }

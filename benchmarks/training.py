@@ -50,11 +50,18 @@ def runs(rates: list[str]) -> list[tuple[str, str]]:
 def validation_loss(name: str, rate: str, seed: int, args: argparse.Namespace, device: torch.device) -> float:
     torch.manual_seed(seed)
     model = master_weights.Bytes(args.width, args.layers).to(device)
-    data, held_out = master_weights.sources(device)
     if rate == FOUND:
         optimizer: torch.optim.Optimizer = ours(model.parameters(), None, args.steps)
     else:
         optimizer = OPTIMIZERS[name](model.parameters(), float(rate), args.steps)
+    return train(model, optimizer, seed, args, device)
+
+
+def train(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, seed: int, args: argparse.Namespace, device: torch.device
+) -> float:
+    """The validation loss after a warm-up of 20 steps and a linear decay to a tenth."""
+    data, held_out = master_weights.sources(device)
     lr, generator = optimizer.param_groups[0]["lr"], torch.Generator().manual_seed(seed)
     for step in range(1, args.steps + 1):
         optimizer.param_groups[0]["lr"] = lr * min(1.0, step / 20) * (1 - 0.9 * step / args.steps)

@@ -34,6 +34,7 @@ PROBE_START, PROBE_SUM, RATE = _C["PROBE_START"], _C["PROBE_SUM"], _C["RATE"]
 V_ROW, V_COL, R_ROW, R_COL = _C["V_ROW"], _C["V_COL"], _C["R_ROW"], _C["R_COL"]
 RESIDUAL = _C["RESIDUAL"]
 SIZE, ROWS, COLS, STRIPS, FIRST_PROGRAM = _C["SIZE"], _C["ROWS"], _C["COLS"], _C["STRIPS"], _C["FIRST_PROGRAM"]
+PROBE_SHIFT = _C["PROBE_SHIFT"]
 
 _N = {number.name: tl.constexpr(int(number)) for number in Number}
 _NUMBERS = tl.constexpr(len(Number))
@@ -45,7 +46,6 @@ _TINY = tl.constexpr(1e-37)  # above the least normal float32: Triton makes a sm
 _TINY_ABSMAX = tl.constexpr(q.TINY_ABSMAX)
 MAX_GRADIENT = tl.constexpr(reference.MAX_GRADIENT)
 MAX_EDGE = tl.constexpr(reference.MAX_EDGE)
-_PROBE_STRIDE = tl.constexpr(16)
 
 
 @triton.jit
@@ -405,9 +405,10 @@ def _block(
     theta = codec.join_master(theta_raw, low_raw) if ECC else theta_raw.to(tl.float32)
     numerator, denominator = 0.0, 0.0
     if AUTO:
-        if block % _PROBE_STRIDE == 0:
+        shift = tl.load(entry_ptr + PROBE_SHIFT).to(tl.int32)
+        if (block & ((1 << shift) - 1)) == 0:
             omega = d * d * tl.load(numbers_ptr + N_PROBE)
-            numerator, denominator = _probe(entry_ptr, block, lanes, valid, g, theta, omega, tl.sqrt(beta2), P)
+            numerator, denominator = _probe(entry_ptr, block >> shift, lanes, valid, g, theta, omega, tl.sqrt(beta2), P)
     theta = theta - rates * (n * weight + tl.load(numbers_ptr + N_DECAY) * theta)
     if ECC:
         rounded, low = codec.split_master(theta, bits, STOCHASTIC)
@@ -461,9 +462,9 @@ def _move_mask(
 
 
 @triton.jit
-def _probe(entry_ptr, block, lanes, valid, g, theta, omega, decay, P: tl.constexpr):
-    """auto_lr's watch over a probe block: ω Σ g (θ0 - θ), and Σ|z| with z updated."""
-    offset = (block // _PROBE_STRIDE).to(tl.int64) * BLOCK
+def _probe(entry_ptr, number, lanes, valid, g, theta, omega, decay, P: tl.constexpr):
+    """auto_lr's watch over the block that is probe `number`: ω Σ g (θ0 - θ), and Σ|z| with z updated."""
+    offset = number.to(tl.int64) * BLOCK
     start_ptr = address(entry_ptr, PROBE_START, P) + offset
     sum_ptr = address(entry_ptr, PROBE_SUM, tl.float32) + offset
     moved = tl.where(valid, tl.load(start_ptr + lanes).to(tl.float32) - theta, 0.0)

@@ -55,6 +55,7 @@ class Column(IntEnum):
     STRIPS = 25
     FIRST_PROGRAM = 26
     PROGRAMS = 27
+    PROBE_SHIFT = 28  # auto_lr watches one of 2^this blocks
 
 
 STATE_COLUMNS = {
@@ -229,6 +230,8 @@ class Bucket:
             programs += count
             owners.append(count)
         self.programs = programs
+        self.probe_scale = np.float32(2) ** table[:, Column.PROBE_SHIFT] / st.PROBE_STRIDE
+        """How many of the narrowest probes each of a tensor's stands for."""
         self.table = upload(table, self.spec.device)
         self.owners = upload(np.repeat(np.arange(len(members), dtype=np.int32), owners), self.spec.device)
         self.parameters = [m.p for m in members]
@@ -280,6 +283,8 @@ class Bucket:
         row[Column.ROWS] = theta.shape[-2] if theta.dim() >= 2 else 1
         row[Column.COLS] = theta.shape[-1] if theta.dim() >= 1 else 1
         row[Column.STRIPS] = Tiling.of(theta).strips
+        if "probe_sum" in state:
+            row[Column.PROBE_SHIFT] = st.stride_held(st.block_count(theta), len(state["probe_sum"])).bit_length() - 1
         return row
 
     def is_current(self) -> bool:
@@ -386,6 +391,8 @@ class Bucket:
                 numbers[rows[of_source == t]] = _number_row(s, options, t)
                 warm |= s.learn_polarity
             numbers[rows[self.lora[rows]], Number.KAPPA] = options["low_rank_emphasis"]
+        if self.spec.auto:
+            numbers[:, Number.PROBE_WEIGHT] *= self.probe_scale
         keys = q.mix_in(self.keys, steps.astype(np.uint64))
         numbers[:, Number.KEY] = keys.astype(np.uint32).view(np.float32)
         return warm

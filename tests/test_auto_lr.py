@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as some
 from torch import Tensor
 
 from automagic_bnb import state as st
@@ -170,15 +172,20 @@ def test_given_rate_is_the_start_when_auto_lr_is_asked_for(lr: float) -> None:
 MAX_LR = 1.0
 
 
-def by_hand(gradients: list[list[np.ndarray]], thetas: list[list[np.ndarray]], ratios: list[float]) -> list[float]:
+def by_hand(
+    gradients: list[list[np.ndarray]],
+    thetas: list[list[np.ndarray]],
+    ratios: list[float],
+    strides: tuple[int, ...] = (16, 16),
+) -> list[float]:
     """d of each step from the definition, over the probes of all tensors together; d0 = 1e-6, β2 = 0.99."""
-    probes = [np.arange(x.size) // 256 % 16 == 0 for x in thetas[0]]
+    probes = [np.arange(x.size) // 256 % stride == 0 for x, stride in zip(thetas[0], strides, strict=True)]
     d, num, z, found = 1e-6, 0.0, [np.zeros(mask.sum()) for mask in probes], []
     for g, theta, ratio in zip(gradients, thetas, ratios, strict=True):
         found.append(d)
-        weight = d**2 * ratio / 1e-6
         num *= math.sqrt(0.99)
         for i, mask in enumerate(probes):
+            weight = d**2 * ratio / 1e-6 * strides[i] / 16
             num += weight * (g[i][mask] * (thetas[0][i][mask] - theta[i][mask])).sum()
             z[i] = math.sqrt(0.99) * z[i] + weight * g[i][mask]
         total = sum(np.abs(x).sum() for x in z)
@@ -187,9 +194,13 @@ def by_hand(gradients: list[list[np.ndarray]], thetas: list[list[np.ndarray]], r
 
 
 @pytest.mark.parametrize("ratios", [[1.0] * 25, [0.0, 0.0] + [0.1 * t for t in range(1, 24)], [3.0] * 25])
-def test_estimate_is_the_stated_one(ratios: list[float]) -> None:
-    """d over two tensors and a schedule equals the definition; only every 16th block is looked at."""
-    sizes = [5000, 300]
+@pytest.mark.parametrize(("most", "strides"), [(2**20, (16, 16)), (300, (64, 16))], ids=["all", "thinned"])
+def test_estimate_is_the_stated_one(
+    most: int, strides: tuple[int, ...], ratios: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """d over two tensors and a schedule equals the definition; only every 16th block is looked at, or fewer."""
+    monkeypatch.setattr(st, "MAX_PROBED", most)
+    sizes = [5000, 300] if strides[0] == 16 else [256 * 69 + 7, 300]
     parameters = [torch.nn.Parameter(torch.zeros(n)) for n in sizes]
     opt = Automagic32bit(parameters, max_lr=MAX_LR, weight_decay=0.0)
     gradients, thetas, found = [], [], []
@@ -202,12 +213,16 @@ def test_estimate_is_the_stated_one(ratios: list[float]) -> None:
             p.grad = g
         opt.step()
         found.append(float(opt.param_groups[0]["auto_lr_rate"]))
-    expected = by_hand(gradients, thetas, ratios)
+    expected = by_hand(gradients, thetas, ratios, strides)
     # Rounding of θ, a few float32 steps from 0, and of sums over 600 elements.
     assert found == pytest.approx(expected, rel=1e-5)
     assert expected[-1] > 3e-6
-    unprobed = by_hand(gradients, [[x[::-1] for x in theta] for theta in thetas], ratios)
-    assert found != pytest.approx(unprobed, rel=1e-5), "negative control"
+    others = [
+        by_hand(gradients, [[x[::-1] for x in theta] for theta in thetas], ratios, strides),
+        by_hand(gradients, thetas, ratios, tuple(2 * stride for stride in strides)),
+    ]
+    for other in others:
+        assert found != pytest.approx(other, rel=1e-5), "negative control"
 
 
 def test_skipped_gradients_leave_the_estimate_finite() -> None:
@@ -361,7 +376,20 @@ def test_probes_are_every_sixteenth_block() -> None:
         assert torch.equal(held[0], start[:256])
         assert torch.equal(held[1, :156], start[4096:])
         assert (held[1, 156:] == 0).all()
-        assert opt.state[p]["probe_sum"].shape == (st.probe_count(p), 256)
+        assert opt.state[p]["probe_sum"].shape == (2, 256)
+
+
+@pytest.mark.parametrize(("elements", "stride"), [(1, 16), (2**24, 16), (2**24 + 1, 32), (86e6, 128), (1.2e9, 2048)])
+def test_about_a_million_weights_of_a_group_are_watched(elements: float, stride: int) -> None:
+    assert st.probe_stride(int(elements)) == stride
+
+
+@given(blocks=some.integers(0, 2000), power=some.integers(4, 12))
+def test_the_number_of_probes_tells_their_stride(blocks: int, power: int) -> None:
+    """Or one of the same probes: the first block alone."""
+    probes = -(-blocks // 2**power)
+    held = st.stride_held(blocks, probes)
+    assert list(range(0, blocks, held)) == list(range(0, blocks, 2**power))
 
 
 PEAKS = {

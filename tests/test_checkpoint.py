@@ -134,6 +134,30 @@ def test_parameters_without_state_stay_so(tools: Any) -> None:
     assert not tools.differences(tools.snapshot(opt), tools.snapshot(again))
 
 
+def test_probes_are_kept_as_they_were_chosen(tools: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before fewer were watched of a large group, every 16th block was: such a run goes on as it would have."""
+
+    def run() -> Any:
+        return Automagic8bit(tools.parameters((100, 64), (33, 7)), min_8bit_size=0)
+
+    opt = run()
+    train(tools, opt, 3)
+    saved, weights = through_file(opt.state_dict()), [p.detach().clone() for p in parameters(opt)]
+    train(tools, opt, 3, 6)
+    monkeypatch.setattr(st, "MAX_PROBED", 100)
+    again = run()
+    assert again.param_groups[0]["auto_lr_stride"] == 128
+    again.load_state_dict(saved)
+    for p, weight in zip(parameters(again), weights, strict=True):
+        p.data.copy_(weight)
+    train(tools, again, 3, 6)
+    assert not tools.differences(tools.snapshot(opt), tools.snapshot(again))
+    for held in saved["state"].values():
+        held["probe_sum"] = held["probe_sum"][:1]
+    with pytest.raises(ValueError, match="probe_start and probe_sum do not belong together"):
+        again.load_state_dict(saved)
+
+
 def test_parameters_may_have_another_dtype_by_now(tools: Any) -> None:
     """State is float32 and codes either way; what is kept in the parameter's dtype follows it."""
     opt = build(tools, torch.float32, lr=None)

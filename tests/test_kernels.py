@@ -398,6 +398,19 @@ def test_silent_block_beside_a_loud_one(dtype: str) -> None:
         assert quiet > 1 > loud > 0, "no border of this kind was seen"
 
 
+@pytest.mark.parametrize("storage", BITS)
+def test_fewer_blocks_of_a_large_group_are_watched(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each for more, at a stride of 64 blocks here; tensors of less than that have one."""
+    monkeypatch.setattr(st, "MAX_PROBED", 500)
+    shapes = ((130, 128), (300,), (40, 256))
+    run = follow(lambda backend: optimizer(parameters(shapes, torch.float32), backend, storage, lr=0.01, auto_lr=True))
+    assert run.violations(storage) == []
+    assert [len(run.kernel.state[p]["probe_sum"]) for p in parameters_of(run.kernel)] == [2, 1, 1]
+    assert run.kernel._fused._plan is not None
+    scales = [x for bucket in run.kernel._fused._plan.buckets for x in bucket.probe_scale]
+    assert sorted(scales) == [1, 4, 4]
+
+
 def test_every_sixteenth_block_is_watched() -> None:
     """The 17th block is a probe, and a short one; the 2nd is none."""
     options = {"lr": 0.01, "auto_lr": True, "came": False, "torque": False}
