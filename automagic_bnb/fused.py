@@ -121,8 +121,8 @@ class Plan:
     overrides: tuple[int, ...] = ()
     groups: list[tuple[dict[str, Any], list[Tensor]]] | None = None
     """Each group, and the parameters in it, which wrappers may exchange; None in the plan of a single parameter."""
-    states: dict[Tensor, st.State] = field(default_factory=dict)
-    """Of all parameters of the groups."""
+    states: dict[Tensor, st.State] | None = None
+    """All that the optimizer held after the step for which the plan was made; None until then."""
 
     def is_current(self, optimizer: Automagic, options: list[dict[str, Any]]) -> bool:
         return (
@@ -153,7 +153,8 @@ class Plan:
             return all(held.get(p) is state for b in buckets for p, state in zip(b.parameters, b.states, strict=True))
         # Not one by one: a tensor's hash is a call of Python code.
         return (
-            len(held) == len(self.states)
+            self.states is not None
+            and len(held) == len(self.states)
             and all(map(is_, held, self.states))
             and all(map(is_, held.values(), self.states.values()))
         )
@@ -190,8 +191,12 @@ class FusedStep:
         self._plan, rest = self._run(self._plan, self._everything)
         if self._plan.groups is None:
             self._plan.groups = [(group, list(group["params"])) for group in self.optimizer.param_groups]
-            self._plan.states = dict(self.optimizer.state)
         return rest
+
+    def note_states(self) -> None:
+        """After all parameters have been stepped: those that the kernels do not take have states by now, too."""
+        if self._plan is not None and self._plan.states is None:
+            self._plan.states = dict(self.optimizer.state)
 
     def _check(self, parameters: list[tuple[dict[str, Any], Tensor]]) -> None:
         """Let what cannot be stepped fail before anything has moved: overrides, gradients, states that do not fit."""

@@ -150,7 +150,8 @@ def _memory_of(optimizer: Automagic, group: dict[str, Any], p: Tensor) -> Parame
     pieces = [Piece(key, x.nbytes, True, paged.is_paged(x), id(x)) for key, x in state.items()]
     gets_steps = p.requires_grad or p.grad is not None
     if gets_steps:
-        pieces += _missing(state, local, storage, options, optimizer.is_paged)
+        stride = optimizer.facts_of(p).probe_stride
+        pieces += _missing(state, local, storage, options, optimizer.is_paged, stride)
     return ParameterMemory(
         p=local,
         group=group,
@@ -163,13 +164,15 @@ def _memory_of(optimizer: Automagic, group: dict[str, Any], p: Tensor) -> Parame
     )
 
 
-def _missing(state: st.State, p: Tensor, storage: str, options: dict[str, Any], is_paged: bool) -> list[Piece]:
+def _missing(
+    state: st.State, p: Tensor, storage: str, options: dict[str, Any], is_paged: bool, stride: int
+) -> list[Piece]:
     """What `state.complete` would add."""
     shape_only = torch.empty(p.shape, dtype=p.dtype, device="meta")
     large = st.pages(p, is_paged)
     return [
         Piece(key, make().nbytes, exists=False, paged=large and key in st.ELEMENT_KEYS)
-        for key, make in st.recipes(shape_only, storage, options).items()
+        for key, make in st.recipes(shape_only, storage, options, stride=stride).items()
         if key not in state
     ]
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from automagic_bnb import bnb, checkpoint, config, memory, metrics, paged, reference, requantization
 from automagic_bnb import state as st
@@ -39,6 +40,8 @@ class Facts:
     is_lora: bool
     is_embedding: bool
     name: str
+    probe_stride: int = st.PROBE_STRIDE
+    """Of how many blocks auto_lr watches one, by the size of the parameter's group when it came."""
 
     def counts_as_lora(self, options: dict[str, Any]) -> bool:
         """Whether the parameter is treated as LoRA's: as its group says, else as its mark or name do."""
@@ -121,9 +124,6 @@ class Automagic(bnb.Optimizer2State):
             super().add_param_group(group)
             for p in self.param_groups[-1]["params"]:
                 self._check_parameter(p)
-            if group["auto_lr"]:
-                elements = sum(local_tensor(p).numel() for p in self.param_groups[-1]["params"])
-                self.param_groups[-1].setdefault("auto_lr_stride", st.probe_stride(elements))
         except (TypeError, ValueError):
             del self.param_groups[count:]
             raise
@@ -170,10 +170,11 @@ class Automagic(bnb.Optimizer2State):
         ordinal = sum(len(group["params"]) for group in self.param_groups[:first])
         for group in self.param_groups[first:]:
             names = group.get("param_names") or [""] * len(group["params"])
+            stride = st.probe_stride(sum(local_tensor(p).numel() for p in group["params"] if not is_lazy(p)))
             for p, name in zip(group["params"], names, strict=True):
                 marked = getattr(p, "_is_lora_layer", False) or any(part in name for part in LORA_NAME_PARTS)
                 embedding = getattr(p, "_is_embedding", False) or any(x in name for x in EMBEDDING_NAME_PARTS)
-                self._facts[p] = known.get(p, Facts(ordinal, bool(marked), bool(embedding), name))
+                self._facts[p] = known.get(p, Facts(ordinal, bool(marked), bool(embedding), name, stride))
                 ordinal += 1
 
     def _check_embeddings(self) -> None:
@@ -241,7 +242,7 @@ class Automagic(bnb.Optimizer2State):
             storage = st.storage_of(local, options, self.facts_of(p).is_embedding)
         if self.is_paged and not paged.exists_on(local.device):
             warn_once("paged optimizer states exist on CUDA only; elsewhere they are ordinary memory")
-        checkpoint.complete(state, local, storage, options, self.is_paged)
+        checkpoint.complete(state, local, storage, options, self.is_paged, self.facts_of(p).probe_stride)
         if (shard := checkpoint.shard_of(p)) is not None:
             state["shard"] = shard  # lets a checkpoint of another process's part be told
 
@@ -330,6 +331,7 @@ class Automagic(bnb.Optimizer2State):
         for group, p in self._fused.run():
             if p.grad is not None:
                 tasks += self._update(group, p)
+        self._fused.note_states()
         reference.shrink_ranks(tasks)
         return loss
 
@@ -548,6 +550,7 @@ class Automagic(bnb.Optimizer2State):
         self.name2qmap, self.initialized = {}, False
         self._fused = FusedStep(self)
         bnb.restore_managers(self)
+        self.state = defaultdict(st.WatchedState, {p: st.WatchedState(held) for p, held in self.state.items()})
         parameters = [p for group in self.param_groups for p in group["params"]]
         self._facts = dict(zip(parameters, facts, strict=True))
         overrides = overrides or [({}, {})] * len(parameters)

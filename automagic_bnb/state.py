@@ -77,7 +77,7 @@ EMPTY_MASK = 64
 PROBE_STRIDE = 16
 """auto_lr watches every 16th block; in a large group each of the watched stands for more."""
 MAX_PROBED = 2**20
-"""About how many elements of a group it watches at most: more find no other rate (benchmarks/results/found_rate.md)."""
+"""About how many elements of a group it watches at most; a tenth of them found no other rate (benchmarks/NOTES.md)."""
 NORM_WINDOW = 100
 """Gradient norms remembered by percentile_clipping, as in bitsandbytes."""
 PAGED_MIN_SIZE = 100_000
@@ -191,8 +191,14 @@ def _element_state(p: Tensor, dtype: torch.dtype, fill: int, paged: bool) -> Ten
 Recipes = dict[str, Callable[[], Tensor]]
 
 
-def recipes(p: Tensor, storage: str, options: dict[str, Any], paged: bool = False) -> Recipes:
-    """How to make each tensor this parameter needs, at its starting value. Nothing larger is made on the way."""
+def recipes(
+    p: Tensor, storage: str, options: dict[str, Any], paged: bool = False, stride: int = PROBE_STRIDE
+) -> Recipes:
+    """How to make each tensor this parameter needs, at its starting value. Nothing larger is made on the way.
+
+    Args:
+        stride: of how many blocks auto_lr watches one, `probe_stride` of the group.
+    """
     blocks, device = block_count(p), p.device
     made = _moment_recipes(p, storage, options, paged)
     if storage == "32bit":
@@ -208,7 +214,6 @@ def recipes(p: Tensor, storage: str, options: dict[str, Any], paged: bool = Fals
     if options["percentile_clipping"] < 100:
         made["gnorm_vec"] = lambda: torch.zeros(NORM_WINDOW, device=device)
     if options["auto_lr"]:
-        stride = options.get("auto_lr_stride", PROBE_STRIDE)
         made["probe_start"] = lambda: probe_blocks(p.detach().reshape(-1), stride).clone()
         made["probe_sum"] = lambda: torch.zeros(-(-blocks // stride), BLOCK, device=device)
     return made
@@ -233,9 +238,13 @@ def _moment_recipes(p: Tensor, storage: str, options: dict[str, Any], paged: boo
     return made
 
 
-def complete(state: State, p: Tensor, storage: str, options: dict[str, Any], paged: bool = False) -> State:
+def complete(
+    state: State, p: Tensor, storage: str, options: dict[str, Any], paged: bool = False, stride: int = PROBE_STRIDE
+) -> State:
     """Add to a state what it lacks under these options, at its starting value; a new state starts from {}."""
-    for name, make in recipes(p, storage, options, paged).items():
+    for held in (state[name] for name in ("probe_start", "probe_sum") if name in state):
+        stride = stride_held(block_count(p), len(held))  # if one is missing, it is made to fit the other
+    for name, make in recipes(p, storage, options, paged, stride).items():
         if name not in state:
             state[name] = make()
     if not keeps_residual(p, options):

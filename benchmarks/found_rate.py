@@ -3,8 +3,8 @@
     python benchmarks/found_rate.py
 
 A small language model over bytes (that of master_weights.py) on Python's standard library, without a learning rate.
-`max_lr` is high, so that it is not what decides. `state.probe_stride` rests on this: watching more than some hundred
-thousand weights changes nothing, and a few ten thousand make the estimate noisy, of which the highest is kept.
+`max_lr` is high, so that it is not what decides. `state.probe_stride` rests on this: from a hundred thousand weights on
+the rate no longer follows their number; with a few ten thousand the estimate, of which the highest is kept, is noisy.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def run(stride: int, seed: int, args: argparse.Namespace, device: torch.device) 
     """Weights watched, the rate found, and the validation loss, with one of so many blocks watched."""
     torch.manual_seed(seed)
     model = master_weights.Bytes(args.width, args.layers).to(device)
-    state.PROBE_STRIDE = stride
+    state.PROBE_STRIDE, state.MAX_PROBED = stride, 2**62
     optimizer = training.ours(model.parameters(), None, args.steps, max_lr=MAX_LR)
     loss = training.train(model, optimizer, seed, args, device)
     watched = sum(held["probe_sum"].numel() for held in optimizer.state.values())

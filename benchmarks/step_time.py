@@ -66,14 +66,15 @@ def measure_peer(peer: Peer, params: list[torch.nn.Parameter], workload: Workloa
     measure.free(device)
     before = measure.allocated(device)
     optimizer = peer.build(params)
-    done = CYCLE if workload.lora else WARM_UP  # whole cycles: what only the 10th step loads or compiles is loaded then
-    for _ in range(done - 1):
+    first, cycle = (CYCLE, CYCLE) if workload.lora else (WARM_UP, 1)  # all is loaded and compiled by the first cycle
+    for _ in range(first):
         optimizer.step()
     measure.synchronize(device)
     start = time.perf_counter()
-    optimizer.step()
+    for _ in range(cycle):
+        optimizer.step()
     measure.synchronize(device)
-    seconds = time.perf_counter() - start
+    seconds, done = (time.perf_counter() - start) / cycle, first + cycle
     count = affordable(max(steps, int(steady / seconds)), seconds, workload.lora)
     warm_up = affordable(int(steady / seconds), seconds, workload.lora) if steady else 0
     held = measure.allocated(device) - before

@@ -223,7 +223,7 @@ class RuleInFloat64:
         return o["lr"] * np.clip(factor, o["min_lr"] / o["base"], o["max_lr"] / o["base"])
 
     def _watch(self, b: int, at: slice, g: np.ndarray) -> None:
-        """The sums of auto_lr over the probes, every 16th block."""
+        """The sums of auto_lr over the probes, every 16th block here."""
         if b in self.start:
             weight = self.d**2 * self._relative_rate() / self.d0
             self.num += weight * (g * (self.start[b] - self.theta[at])).sum()

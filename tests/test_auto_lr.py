@@ -384,6 +384,14 @@ def test_about_a_million_weights_of_a_group_are_watched(elements: float, stride:
     assert st.probe_stride(int(elements)) == stride
 
 
+def test_a_layer_without_shape_yet_may_be_given() -> None:
+    layer = torch.nn.LazyLinear(4)
+    opt = Automagic32bit(layer.parameters())
+    layer(torch.ones(2, 3)).sum().backward()
+    opt.step()
+    assert all(len(opt.state[p]["probe_sum"]) == 1 for p in layer.parameters())
+
+
 @given(blocks=some.integers(0, 2000), power=some.integers(4, 12))
 def test_the_number_of_probes_tells_their_stride(blocks: int, power: int) -> None:
     """Or one of the same probes: the first block alone."""

@@ -146,7 +146,7 @@ def test_probes_are_kept_as_they_were_chosen(tools: Any, monkeypatch: pytest.Mon
     train(tools, opt, 3, 6)
     monkeypatch.setattr(st, "MAX_PROBED", 100)
     again = run()
-    assert again.param_groups[0]["auto_lr_stride"] == 128
+    assert {again.facts_of(p).probe_stride for p in parameters(again)} == {128}
     again.load_state_dict(saved)
     for p, weight in zip(parameters(again), weights, strict=True):
         p.data.copy_(weight)
@@ -156,6 +156,12 @@ def test_probes_are_kept_as_they_were_chosen(tools: Any, monkeypatch: pytest.Mon
         held["probe_sum"] = held["probe_sum"][:1]
     with pytest.raises(ValueError, match="probe_start and probe_sum do not belong together"):
         again.load_state_dict(saved)
+    for held in saved["state"].values():  # the other is made to fit, whatever the group's stride is
+        held["probe_sum"] = held.pop("probe_start").float()
+    again.load_state_dict(saved)
+    assert [[len(again.state[p][name]) for p in parameters(again)] for name in ("probe_start", "probe_sum")] == [
+        [2, 1]
+    ] * 2
 
 
 def test_parameters_may_have_another_dtype_by_now(tools: Any) -> None:

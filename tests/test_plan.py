@@ -9,6 +9,7 @@ import pickle
 import types
 import warnings
 import weakref
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -272,6 +273,9 @@ def test_states_are_watched_wherever_they_come_from() -> None:
     assert {type(x) for x in saved["state"].values()} == {dict}
     others = [copy.deepcopy(opt), build([parameter(8, 16)], "triton"), pickle.loads(pickle.dumps(opt))]
     others[1].load_state_dict(saved)
+    opt.state = defaultdict(dict, {p: dict(opt.state[p])})  # as in a pickle of an earlier version
+    others.append(pickle.loads(pickle.dumps(opt)))
+    opt.state = copy.copy(others[-1].state)
     opt.requantize(optim_bits=32)
     for other in [opt, *others]:
         assert {type(x) for x in other.state.values()} == {WatchedState}
@@ -298,6 +302,21 @@ def test_a_schedule_of_rates_and_betas_keeps_the_plan(monkeypatch: pytest.Monkey
     assert len(made) == 1
     for p, q in zip(*(opt.param_groups[0]["params"] for opt in done.values()), strict=True):
         assert (p - q).abs().max() < 1e-4
+
+
+def test_parameters_left_to_plain_pytorch_cost_no_second_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their states come after the plan has been made."""
+    made = []
+    real = FusedStep._make_plan
+    monkeypatch.setattr(FusedStep, "_make_plan", lambda *args: made.append(1) or real(*args))
+    p = [parameter(8, 16), parameter(8, 16, seed=1), parameter(0, 4), parameter(300)]
+    p[1].data = p[1].data.t()
+    opt = build(p, "triton")
+    for step in range(3):
+        give(*p, step=step)
+        opt.step()
+    assert len(made) == 1
+    assert {opt.state[x]["step"] for x in (p[0], p[1], p[3])} == {3}
 
 
 def test_a_parameter_that_has_become_contiguous_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
