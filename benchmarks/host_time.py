@@ -1,6 +1,6 @@
 """What a LoRA's step costs the host: the time of a step whose kernels are not launched.
 
-    TRITON_INTERPRET=1 python benchmarks/host_time.py
+    python benchmarks/host_time.py
 
 Needs no GPU. The tensors are tiny, for their number is what counts: the parameters and states are looked over, the
 gradients' addresses gathered, the numbers of the step put together. What Triton takes for a launch is not in it.
@@ -12,7 +12,7 @@ import argparse
 import os
 import time
 
-os.environ["TRITON_INTERPRET"] = "1"
+os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: its kernels then take CPU tensors
 
 import measure
 import torch
