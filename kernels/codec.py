@@ -22,6 +22,8 @@ import triton.language as tl
 # Where PTX cannot be written (the interpreter, AMD) the general functions stand in for the fast instructions.
 _PTX = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") != "1" and torch.version.hip is None)
 
+TINY = tl.constexpr(1e-37)  # above the least normal float32: Triton makes a smaller literal a double
+
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 # 1.5 · 2^23: adding it leaves a float32's nearest whole number in the low bits, without a conversion instruction.

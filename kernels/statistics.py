@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from automagic_bnb.kernels import codec
 from automagic_bnb.kernels.tables import BLOCKS_PER_PROGRAM, Bucket, Column, Number
 from torch import Tensor
 
@@ -23,7 +24,6 @@ MAX_GRADIENT = tl.constexpr(reference.MAX_GRADIENT)
 NORM_WINDOW = tl.constexpr(st.NORM_WINDOW)
 MASK_MEAN = tl.constexpr(st.MASK_MEAN)
 LR_NUMERATOR, LR_DENOMINATOR = tl.constexpr(st.LR_NUMERATOR), tl.constexpr(st.LR_DENOMINATOR)
-_TINY = tl.constexpr(1e-37)  # above the least normal float32: Triton makes a smaller literal a double
 _CHUNK = tl.constexpr(1024)
 
 
@@ -162,7 +162,7 @@ def _find_rate_kernel(pointers_ptr, tensors, d_ptr, low, high):
         numerator += tl.load(stats_ptr + LR_NUMERATOR, mask=inside, other=0.0)
         denominator += tl.load(stats_ptr + LR_DENOMINATOR, mask=inside, other=0.0)
         offset += _CHUNK
-    estimate = tl.sum(numerator, 0) / tl.maximum(tl.sum(denominator, 0), _TINY)
+    estimate = tl.sum(numerator, 0) / tl.maximum(tl.sum(denominator, 0), codec.TINY)
     tl.store(d_ptr, tl.minimum(tl.maximum(tl.maximum(tl.load(d_ptr), estimate), low), high))
 
 

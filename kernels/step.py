@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from automagic_bnb.kernels import codec, statistics
+from automagic_bnb.kernels import codec, statistics, stencil, tiles
 from automagic_bnb.kernels.tables import BLOCKS_PER_PROGRAM, Bucket, Column, Number, shared_numbers
 
 from automagic_bnb import bnb, reference
@@ -22,7 +22,7 @@ from automagic_bnb import quantization as q
 from automagic_bnb import state as st
 from automagic_bnb.factored import tile_height
 
-BLOCK = tl.constexpr(256)
+BLOCK = tl.constexpr(q.BLOCK)
 _C = {column.name: tl.constexpr(int(column)) for column in Column}
 _ROW = tl.constexpr(len(Column))
 
@@ -42,7 +42,6 @@ N_RATE, N_LOW, N_HIGH, N_DECAY, N_KAPPA = _N["RATE"], _N["LOW"], _N["HIGH"], _N[
 N_CORRECTION1, N_CORRECTION2, N_CORRECTION3 = _N["CORRECTION1"], _N["CORRECTION2"], _N["CORRECTION3"]
 N_ADAPT, N_LEARN, N_KEY, N_PROBE = _N["ADAPT_MASK"], _N["LEARN_POLARITY"], _N["KEY"], _N["PROBE_WEIGHT"]
 
-_TINY = tl.constexpr(1e-37)  # above the least normal float32: Triton makes a smaller literal a double
 _TINY_ABSMAX = tl.constexpr(q.TINY_ABSMAX)
 MAX_GRADIENT = tl.constexpr(reference.MAX_GRADIENT)
 MAX_EDGE = tl.constexpr(reference.MAX_EDGE)
@@ -53,82 +52,6 @@ def address(entry_ptr, column: tl.constexpr, DTYPE: tl.constexpr, ALIGN: tl.cons
     """The pointer in one column of a tensor's entry in the table."""
     pointer = tl.load(entry_ptr + column).to(tl.pointer_type(DTYPE))
     return tl.multiple_of(pointer, ALIGN)
-
-
-@triton.jit
-def _usable(x):
-    """Neither NaN nor infinite nor so large that sums of squares overflow: see `reference.MAX_GRADIENT`."""
-    return tl.abs(x) <= MAX_GRADIENT
-
-
-@triton.jit
-def _sanitised(ptr, inside, centre, scale, SCALED: tl.constexpr):
-    """A neighbour's gradient as the Laplacian takes it: 0 if not finite, the centre's own value if outside."""
-    x = tl.load(ptr, mask=inside, other=0).to(tl.float32)
-    if SCALED:
-        x = x * scale
-    return tl.where(inside, tl.where(_usable(x), x, 0.0), centre)
-
-
-@triton.jit
-def _laplacian(g_ptr, g, lanes, start, size, rows, cols, valid, scale, SCALED: tl.constexpr):
-    """Σ (g_j - g_i) over the four neighbours inside the same [rows, cols] slice: any shape, any values."""
-    slice_size = rows * cols
-    place = (lanes + start % slice_size) % slice_size
-    column = place % cols
-    lap = _sanitised(g_ptr + lanes - 1, valid & (column > 0), g, scale, SCALED) - g
-    lap += _sanitised(g_ptr + lanes + 1, valid & (column < cols - 1), g, scale, SCALED) - g
-    lap += _sanitised(g_ptr + lanes - cols, valid & (place >= cols), g, scale, SCALED) - g
-    return lap + (_sanitised(g_ptr + lanes + cols, valid & (place < slice_size - cols), g, scale, SCALED) - g)
-
-
-@triton.jit
-def _row_differences(g_ptr, g, thread_column, cols, inside, scale, SCALED: tl.constexpr):
-    """Σ (g_j - g_i) over the left and right neighbours, each thread holding 8 elements of one row.
-
-    The neighbours are in the thread's own registers, but for the two beyond its ends.
-    """
-    threads = tl.arange(0, BLOCK // 8) * 8
-    before = tl.load(g_ptr + threads - 1, mask=inside & (thread_column > 0), other=0).to(tl.float32)
-    after = tl.load(g_ptr + threads + 8, mask=inside & (thread_column + 8 < cols), other=0).to(tl.float32)
-    if SCALED:
-        before, after = before * scale, after * scale
-    even, odd = tl.split(tl.reshape(g, (BLOCK // 8, 4, 2)))
-    even04, even26 = tl.split(tl.reshape(even, (BLOCK // 8, 2, 2)))
-    odd15, odd37 = tl.split(tl.reshape(odd, (BLOCK // 8, 2, 2)))
-    g0, g4 = tl.split(even04)
-    g2, g6 = tl.split(even26)
-    g1, g5 = tl.split(odd15)
-    g3, g7 = tl.split(odd37)
-    d01, d12, d23, d34, d45, d56, d67 = g1 - g0, g2 - g1, g3 - g2, g4 - g3, g5 - g4, g6 - g5, g7 - g6
-    lap0 = d01 - tl.where(thread_column > 0, g0 - before, 0.0)
-    lap7 = tl.where(thread_column + 8 < cols, after - g7, 0.0) - d67
-    even = tl.join(tl.join(lap0, d45 - d34), tl.join(d23 - d12, d67 - d56))
-    odd = tl.join(tl.join(d12 - d01, d56 - d45), tl.join(d34 - d23, lap7))
-    return tl.reshape(tl.join(tl.reshape(even, (BLOCK // 8, 4)), tl.reshape(odd, (BLOCK // 8, 4))), (BLOCK,))
-
-
-@triton.jit
-def _laplacian_even(g_ptr, g, lanes, column, start, size, width, valid, scale, SCALED: tl.constexpr):
-    """The same in a matrix whose rows are a multiple of 8 long.
-
-    A gradient that is not finite makes the Laplacian beside it not finite: the caller looks.
-
-    Args:
-        column: int32, where in its row of `width` elements the block begins.
-    """
-    threads = tl.arange(0, BLOCK // 8) * 8
-    columns = column + threads
-    columns = tl.where(columns >= width, columns - width, columns) if width >= BLOCK else columns % width
-    lap = _row_differences(g_ptr, g, columns, width, threads < size - start, scale, SCALED)
-    # Outside the matrix the element itself is read, which adds nothing; 8 neighbours share a row, and one load.
-    first = tl.multiple_of(tl.minimum(tl.maximum(width - start, 0), BLOCK).to(tl.int32), 8)
-    last = tl.multiple_of(tl.minimum(tl.maximum(size - width - start, 0), BLOCK).to(tl.int32), 8)
-    above = tl.load(g_ptr + (lanes + tl.where(lanes >= first, -width, 0)), mask=valid, other=0).to(tl.float32)
-    below = tl.load(g_ptr + (lanes + tl.where(lanes < last, width, 0)), mask=valid, other=0).to(tl.float32)
-    if SCALED:
-        above, below = above * scale, below * scale
-    return (lap + (above + below)) - 2.0 * g
 
 
 @triton.jit
@@ -153,78 +76,9 @@ def _write_moment(
 
 
 @triton.jit
-def _tile_counts(size, first, strips, blocks, WIDTH: tl.constexpr):
-    """How many elements each column of a tile has, float32 [WIDTH]; the tile's blocks are `strips` apart."""
-    last = (first + (blocks - 1) * strips).to(tl.int64) * BLOCK
-    remaining = tl.minimum(size - last, BLOCK).to(tl.int32)
-    below = tl.maximum(remaining - tl.arange(0, WIDTH) + (WIDTH - 1), 0) // WIDTH
-    return ((blocks - 1) * (BLOCK // WIDTH) + below).to(tl.float32)
-
-
-@triton.jit
-def _tile_scale(col_ptr, counts, WIDTH: tl.constexpr):
-    """1 / mean of a tile, from its columns' means."""
-    mean = tl.sum(tl.load(col_ptr + tl.arange(0, WIDTH)) * counts, 0) / tl.sum(counts, 0)
-    return codec.reciprocal(tl.maximum(mean, _TINY))
-
-
-@triton.jit
 def _row_ptr(entry_ptr, column: tl.constexpr, block, WIDTH: tl.constexpr):
     """Where the row means of a block begin."""
     return address(entry_ptr, column, tl.float32, 4) + block.to(tl.int64) * (BLOCK // WIDTH)
-
-
-@triton.jit
-def _tile_estimate(entry_ptr, column: tl.constexpr, block, col_ptr, scale, remaining, WIDTH: tl.constexpr):
-    """row · col / mean of a block's elements, float32 [256].
-
-    Args:
-        column: of the table, with the address of the row means.
-        scale: 1 / mean.
-    """
-    lanes = tl.arange(0, BLOCK)
-    row_ptr = _row_ptr(entry_ptr, column, block, WIDTH)
-    if WIDTH == BLOCK:
-        return tl.load(col_ptr + lanes) * (tl.load(row_ptr, volatile=True) * scale)
-    else:  # the 8 elements of a thread lie in one row
-        threads = tl.arange(0, BLOCK // 8) * 8
-        rows = tl.load(row_ptr + threads // WIDTH, mask=threads < remaining, other=0.0, volatile=True) * scale
-        rows = tl.reshape(tl.broadcast_to(rows[:, None], (BLOCK // 8, 8)), (BLOCK,))
-        return tl.load(col_ptr + lanes % WIDTH) * rows
-
-
-@triton.jit
-def _move_rows(row_ptr, seen, used, remaining, per, beta, gain, WIDTH: tl.constexpr, CAREFUL: tl.constexpr):
-    """Move a block's row means towards those of `seen`, float32 [256], 0 behind the end.
-
-    Args:
-        gain: 1 - beta.
-        used: int32 [256], 1 for what was not skipped. A row in which all was skipped keeps its very mean.
-    """
-    if WIDTH == BLOCK:
-        moved = beta * tl.load(row_ptr) + gain * (tl.sum(seen, 0) * per)
-        if CAREFUL:
-            tl.store(row_ptr, moved, mask=tl.sum(used, 0) > 0)
-        else:
-            tl.store(row_ptr, moved)
-    else:
-        rows = tl.arange(0, BLOCK // WIDTH)
-        inside = rows * WIDTH < remaining
-        means = tl.sum(tl.reshape(seen, (BLOCK // WIDTH, WIDTH)), 1) * (1 / WIDTH)
-        moved = beta * tl.load(row_ptr + rows, mask=inside, other=0.0) + gain * means
-        if CAREFUL:
-            inside = inside & (tl.sum(tl.reshape(used, (BLOCK // WIDTH, WIDTH)), 1) > 0)
-        tl.store(row_ptr + rows, moved, mask=inside)
-
-
-@triton.jit
-def _move_columns(col_ptr, sums, counts, beta, gain, WIDTH: tl.constexpr):
-    """Move a tile's column means towards those of what its program has seen: sums float32 [256] over its blocks."""
-    if WIDTH < BLOCK:
-        sums = tl.sum(tl.reshape(sums, (BLOCK // WIDTH, WIDTH)), 0)
-    columns = tl.arange(0, WIDTH)
-    held = tl.load(col_ptr + columns)
-    tl.store(col_ptr + columns, beta * held + gain * (sums / tl.maximum(counts, 1.0)), mask=counts > 0)
 
 
 @triton.jit
@@ -274,7 +128,7 @@ def _block(
         detail, book1_ptr, book2_ptr,
     ) = rule  # fmt: skip
     per = codec.reciprocal(remaining.to(tl.float32)) if CAREFUL else 1 / 256
-    usable = _usable(g_raw)
+    usable = stencil.usable(g_raw)
     absmax1, absmax2, absmax3, history, torque, sigma = held
     CODES: tl.constexpr = EIGHT and WIDTH == 0
     # The moments over their absmax: that is multiplied in together with the decay.
@@ -309,14 +163,14 @@ def _block(
         v_seen = tl.where(valid, tl.where(usable, v_seen, v_old), 0.0)
     # The bias correction, 1 / sqrt(correction), is a factor of the block too.
     # eps1 keeps v above 0 (see `launch`), but where an element was skipped from the start
-    u = filtered * tl.rsqrt(tl.maximum(v, _TINY) if CAREFUL else v)
+    u = filtered * tl.rsqrt(tl.maximum(v, codec.TINY) if CAREFUL else v)
     correction = tl.load(numbers_ptr + N_CORRECTION2)  # the root of 1 - β2^t
     # Both sums are taken before the factors of the block are known: neither then waits for the other.
     energy = tl.sum(u * u, 0) * (correction * correction)
     if TORQUE_ON:
         aligned = absmax1 * tl.sum(m_old * u, 0)
     activity = energy * per
-    shrink = tl.minimum(clip_threshold * tl.rsqrt(tl.maximum(activity, _TINY)), 1.0)
+    shrink = tl.minimum(clip_threshold * tl.rsqrt(tl.maximum(activity, codec.TINY)), 1.0)
     u = u * (shrink * correction)
     energy = energy * shrink * shrink
 
@@ -340,7 +194,9 @@ def _block(
     bits = codec.random_bits(key, start)
     centred = codec.centred(bits)
     if WIDTH:
-        _move_rows(_row_ptr(entry_ptr, V_ROW, block, WIDTH), v_seen, used, remaining, per, beta2, gain2, WIDTH, CAREFUL)
+        tiles.move_rows(
+            _row_ptr(entry_ptr, V_ROW, block, WIDTH), v_seen, used, remaining, per, beta2, gain2, WIDTH, CAREFUL
+        )
     else:
         _write_moment(v_ptr, entry_ptr, ABSMAX2, block, place, v, centred, valid, touched, EIGHT, False)
     _write_moment(m_ptr, entry_ptr, ABSMAX1, block, place, m, 0.0, valid, touched, EIGHT, True)
@@ -360,7 +216,7 @@ def _block(
         n = m * tl.rsqrt(tl.maximum(r, 0.01 * correction3))
         weight = weight * tl.sqrt(correction3)
         if WIDTH:
-            _move_rows(
+            tiles.move_rows(
                 _row_ptr(entry_ptr, R_ROW, block, WIDTH), r_seen, used, remaining, per, beta3, gain3, WIDTH, CAREFUL
             )
         else:
@@ -526,13 +382,13 @@ def _blocks(
         g_raw = tl.load(grad_ptr + place, mask=valid, other=0).to(tl.float32)
         m_raw = tl.load(m_ptr + place, mask=valid, other=EMPTY, volatile=EARLY)
         if WIDTH:
-            v_raw = _tile_estimate(entry_ptr, V_ROW, block, tile[0], tile[2], remaining, WIDTH)
+            v_raw = tiles.estimate(_row_ptr(entry_ptr, V_ROW, block, WIDTH), tile[0], tile[2], remaining, WIDTH)
         else:
             v_raw = tl.load(v_ptr + place, mask=valid, other=0)
         r_raw = v_raw
         if CAME:
             if WIDTH:
-                r_raw = _tile_estimate(entry_ptr, R_ROW, block, tile[1], tile[3], remaining, WIDTH)
+                r_raw = tiles.estimate(_row_ptr(entry_ptr, R_ROW, block, WIDTH), tile[1], tile[3], remaining, WIDTH)
             else:
                 r_raw = tl.load(r_ptr + place, mask=valid, other=0)
         mask_raw = tl.load(k_ptr + place, mask=valid, other=0, volatile=EARLY)
@@ -545,16 +401,16 @@ def _blocks(
             g_raw = g_raw * clip
         g = g_raw
         if CAREFUL:
-            g = tl.where(_usable(g_raw), g_raw, 0.0)
+            g = tl.where(stencil.usable(g_raw), g_raw, 0.0)
         lap = g
         if SPATIAL:
             if EVEN and not CAREFUL:
-                lap = _laplacian_even(g_ptr, g, lanes, column, start, size, width, valid, clip, SCALED)
+                lap = stencil.laplacian_even(g_ptr, g, lanes, column, start, size, width, valid, clip, SCALED)
             else:
-                lap = _laplacian(g_ptr, g, lanes, start, size, rows, cols, valid, clip, SCALED)
+                lap = stencil.laplacian(g_ptr, g, lanes, start, size, rows, cols, valid, clip, SCALED)
                 lap = tl.where(valid, lap, 0.0)
         if CAREFUL:
-            lap = tl.where(_usable(g_raw), lap, 0.0)
+            lap = tl.where(stencil.usable(g_raw), lap, 0.0)
             sum_squares = tl.sum(g * g, 0)
             mine = ((unusual >> i) & 1) != 0
         else:
@@ -577,7 +433,7 @@ def _blocks(
                 if CAME:
                     r_sums += r_seen
             if CAREFUL:
-                bits += tl.sum(tl.where(_usable(g_raw), 0, 1), 0)
+                bits += tl.sum(tl.where(stencil.usable(g_raw), 0, 1), 0)
         elif not CAREFUL:
             bits |= 1 << i
         if EVEN and WIDTH == 0:
@@ -633,13 +489,13 @@ def _tile(
     blocks = tl.minimum(tl.cdiv(tl.cdiv(size, BLOCK) - first, strips), HEIGHT).to(tl.int32)
     mask_sum, numerator, denominator, skipped = 0.0, 0.0, 0.0, local * 0
     if blocks > 0:
-        counts = _tile_counts(size, first, strips, blocks, WIDTH)
+        counts = tiles.counts_of(size, first, strips, blocks, WIDTH)
         v_col_ptr = address(entry_ptr, V_COL, tl.float32) + local * WIDTH
         r_col_ptr = address(entry_ptr, R_COL, tl.float32) + local * WIDTH
-        v_scale = _tile_scale(v_col_ptr, counts, WIDTH)
+        v_scale = tiles.scale_of(v_col_ptr, counts, WIDTH)
         r_scale = v_scale
         if CAME:
-            r_scale = _tile_scale(r_col_ptr, counts, WIDTH)
+            r_scale = tiles.scale_of(r_col_ptr, counts, WIDTH)
         tile = (v_col_ptr, r_col_ptr, v_scale, r_scale)
         v_sums, r_sums = tl.zeros((BLOCK,), dtype=tl.float32), tl.zeros((BLOCK,), dtype=tl.float32)
         done = local * 0
@@ -655,9 +511,9 @@ def _tile(
             skipped += skips
             done += BLOCKS
         if skipped.to(tl.float32) < tl.sum(counts, 0):  # a tile in which all was skipped keeps its very means
-            _move_columns(v_col_ptr, v_sums, counts, rule[1], rule[4], WIDTH)  # β2, 1 - β2
+            tiles.move_columns(v_col_ptr, v_sums, counts, rule[1], rule[4], WIDTH)  # β2, 1 - β2
             if CAME:
-                _move_columns(r_col_ptr, r_sums, counts, rule[2], rule[5], WIDTH)  # β3, 1 - β3
+                tiles.move_columns(r_col_ptr, r_sums, counts, rule[2], rule[5], WIDTH)  # β3, 1 - β3
     return mask_sum, numerator, denominator
 
 
