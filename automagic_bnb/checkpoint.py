@@ -90,8 +90,7 @@ def _parse_foreign(
                 options, local = optimizer.effective_options(group, p), st.local_tensor(p)
                 carried = migration.read(source, saved, saved_group, options, local, f"parameter {key}")
                 storage = st.storage_of(local, options, optimizer.facts_of(p).is_embedding)
-                stride = optimizer.facts_of(p).probe_stride
-                state[p] = complete({"step": carried.step}, local, storage, options, optimizer.is_paged, stride)
+                state[p] = complete(optimizer, p, {"step": carried.step}, storage, options)
                 migration.fill(state[p], carried, local, options)
                 if (shard := shard_of(p)) is not None:
                     state[p]["shard"] = shard
@@ -160,8 +159,7 @@ def _parse_parameter(
             )
         state[name] = _restored(name, value, local, optimizer.is_paged)
     _check_storage(state, where)
-    options, stride = optimizer.effective_options(group, p), optimizer.facts_of(p).probe_stride
-    return complete(state, local, st.storage_held(state), options, optimizer.is_paged, stride)
+    return complete(optimizer, p, state, st.storage_held(state), optimizer.effective_options(group, p))
 
 
 def _from_0_1_0(saved: dict[str, Any], p: Tensor) -> dict[str, Any]:
@@ -185,14 +183,15 @@ def _from_0_1_0(saved: dict[str, Any], p: Tensor) -> dict[str, Any]:
     return saved
 
 
-def complete(state: st.State, p: Tensor, storage: str, options: dict[str, Any], paged: bool, stride: int) -> st.State:
-    """`state.complete` for a state that may be under way, where confidence has been switched on or was not saved.
+def complete(optimizer: Automagic, p: Tensor, state: st.State, storage: str, options: dict[str, Any]) -> st.State:
+    """`state.complete` for a state of p that may be under way, where confidence was switched on or was not saved.
 
     r then starts where its bias-corrected value is 1, about that of a settled run: at 0 it would count as full
     confidence and make the steps ten times too large.
     """
     joins = options["came"] and not {"state3", "exp_avg_res_row"} & state.keys()
-    st.complete(state, p, storage, options, paged, stride)
+    stride = optimizer.facts_of(p).probe_stride
+    st.complete(state, st.local_tensor(p), storage, options, optimizer.is_paged, stride)
     if joins and state["step"] > 0:
         value = 1 - options["betas"][2] ** state["step"]
         if storage == "factored":

@@ -117,6 +117,7 @@ class ParameterMemory:
     options: dict[str, Any]
     """In force for it: the group's, under its override."""
     is_embedding: bool
+    probe_stride: int
     storage: str
     """ "32bit", "8bit" or "factored": as it is held, else as it will be."""
     is_frozen: bool
@@ -145,18 +146,18 @@ def memory_by_parameter(optimizer: Automagic) -> list[ParameterMemory]:
 def _memory_of(optimizer: Automagic, group: dict[str, Any], p: Tensor) -> ParameterMemory:
     options, local = optimizer.effective_options(group, p), st.local_tensor(p)
     state = {key: value for key, value in optimizer.state.get(p, {}).items() if isinstance(value, Tensor)}
-    is_embedding = optimizer.facts_of(p).is_embedding
-    storage = st.storage_held(state) if "state1" in state else st.storage_of(local, options, is_embedding)
+    facts = optimizer.facts_of(p)
+    storage = st.storage_held(state) if "state1" in state else st.storage_of(local, options, facts.is_embedding)
     pieces = [Piece(key, x.nbytes, True, paged.is_paged(x), id(x)) for key, x in state.items()]
     gets_steps = p.requires_grad or p.grad is not None
     if gets_steps:
-        stride = optimizer.facts_of(p).probe_stride
-        pieces += _missing(state, local, storage, options, optimizer.is_paged, stride)
+        pieces += planned(state, local, storage, options, optimizer.is_paged, facts.probe_stride)
     return ParameterMemory(
         p=local,
         group=group,
         options=options,
-        is_embedding=is_embedding,
+        is_embedding=facts.is_embedding,
+        probe_stride=facts.probe_stride,
         storage=storage,
         is_frozen=not (gets_steps or state),
         pieces=[piece for piece in pieces if not piece.key.startswith("qmap")],
@@ -164,10 +165,10 @@ def _memory_of(optimizer: Automagic, group: dict[str, Any], p: Tensor) -> Parame
     )
 
 
-def _missing(
+def planned(
     state: st.State, p: Tensor, storage: str, options: dict[str, Any], is_paged: bool, stride: int
 ) -> list[Piece]:
-    """What `state.complete` would add."""
+    """What `state.complete` would add; nothing is allocated for it."""
     shape_only = torch.empty(p.shape, dtype=p.dtype, device="meta")
     large = st.pages(p, is_paged)
     return [

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from automagic_bnb import bnb, loss_curve, reference, schedulers
 from automagic_bnb import state as st
-from automagic_bnb.memory import memory_by_parameter, quantized_share
+from automagic_bnb.memory import memory_by_parameter, planned, quantized_share
 from automagic_bnb.optimizer import Automagic
 from automagic_bnb.run_log import as_number
 
@@ -471,7 +471,6 @@ def state_bytes(optimizer: Automagic, **options: Any) -> int:
     for m in memory_by_parameter(optimizer):
         asked = {**m.options, **options}
         storage = st.storage_of(m.p, asked, m.is_embedding) if options else m.storage
-        shape_only = torch.empty(m.p.shape, dtype=m.p.dtype, device="meta")
-        made = {} if m.is_frozen else st.recipes(shape_only, storage, asked)
-        total += sum(make().nbytes for key, make in made.items() if not key.startswith("qmap"))  # these are shared
+        pieces = [] if m.is_frozen else planned({}, m.p, storage, asked, optimizer.is_paged, m.probe_stride)
+        total += sum(piece.bytes for piece in pieces if not piece.key.startswith("qmap"))  # these are shared
     return total

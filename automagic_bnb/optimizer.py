@@ -242,7 +242,7 @@ class Automagic(bnb.Optimizer2State):
             storage = st.storage_of(local, options, self.facts_of(p).is_embedding)
         if self.is_paged and not paged.exists_on(local.device):
             warn_once("paged optimizer states exist on CUDA only; elsewhere they are ordinary memory")
-        checkpoint.complete(state, local, storage, options, self.is_paged, self.facts_of(p).probe_stride)
+        checkpoint.complete(self, p, state, storage, options)
         if (shard := checkpoint.shard_of(p)) is not None:
             state["shard"] = shard  # lets a checkpoint of another process's part be told
 

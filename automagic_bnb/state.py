@@ -132,10 +132,14 @@ def probe_stride(elements: int) -> int:
     return stride
 
 
+def probe_count(blocks: int, stride: int) -> int:
+    return -(-blocks // stride)
+
+
 def stride_held(blocks: int, probes: int) -> int:
     """The stride of a tensor's probes, told by their number: the smallest that gives no more."""
     stride = PROBE_STRIDE
-    while probes and -(-blocks // stride) > probes:
+    while probes and probe_count(blocks, stride) > probes:
         stride *= 2
     return stride
 
@@ -215,7 +219,7 @@ def recipes(
         made["gnorm_vec"] = lambda: torch.zeros(NORM_WINDOW, device=device)
     if options["auto_lr"]:
         made["probe_start"] = lambda: probe_blocks(p.detach().reshape(-1), stride).clone()
-        made["probe_sum"] = lambda: torch.zeros(-(-blocks // stride), BLOCK, device=device)
+        made["probe_sum"] = lambda: torch.zeros(probe_count(blocks, stride), BLOCK, device=device)
     return made
 
 
@@ -317,7 +321,7 @@ def expected_shape(name: str, p: Tensor, length: int) -> tuple[int, ...]:
     if name in fixed:
         return (fixed[name],)
     if name.startswith("probe_"):
-        return (-(-block_count(p) // stride_held(block_count(p), length)), BLOCK)
+        return (probe_count(block_count(p), stride_held(block_count(p), length)), BLOCK)
     return (block_count(p),)
 
 

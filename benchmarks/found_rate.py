@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from pathlib import Path
 from typing import Any
 
 import master_weights
@@ -39,7 +38,8 @@ def run(stride: int, seed: int, args: argparse.Namespace, device: torch.device) 
 def report(results: dict[str, Any]) -> str:
     def row(runs: list[dict[str, float]]) -> list[str]:
         rates, losses = ", ".join(f"{x['rate']:.2e}" for x in runs), ", ".join(f"{x['loss']:.3f}" for x in runs)
-        return [f"{runs[0]['watched'] / 1e3:,.0f} thousand", rates, losses, f"{mean_loss(runs):.3f}"]
+        mean = statistics.fmean(x["loss"] for x in runs)
+        return [f"{runs[0]['watched'] / 1e3:,.0f} thousand", rates, losses, f"{mean:.3f}"]
 
     rows = [[f"every {stride}th block" if int(stride) > 1 else "all", *row(x)] for stride, x in results["runs"].items()]
     return "\n\n".join(
@@ -53,29 +53,14 @@ def report(results: dict[str, Any]) -> str:
     )
 
 
-def mean_loss(runs: list[dict[str, float]]) -> float:
-    return statistics.fmean(x["loss"] for x in runs)
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description="The rate found, and the loss, by how many weights are watched")
+    about = "The rate found, and the loss, by how many weights are watched"
+    parser = training.argument_parser(about, steps=100, width=192)
     parser.add_argument("--strides", nargs="+", type=int, default=[1, 4, 16, 64], help="default: 1 4 16 64")
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--width", type=int, default=192)
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     runs: dict[str, list[dict[str, float]]] = {}
-    results = {
-        "command": measure.command(),
-        "environment": measure.environment(device),
-        "steps": args.steps,
-        "parameters": sum(p.numel() for p in master_weights.Bytes(args.width, args.layers).parameters()),
-        "runs": runs,
-    }
+    results = {**training.head(args, device), "runs": runs}
     todo = [(stride, seed) for seed in range(args.seeds) for stride in args.strides]
     for stride, seed in (bar := tqdm(todo)):
         bar.set_description(f"one block of {stride}, seed {seed}", refresh=False)

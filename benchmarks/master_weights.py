@@ -72,6 +72,18 @@ def loss_of(model: nn.Module, data: Tensor, generator: torch.Generator, batch: i
     return functional.cross_entropy(model(window[:, :-1]).float().flatten(0, 1), window[:, 1:].flatten())
 
 
+def scheduled(lr: float, step: int, steps: int) -> float:
+    """A warm-up of 20 steps, then a linear decay to a tenth."""
+    return lr * min(1.0, step / 20) * (1 - 0.9 * step / steps)
+
+
+@torch.no_grad()
+def validation_loss(model: nn.Module, held_out: Tensor, batch: int, batches: int) -> float:
+    """The mean over batches that are the same for every model."""
+    generator = torch.Generator().manual_seed(1)
+    return sum(loss_of(model, held_out, generator, batch).item() for _ in range(batches)) / batches
+
+
 def train(master: str, seed: int, args: argparse.Namespace, device: torch.device) -> Iterator[Tensor | float]:
     """The weights (float32, flat) at the start and after each quarter of the steps, then the validation loss."""
     torch.manual_seed(seed)
@@ -85,7 +97,7 @@ def train(master: str, seed: int, args: argparse.Namespace, device: torch.device
     data, held_out = sources(device)
     yield held(optimizer, weights)
     for step in tqdm(range(1, args.steps + 1), desc=f"{master}, seed {seed}", leave=False):
-        optimizer.param_groups[0]["lr"] = args.lr * min(1.0, step / 20) * (1 - 0.9 * step / args.steps)
+        optimizer.param_groups[0]["lr"] = scheduled(args.lr, step, args.steps)
         model.zero_grad()
         loss_of(model, data, generator, args.batch).backward()
         if master == "float32":
@@ -98,9 +110,7 @@ def train(master: str, seed: int, args: argparse.Namespace, device: torch.device
                     p.copy_(wide)
         if step % (args.steps // 4) == 0:
             yield held(optimizer, weights)
-    with torch.no_grad():
-        generator = torch.Generator().manual_seed(1)
-        yield sum(loss_of(model, held_out, generator, args.batch).item() for _ in range(20)) / 20
+    yield validation_loss(model, held_out, args.batch, 20)
 
 
 def held(optimizer: Automagic32bit, weights: list[nn.Parameter]) -> Tensor:

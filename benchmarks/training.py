@@ -10,7 +10,6 @@ it. Ours is also given none: it then finds its own, within its default bounds.
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,18 +59,15 @@ def validation_loss(name: str, rate: str, seed: int, args: argparse.Namespace, d
 def train(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, seed: int, args: argparse.Namespace, device: torch.device
 ) -> float:
-    """The validation loss after a warm-up of 20 steps and a linear decay to a tenth."""
+    """The validation loss after the steps."""
     data, held_out = master_weights.sources(device)
     lr, generator = optimizer.param_groups[0]["lr"], torch.Generator().manual_seed(seed)
     for step in range(1, args.steps + 1):
-        optimizer.param_groups[0]["lr"] = lr * min(1.0, step / 20) * (1 - 0.9 * step / args.steps)
+        optimizer.param_groups[0]["lr"] = master_weights.scheduled(lr, step, args.steps)
         optimizer.zero_grad()
         master_weights.loss_of(model, data, generator, args.batch).backward()
         optimizer.step()
-    with torch.no_grad():
-        generator = torch.Generator().manual_seed(1)
-        losses = [master_weights.loss_of(model, held_out, generator, args.batch).item() for _ in range(VALIDATIONS)]
-    return statistics.fmean(losses)
+    return master_weights.validation_loss(model, held_out, args.batch, VALIDATIONS)
 
 
 def report(results: dict[str, Any]) -> str:
@@ -92,25 +88,35 @@ def report(results: dict[str, Any]) -> str:
     )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Validation losses of ours and AdamW8bit at several learning rates")
-    parser.add_argument("--rates", nargs="+", default=["1e-3", "3e-3", "1e-2"], help="default: 1e-3 3e-3 1e-2")
+def argument_parser(description: str, steps: int, width: int) -> argparse.ArgumentParser:
+    """The options of what trains the byte model, with these defaults."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--width", type=int, default=width)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
-    args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    losses: dict[str, dict[str, list[float]]] = {name: {} for name in OPTIMIZERS}
-    results = {
+    return parser
+
+
+def head(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """What the results begin with."""
+    return {
         "command": measure.command(),
         "environment": measure.environment(device),
         "steps": args.steps,
         "parameters": sum(p.numel() for p in master_weights.Bytes(args.width, args.layers).parameters()),
-        "losses": losses,
     }
+
+
+def main() -> int:
+    parser = argument_parser("Validation losses of ours and AdamW8bit at several learning rates", steps=300, width=64)
+    parser.add_argument("--rates", nargs="+", default=["1e-3", "3e-3", "1e-2"], help="default: 1e-3 3e-3 1e-2")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    losses: dict[str, dict[str, list[float]]] = {name: {} for name in OPTIMIZERS}
+    results = {**head(args, device), "losses": losses}
     todo = [(seed, *run) for seed in range(args.seeds) for run in runs(args.rates)]
     for seed, name, rate in (bar := tqdm(todo)):
         bar.set_description(f"{name}, lr {rate}, seed {seed}", refresh=False)

@@ -316,10 +316,13 @@ class Bucket:
             all(map(operator.is_, self.tensors_of(self.states[row]), self.tensors[row])) for row in self.short
         )
 
+    def _counted(self) -> np.ndarray:
+        """The steps taken so far, int64, as the states have them."""
+        return np.fromiter(map(_STEP, self.states), np.int64, len(self.states))
+
     def next_step(self, rows: np.ndarray, grads: np.ndarray) -> int:
         """The highest t that these members are about to step to; 0 if none has a gradient."""
-        steps = np.fromiter(map(_STEP, self.states), np.int64, len(self.states))[rows]
-        return int(np.where(grads[rows] != 0, steps + 1, 0).max())
+        return int(np.where(grads[rows] != 0, self._counted()[rows] + 1, 0).max())
 
     def agrees(self, sources: list[dict[str, Any]]) -> bool:
         """Whether all members still have the launch's numbers in common."""
@@ -363,7 +366,7 @@ class Bucket:
             int64 [tensors] addresses and float32 [tensors, Number] on the device, and whether any mask still moves.
         """
         stepped = grads != 0
-        steps = np.fromiter(map(_STEP, self.states), np.int64, len(self.states)) + stepped
+        steps = self._counted() + stepped
         self.steps = np.where(stepped, steps, 0)
         warm = self._fill_numbers(steps, sources)
         rows, row_bytes = len(steps), 4 * len(Number)

@@ -6,9 +6,10 @@ switches it on).
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,6 +106,17 @@ def synchronise(source: Automagic, target: Automagic) -> None:
         for name in ("auto_lr_rate", "auto_lr_step", "effective_lr"):
             if name in ours:
                 theirs[name] = copy.deepcopy(ours[name])
+
+
+@contextlib.contextmanager
+def waiting_is_an_error(on: bool = True) -> Iterator[None]:
+    """PyTorch raises RuntimeError inside where the host would wait for the device."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error" if on else "default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 # --- comparison -----------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from kernel_cases import (
     parameters,
     parameters_of,
     synchronise,
+    waiting_is_an_error,
 )
 from torch import Tensor
 
@@ -918,24 +919,16 @@ def test_a_step_does_not_wait_for_the_device(switch: str, storage: str) -> None:
     for number in range(1, 9):
         for index, p in enumerate(parameters_of(opt)):
             give(p, gradient(tuple(p.shape), index, number))
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error" if number > 2 else "default")
-        try:
+        with waiting_is_an_error(number > 2):
             opt.step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not COMPILED, reason="only a CUDA device can be waited for")
 def test_waiting_for_the_device_is_seen() -> None:
     """Negative control for the test above: reading a number off the device is an error there."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with pytest.raises(RuntimeError, match="synchroniz"):
-            torch.ones(1, device="cuda").item()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with waiting_is_an_error(), pytest.raises(RuntimeError, match="synchroniz"):
+        torch.ones(1, device="cuda").item()
 
 
 # --- choosing a backend -----------------------------------------------------------------------------------------------

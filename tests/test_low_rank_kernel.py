@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import COMPILED, DEVICE, NEEDS_GPU
+from kernel_cases import COMPILED, DEVICE, NEEDS_GPU, waiting_is_an_error
 from torch import Tensor
 
 from automagic_bnb.optimizer import Automagic, Automagic8bit
@@ -215,10 +215,7 @@ def test_the_tenth_step_does_not_wait_for_the_device(options: dict[str, Any]) ->
         torch.cuda.synchronize()
         held = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        torch.cuda.set_sync_debug_mode("error" if number > 10 else "default")
-        try:
+        with waiting_is_an_error(number > 10):
             opt.step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         if number > 10:
             assert torch.cuda.max_memory_allocated() - held < 0.01 * sum(x.nbytes for x in p)
