@@ -1,7 +1,11 @@
 """Block-wise 8-bit codes on bitsandbytes' code books, in torch: the definition that the kernels are held to.
 
-A tensor of n elements is cut into blocks of 256; each block is divided by its largest magnitude (`absmax`, float32)
-and each quotient becomes the index of a value of the code book. Dettmers et al., arXiv 2110.02861.
+A tensor of n elements is cut into blocks of 256; each block is divided by its `absmax` (float32) and each quotient
+becomes the index of a value of the code book. Dettmers et al., arXiv 2110.02861.
+
+absmax is such that the block's largest magnitude takes the last code below 1, not 1 as bitsandbytes' own: 1 has no
+counterpart of the other sign (the signed book begins at -0.993), and stands apart from the even spacing of the others.
+Decoding is bitsandbytes', of its codes too.
 """
 
 from __future__ import annotations
@@ -31,14 +35,14 @@ def encode(values: Tensor, code_book: Tensor, uniform: Tensor | None = None) -> 
         uniform: float32 [blocks, 256] in (0, 1). With it a quotient between two code values goes to the upper one
             with the probability that makes the result unbiased; without it, to the nearer one.
     """
-    absmax = values.abs().amax(dim=1).clamp_min(TINY_ABSMAX)
-    x = values / absmax[:, None]
-    # The signed book ends at -0.993 below but at 1 above: a quotient beyond its last value takes that value.
-    below = (torch.searchsorted(code_book, x, right=True) - 1).clamp_(0, 254)
+    last = code_book[-2]
+    largest = values.abs().amax(dim=1).clamp_min(TINY_ABSMAX * last)
+    x = values / largest[:, None] * last
+    below = (torch.searchsorted(code_book, x, right=True) - 1).clamp_(0, 253)
     low, high = code_book[below], code_book[below + 1]
     # Of two values equally near, the upper: what floor(y + 1/2) gives in the kernels.
     rise = ((x - low) / (high - low)).clamp_(0, 1) + (0.5 if uniform is None else uniform)
-    return (below + (rise >= 1)).to(torch.uint8), absmax
+    return (below + (rise >= 1)).to(torch.uint8), largest / last
 
 
 def pack_mask(k: Tensor, polarity: Tensor) -> Tensor:

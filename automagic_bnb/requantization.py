@@ -205,27 +205,9 @@ def _convert(part: Part, numbers: list[int], coded: bool) -> Tensor:
     keep = torch.ones(part.blocks.blocks, q.BLOCK, dtype=torch.bool, device=part.old["lr_mask"].device)
     source, target = moments_of(part.old, part.blocks, keep), moments_of(part.new, part.blocks, keep)
     for number in numbers:
-        if number > 1:
+        if number > 1 or not coded:
             target.write(number, source.read(number), None)
-        elif not coded and st.storage_held(part.new) == "32bit":
-            target.write(1, source.read(1), None)
-        elif not coded:
-            codes, absmax = encode_signed(source.read(1), part.new["qmap1"])
-            part.new["state1"].view(-1).copy_(part.blocks.join(codes))
-            part.new["absmax1"].copy_(absmax)
     return keep.new_zeros(2, dtype=torch.float64) if coded else _convert_mask(part)
-
-
-def encode_signed(values: Tensor, code_book: Tensor) -> tuple[Tensor, Tensor]:
-    """`quantization.encode` of the first moment, such that decoded values get the codes back that they came from.
-
-    A coded block's largest magnitude is at an end of the code book, which is 1 above and -0.993 below. So a block that
-    was decoded from code 0 has its absmax beyond its largest magnitude: max(max x, max(-x) / 0.993).
-    """
-    absmax = torch.maximum(values.amax(dim=1) / code_book[-1], values.amin(dim=1) / code_book[0])
-    # One more element of that size makes `encode` find this absmax. Both are at least the block's largest magnitude.
-    codes, absmax = q.encode(torch.cat([values, absmax[:, None]], dim=1), code_book)
-    return codes[:, : q.BLOCK], absmax
 
 
 def _convert_mask(part: Part) -> Tensor:

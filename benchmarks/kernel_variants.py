@@ -47,13 +47,14 @@ def registers(workload: Workload, device: torch.device, count: int) -> Iterator[
 
     for factored in (False, True):
         for warm in (False, True):
-            row, chosen = [], step._MAX_REGISTERS[warm, factored]
+            storage = "factored" if factored else "8bit"
+            row, chosen = [], step._MAX_REGISTERS[storage, warm]
             opt = optimizer(workload, device, warm, factored)
             opt.step()  # frozen from the second on
             for number in tqdm(REGISTERS, desc=f"factored={factored}, warm={warm}"):
-                step._MAX_REGISTERS[warm, factored] = number
+                step._MAX_REGISTERS[storage, warm] = number
                 row.append(f"{median_ms(opt.step, device, count):.2f}{' *' if number == chosen else ''}")
-            step._MAX_REGISTERS[warm, factored] = chosen
+            step._MAX_REGISTERS[storage, warm] = chosen
             yield [f"{'factored' if factored else 'block-wise'}, {'warm-up' if warm else 'mask frozen'}", *row]
             del opt
             measure.free(device)

@@ -4,38 +4,50 @@ bitsandbytes' dynamic maps cut (0, 1] into seven decades; decade d = 0..6 ends a
 spaced values, F = 1 in the signed map (of magnitudes) and F = 2 in the unsigned one. Numbering the magnitudes upwards,
 those of decade d get the indices b .. 2b-1, so that within a decade the position of a magnitude a among them is linear,
 
-    y = (a · 10^(6-d) + 0.8) · b / 0.9 - 1/2 = a · (64 F / 0.9) · 5^(6-d) + (8/9) b - 1/2,
+    y = (a · 10^(6-d) + 0.8) · b / 0.9 - 1/2,
 
-with y = j exactly at value j. Between decades (from 2b-1 to the next 2b), between 0 and the first value, and between
-the last value and 1 it is linear with other slopes. Rounding to nearest is then floor(y + 1/2) and stochastic rounding
-floor(y + U), both without a table.
+with y = j exactly at value j. Rounding to nearest is floor(y + 1/2) and stochastic rounding floor(y + U).
+
+From one decade to the next the line becomes flatter, by 3 over the gap between them and by 5 behind it, and so it does
+behind the first value. So y is the least of the lines that meet near a, and the exponent of a tells which these are:
+between two powers of 2, scaled so that the first value is one, no more than one decade ends. There are 32 such `cells`,
+of which each thread of a warp holds one. Only 1 itself lies on a steeper line: no quotient reaches it, see
+`automagic_bnb.quantization`.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 
 import torch
 import triton
 import triton.language as tl
 
-# Where PTX cannot be written (the interpreter, AMD) the general functions stand in for the fast instructions.
-_PTX = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") != "1" and torch.version.hip is None)
+from automagic_bnb import quantization as q
 
+# Where PTX cannot be written (the interpreter, AMD) the general functions stand in for the fast instructions.
+PTX = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") != "1" and torch.version.hip is None)
+
+_TINY_ABSMAX = tl.constexpr(q.TINY_ABSMAX)
 TINY = tl.constexpr(1e-37)  # above the least normal float32: Triton makes a smaller literal a double
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 # 1.5 · 2^23: adding it leaves a float32's nearest whole number in the low bits, without a conversion instruction.
 MAGIC = tl.constexpr(12582912.0)
-_TOP_SIGNED = tl.constexpr(0.45 / 64)  # 1 minus the last value below 1
-_TOP_UNSIGNED = tl.constexpr(0.45 / 128)
+
+_LEAST = 2.0**-21  # what the first value of a decade 0 is scaled to: as many octaves below 1 as the seven decades need
+OFFSET = tl.constexpr(255.0)
+"""To y of the unsigned map. Its codes begin at y = 1; between 256 and 512 a float32 is a whole number of 2^-15."""
+_SCALE_SIGNED = tl.constexpr(_LEAST / 0.55e-6)
+_SCALE_UNSIGNED = tl.constexpr(_LEAST / 0.325e-6)
 
 
 @triton.jit
 def log2(x):
     """One instruction, for normal x; tl.log2 would be some twenty."""
-    if _PTX:
+    if PTX:
         return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
     else:
         return tl.log2(x)
@@ -44,10 +56,80 @@ def log2(x):
 @triton.jit
 def reciprocal(x):
     """1 / x for 2^-126 <= |x| <= 2^126, to 2 ulp, in one instruction."""
-    if _PTX:
+    if PTX:
         return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
     else:
         return 1 / x
+
+
+@functools.cache
+def cells(device: torch.device) -> torch.Tensor:
+    """float32 [4, 32], by exponent of a scaled magnitude, from 2^-31 up: slope and b of each map, signed first.
+
+    The slope is that of the decade before, and OFFSET is in the b of the unsigned map.
+    """
+    return torch.tensor([*_cells_of(1, 0.0), *_cells_of(2, OFFSET.value)], device=device)
+
+
+def _cells_of(factor: int, offset: float) -> tuple[list[float], list[float]]:
+    first = (0.1 + 0.45 / factor) * 1e-6
+    scale = _LEAST / first
+    slopes, bins = [], []
+    for exponent in range(-31, 1):
+        if 2.0**exponent < _LEAST:  # one of the lines is that from 0 to the first value: the steepest, or the second
+            slope, b = (1 / first, 27 / 8) if factor == 2 else (3 / first, 45 / 44)
+        else:
+            end = min(2.0 ** (exponent + 1) / scale, 1 - 0.45 / (factor * 64))
+            d = next(d for d in range(7) if 10.0 ** (d - 6) * (1 - 0.45 / (factor * 2**d)) >= end * (1 - 1e-9))
+            b = factor * 2.0**d
+            slope = 5 * b * 10.0 ** (6 - d) / 0.9
+        slopes.append(slope / scale)
+        bins.append(b + offset)
+    return slopes, bins
+
+
+@triton.jit
+def _cell(cells, magnitude):
+    """What a row of `cells` has of scaled magnitudes >= 2^-31: the row in each thread, or a pointer to it."""
+    exponent = magnitude.to(tl.int32, bitcast=True) >> 23
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=f,f,r", [cells, exponent], tl.float32, True, 1
+        )
+    else:
+        return tl.load(cells + (exponent & 31))
+
+
+@triton.jit
+def widen(x):
+    """float32 of what is loaded of parameters or gradients; of two bfloat16, each is one instruction."""
+    if PTX and x.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=f,=f,r", [x], tl.float32, True, 2
+        )
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def _upper_halves(words):
+    """bfloat16 of the bits 16 to 31 of uint32 words."""
+    if PTX:
+        return tl.inline_asm_elementwise("prmt.b32 $0, $1, $2, 0x7632;", "=r,r,r", [words], tl.bfloat16, True, 2)
+    else:
+        return (words >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def _third_bytes(words):
+    """uint8 of the bits 16 to 23 of uint32 words."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "{.reg .b32 a, b; prmt.b32 a, $1, $2, 0x62; prmt.b32 b, $3, $4, 0x62; prmt.b32 $0, a, b, 0x5410;}",
+            "=r,r,r,r,r", [words], tl.uint8, True, 4,
+        )  # fmt: skip
+    else:
+        return (words >> 16).to(tl.uint8)
 
 
 @triton.jit
@@ -63,47 +145,79 @@ def low_byte(x, OFFSET: tl.constexpr):
 
 
 @triton.jit
-def _position(scaled, F: tl.constexpr, EXACT: tl.constexpr):
-    """y of magnitudes a <= 1 given as a · 64 F / 0.9, linear between any two neighbouring values below the last.
+def _position(scaled, magnitude, slopes, bins, OFFSET: tl.constexpr):
+    """y, and the OFFSET that is in the bins, of scaled quotients: linear between any two neighbouring values.
 
-    Without EXACT what it rounds to is right, but not how far it is from there.
+    magnitude: `scaled`, but at least 2^-31.
     """
-    # floor(log10 a) + 7, at least 0. Within 1e-4 of a decade's end the neighbour may be taken: with EXACT the lower,
-    # whose line is right on both sides; without, the upper, from which what lies below rounds down as it should.
-    half = 6.5 + (-3.5e-5 if EXACT else 3.5e-5)
-    shift = half - (1.8519374645 if F == 1 else 2.1529674602)  # log10 of 64 F / 0.9
-    rounded = tl.maximum(log2(scaled) * 0.30102999566 + shift, 0.0) + MAGIC
-    missing = (MAGIC + 6.0) - rounded  # 6 - d
-    bins = ((rounded.to(tl.int32, bitcast=True) << 23) + (0x3F800000 if F == 1 else 0x40000000)).to(
-        tl.float32, bitcast=True
-    )
-    y = scaled * tl.exp2(missing * 2.321928094887) + (bins * (8 / 9) - 0.5)
-    # Below the first value of a decade: 3/5 of a step leads down to the decade before, or to 0 from the lowest.
-    steep = tl.where(missing == 6.0, 0.9 / 0.55 if F == 1 else 0.9 / 0.65, 5 / 3)
-    y = tl.minimum(y, (y - bins) * steep + bins)
-    if EXACT:  # above its last value, three steps lead to the first of the next
-        y = tl.minimum(y, y * (1 / 3) + (bins * (4 / 3) - 2 / 3))
-    return y
+    slope, b = _cell(slopes, magnitude), _cell(bins, magnitude)
+    # From b on: in the decade before, between the two, and in this one.
+    before = scaled * slope + (b * (-5 / 9) + (OFFSET * (5 / 9) - 0.5))
+    between, after = before * (1 / 3) - 2 / 3, before * 0.2 - 0.4
+    return b + tl.minimum(tl.minimum(before, between), after)
 
 
 @triton.jit
-def encode_signed(x, absmax):
-    """uint8 codes of float32 x in the signed map under absmax >= |x|, to nearest."""
-    scaled = x * ((64 / 0.9) * reciprocal(absmax))
-    # 1 has a code of its own, the 128th; -1 has none.
-    y = tl.minimum(_position(tl.abs(scaled), 1, False), 127.0)
-    y = tl.where(scaled >= (64 / 0.9) * (1 - 0.5 * _TOP_SIGNED), 128.0, y)
+def absmax_of(x, SIGNED: tl.constexpr):
+    """The absmax of a block, float32: its largest magnitude takes the last value below 1."""
+    # The bits of numbers >= 0 are in their order, and whole numbers are compared over a warp in one instruction.
+    largest = tl.max((tl.abs(x) if SIGNED else x).to(tl.int32, bitcast=True), 0).to(tl.float32, bitcast=True)
+    return tl.maximum(largest * (1 / (1 - 0.45 / 64) if SIGNED else 1 / (1 - 0.45 / 128)), _TINY_ABSMAX)
+
+
+@triton.jit
+def encode_signed(x, absmax, slopes, bins):
+    """uint8 codes of float32 x in the signed map under its block's `absmax_of`, to nearest."""
+    scaled = x * (_SCALE_SIGNED * reciprocal(absmax))
+    magnitude = tl.maximum(tl.abs(scaled), 2.0**-31)
+    y = _position(magnitude, magnitude, slopes, bins, 0.0)
     sign = x.to(tl.int32, bitcast=True) & -0x80000000
     return low_byte((y.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True), 127)
 
 
 @triton.jit
-def encode_unsigned(x, absmax, centred):
-    """uint8 codes of float32 0 <= x <= absmax in the unsigned map: stochastic by U - 1/2, to nearest by 0."""
-    scaled = x * ((128 / 0.9) * reciprocal(absmax))
-    y = _position(scaled, 2, True) + centred
-    top = (128 / 0.9) * (1 - 0.5 * _TOP_UNSIGNED) - centred * (128 / 0.9 * _TOP_UNSIGNED)
-    return low_byte(tl.where(scaled >= top, 256.0, y), -1)
+def encode_unsigned(x, absmax, random, slopes, bins):
+    """uint8 codes of float32 x >= 0 in the unsigned map under its block's `absmax_of`, by 16 random bits."""
+    scaled = x * (_SCALE_UNSIGNED * reciprocal(absmax))
+    y = _position(scaled, tl.maximum(scaled, 2.0**-31), slopes, bins, OFFSET)
+    return _third_bytes((y.to(tl.uint32, bitcast=True) << 1) + random)
+
+
+@triton.jit
+def mask_exponent(byte, shift):
+    """k / 16 + shift, float32, of the uint8 of k and π."""
+    # k + 32, six bits, becomes the upper part of the fraction of a number from 1 to 2.
+    if PTX:
+        fraction = tl.inline_asm_elementwise(
+            "{.reg .b32 a; lop3.b32 a, $4, 0x7e7e7e7e, 0x80808080, 0xea; prmt.b32 $0, a, 0x3f000000, 0x7044;"
+            " prmt.b32 $1, a, 0x3f000000, 0x7144; prmt.b32 $2, a, 0x3f000000, 0x7244;"
+            " prmt.b32 $3, a, 0x3f000000, 0x7344;}",
+            "=f,=f,=f,=f,r", [byte], tl.float32, True, 4,
+        )  # fmt: skip
+    else:
+        fraction = (((byte.to(tl.uint32) & 0x7E) << 16) | 0x3F800000).to(tl.float32, bitcast=True)
+    return fraction * 4.0 + (shift - 6.0)
+
+
+@triton.jit
+def mask_steps(change):
+    """`change` of k, upwards and downwards, int32 in units of 2^-17, as the 16 random bits count it."""
+    return tl.floor(change * 65536 + 0.5).to(tl.int32) << 1, tl.floor(0.5 - change * 65536).to(tl.int32) << 1
+
+
+@triton.jit
+def move_mask(byte, positive, up, down, taken, random):
+    """The uint8 of k and π after a step: k moves `up` or `down`, rounded by 16 random bits, and π is `positive`.
+
+    taken: 0x10000; or 0 where, with up and down 0, nothing is to move.
+    """
+    # k + 32 in units of 2^-17, π below it.
+    placed = byte.to(tl.int32) << 16
+    polarity = tl.where(positive, 0x10000, 0)
+    moved = (placed & 0xFE0000) + tl.where(((placed ^ polarity) & 0x10000) == 0, up, down)
+    moved = tl.minimum(tl.maximum(moved, 0), 63 << 17) + (random.to(tl.int32) << 1)
+    moved = ((moved & 0xFE0000) | (polarity & taken)) | (placed & (0x10000 - taken))
+    return _third_bytes(moved.to(tl.uint32, bitcast=True))
 
 
 @triton.jit
@@ -139,7 +253,7 @@ def round_stochastic(x, random, DTYPE: tl.constexpr):
     bits = x.to(tl.uint32, bitcast=True)
     if tl.bfloat16 == DTYPE:
         # The bits below bfloat16's are a fraction of its spacing; carrying over is rounding up.
-        return ((bits + random) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        return _upper_halves(bits + random)
     else:
         exponent = tl.maximum((bits >> 23) & 0xFF, 113)  # 2^-14, below which float16 is evenly spaced
         spacing = ((exponent - 10) << 23).to(tl.float32, bitcast=True)

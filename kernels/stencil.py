@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import numpy as np
 import triton
 import triton.language as tl
+from automagic_bnb.kernels import codec
 
 from automagic_bnb import quantization as q
 from automagic_bnb import reference
 
 BLOCK = tl.constexpr(q.BLOCK)
 MAX_GRADIENT = tl.constexpr(reference.MAX_GRADIENT)
+MAX_GRADIENT_BITS = tl.constexpr(int(np.float32(reference.MAX_GRADIENT).view(np.int32)))
 
 
 @triton.jit
 def usable(x):
     """Neither NaN nor infinite nor so large that sums of squares overflow: see `reference.MAX_GRADIENT`."""
     return tl.abs(x) <= MAX_GRADIENT
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def largest_bits(x):
+    """The bits, int32, of the largest magnitude in a block; NaN's, where one is among them."""
+    of_thread = tl.reduce(tl.reshape(tl.abs(x), (BLOCK // 8, 8)), 1, _larger)
+    # The bits of numbers >= 0 are in their order, NaN's above all; a warp compares whole numbers in one instruction.
+    return tl.max(of_thread.to(tl.int32, bitcast=True), 0)
 
 
 @triton.jit
@@ -40,14 +56,14 @@ def laplacian(g_ptr, g, lanes, start, size, rows, cols, valid, scale, SCALED: tl
 
 
 @triton.jit
-def _row_differences(g_ptr, g, thread_column, cols, inside, scale, SCALED: tl.constexpr):
-    """Σ (g_j - g_i) over the left and right neighbours, each thread holding 8 elements of one row.
+def _beside(g_ptr, g, thread_column, cols, scale, SCALED: tl.constexpr):
+    """The sum of the left and the right neighbour, each thread holding 8 elements of one row.
 
     The neighbours are in the thread's own registers, but for the two beyond its ends.
     """
     threads = tl.arange(0, BLOCK // 8) * 8
-    before = tl.load(g_ptr + threads - 1, mask=inside & (thread_column > 0), other=0).to(tl.float32)
-    after = tl.load(g_ptr + threads + 8, mask=inside & (thread_column + 8 < cols), other=0).to(tl.float32)
+    before = tl.load(g_ptr + threads - 1, mask=thread_column > 0, other=0).to(tl.float32)
+    after = tl.load(g_ptr + threads + 8, mask=thread_column + 8 < cols, other=0).to(tl.float32)
     if SCALED:
         before, after = before * scale, after * scale
     even, odd = tl.split(tl.reshape(g, (BLOCK // 8, 4, 2)))
@@ -57,32 +73,30 @@ def _row_differences(g_ptr, g, thread_column, cols, inside, scale, SCALED: tl.co
     g2, g6 = tl.split(even26)
     g1, g5 = tl.split(odd15)
     g3, g7 = tl.split(odd37)
-    d01, d12, d23, d34, d45, d56, d67 = g1 - g0, g2 - g1, g3 - g2, g4 - g3, g5 - g4, g6 - g5, g7 - g6
-    lap0 = d01 - tl.where(thread_column > 0, g0 - before, 0.0)
-    lap7 = tl.where(thread_column + 8 < cols, after - g7, 0.0) - d67
-    even = tl.join(tl.join(lap0, d45 - d34), tl.join(d23 - d12, d67 - d56))
-    odd = tl.join(tl.join(d12 - d01, d56 - d45), tl.join(d34 - d23, lap7))
+    before, after = tl.where(thread_column > 0, before, g0), tl.where(thread_column + 8 < cols, after, g7)
+    even = tl.join(tl.join(before + g1, g3 + g5), tl.join(g1 + g3, g5 + g7))
+    odd = tl.join(tl.join(g0 + g2, g4 + g6), tl.join(g2 + g4, g6 + after))
     return tl.reshape(tl.join(tl.reshape(even, (BLOCK // 8, 4)), tl.reshape(odd, (BLOCK // 8, 4))), (BLOCK,))
 
 
 @triton.jit
-def laplacian_even(g_ptr, g, lanes, column, start, size, width, valid, scale, SCALED: tl.constexpr):
-    """The same in a matrix whose rows are a multiple of 8 long.
+def laplacian_even(g_ptr, g, lanes, place, column, lead, tail, width, scale, SCALED: tl.constexpr):
+    """The same of a whole block of a matrix whose rows are a multiple of 8 long.
 
     A gradient that is not finite makes the Laplacian beside it not finite: the caller looks.
 
     Args:
+        place: int32 [256], where the elements lie from the program's first on.
         column: int32, where in its row of `width` elements the block begins.
+        lead, tail: int32, the first place that has a row above it, and the first that has none below.
     """
     threads = tl.arange(0, BLOCK // 8) * 8
     columns = column + threads
     columns = tl.where(columns >= width, columns - width, columns) if width >= BLOCK else columns % width
-    lap = _row_differences(g_ptr, g, columns, width, threads < size - start, scale, SCALED)
+    lap = _beside(g_ptr, g, columns, width, scale, SCALED)
     # Outside the matrix the element itself is read, which adds nothing; 8 neighbours share a row, and one load.
-    first = tl.multiple_of(tl.minimum(tl.maximum(width - start, 0), BLOCK).to(tl.int32), 8)
-    last = tl.multiple_of(tl.minimum(tl.maximum(size - width - start, 0), BLOCK).to(tl.int32), 8)
-    above = tl.load(g_ptr + (lanes + tl.where(lanes >= first, -width, 0)), mask=valid, other=0).to(tl.float32)
-    below = tl.load(g_ptr + (lanes + tl.where(lanes < last, width, 0)), mask=valid, other=0).to(tl.float32)
+    above = codec.widen(tl.load(g_ptr + (lanes + tl.where(place >= lead, -width, 0))))
+    below = codec.widen(tl.load(g_ptr + (lanes + tl.where(place < tail, width, 0))))
     if SCALED:
         above, below = above * scale, below * scale
-    return (lap + (above + below)) - 2.0 * g
+    return (lap + (above + below)) - 4.0 * g

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from automagic_bnb.kernels import codec, statistics, stencil, tiles
-from automagic_bnb.kernels.tables import BLOCKS_PER_PROGRAM, Bucket, Column, Number, shared_numbers
+from automagic_bnb.kernels import codec, lanes, statistics, stencil, tiles
+from automagic_bnb.kernels.tables import BLOCKS_PER_PROGRAM, Bucket, Column, Number, Spec, shared_numbers
 
 from automagic_bnb import bnb, reference
 from automagic_bnb import quantization as q
@@ -27,8 +27,12 @@ _C = {column.name: tl.constexpr(int(column)) for column in Column}
 _ROW = tl.constexpr(len(Column))
 
 THETA, M, V, R, K = _C["THETA"], _C["M"], _C["V"], _C["R"], _C["K"]
-POLARITY, ABSMAX1, ABSMAX2, ABSMAX3 = _C["POLARITY"], _C["ABSMAX1"], _C["ABSMAX2"], _C["ABSMAX3"]
-TORQUE, EDGE, SIGMA, STATS = _C["TORQUE"], _C["EDGE"], _C["SIGMA"], _C["STATS"]
+POLARITY, STATS = _C["POLARITY"], _C["STATS"]
+FIRST_STATISTIC, STATISTICS = _C["ABSMAX1"], tl.constexpr(Column.SIGMA - Column.ABSMAX1 + 1)
+ABSMAX1, ABSMAX2, ABSMAX3, TORQUE, EDGE, SIGMA = (
+    tl.constexpr(Column[name] - Column.ABSMAX1) for name in ("ABSMAX1", "ABSMAX2", "ABSMAX3", "TORQUE", "EDGE", "SIGMA")
+)
+"""Which thread of a warp holds a block's."""
 N_SKIPPED = tl.constexpr(st.SKIPPED)
 PROBE_START, PROBE_SUM, RATE = _C["PROBE_START"], _C["PROBE_SUM"], _C["RATE"]
 V_ROW, V_COL, R_ROW, R_COL = _C["V_ROW"], _C["V_COL"], _C["R_ROW"], _C["R_COL"]
@@ -42,8 +46,7 @@ N_RATE, N_LOW, N_HIGH, N_DECAY, N_KAPPA = _N["RATE"], _N["LOW"], _N["HIGH"], _N[
 N_CORRECTION1, N_CORRECTION2, N_CORRECTION3 = _N["CORRECTION1"], _N["CORRECTION2"], _N["CORRECTION3"]
 N_ADAPT, N_LEARN, N_KEY, N_PROBE = _N["ADAPT_MASK"], _N["LEARN_POLARITY"], _N["KEY"], _N["PROBE_WEIGHT"]
 
-_TINY_ABSMAX = tl.constexpr(q.TINY_ABSMAX)
-MAX_GRADIENT = tl.constexpr(reference.MAX_GRADIENT)
+FAR = tl.constexpr(2**31 - 8)
 MAX_EDGE = tl.constexpr(reference.MAX_EDGE)
 
 
@@ -55,8 +58,14 @@ def address(entry_ptr, column: tl.constexpr, DTYPE: tl.constexpr, ALIGN: tl.cons
 
 
 @triton.jit
+def _keep(statistics_ptr, STATISTIC: tl.constexpr, value, touched):
+    """Store one of a block's statistics, unless all of the block was skipped."""
+    tl.store(statistics_ptr, value, mask=tl.where(tl.arange(0, 32) == STATISTIC, touched, 0) > 0)
+
+
+@triton.jit
 def _write_moment(
-    ptr, entry_ptr, absmax_column: tl.constexpr, block, place, x, centred, valid, touched, EIGHT: tl.constexpr,
+    ptr, statistics_ptr, ABSMAX: tl.constexpr, place, x, random, cells, valid, touched, EIGHT: tl.constexpr,
     SIGNED: tl.constexpr,
 ):  # fmt: skip
     """Store m to nearest, or v or r stochastically. A block in which all was skipped keeps its very codes.
@@ -65,12 +74,13 @@ def _write_moment(
         touched: int32, how many elements were not skipped.
     """
     if EIGHT:
-        # The bits of numbers >= 0 are in their order, and whole numbers are compared over a warp in one instruction.
-        largest = tl.max((tl.abs(x) if SIGNED else x).to(tl.int32, bitcast=True), 0).to(tl.float32, bitcast=True)
-        absmax = tl.maximum(largest, _TINY_ABSMAX)
-        codes = codec.encode_signed(x, absmax) if SIGNED else codec.encode_unsigned(x, absmax, centred)
+        absmax = codec.absmax_of(x, SIGNED)
+        if SIGNED:
+            codes = codec.encode_signed(x, absmax, cells[0], cells[1])
+        else:
+            codes = codec.encode_unsigned(x, absmax, random, cells[2], cells[3])
         tl.store(ptr + place, codes, mask=tl.where(valid, touched, 0) > 0)
-        tl.store(address(entry_ptr, absmax_column, tl.float32, 4) + block, absmax, mask=touched > 0)
+        _keep(statistics_ptr, ABSMAX, absmax, touched)
     else:
         tl.store(ptr + place, x, mask=valid)
 
@@ -82,32 +92,9 @@ def _row_ptr(entry_ptr, column: tl.constexpr, block, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _statistics(
-    entry_ptr, block, EIGHT: tl.constexpr, WIDTH: tl.constexpr, EDGES: tl.constexpr, TORQUE_ON: tl.constexpr,
-    CAME: tl.constexpr, WARM: tl.constexpr,
-):  # fmt: skip
-    """What is kept of each block: absmax of m, v and r, edge history, torque, spatial variance."""
-    absmax1, absmax2, absmax3, history, torque, sigma = 1.0, 1.0, 1.0, 0.0, 0.0, 0.0
-    EARLY: tl.constexpr = WIDTH > 0
-    if EIGHT:
-        absmax1 = tl.load(address(entry_ptr, ABSMAX1, tl.float32, 4) + block, volatile=EARLY)
-        if WIDTH == 0:
-            absmax2 = tl.load(address(entry_ptr, ABSMAX2, tl.float32, 4) + block)
-            if CAME:
-                absmax3 = tl.load(address(entry_ptr, ABSMAX3, tl.float32, 4) + block)
-    if EDGES:
-        history = tl.load(address(entry_ptr, EDGE, tl.float32, 4) + block, volatile=EARLY)
-    if TORQUE_ON:
-        torque = tl.load(address(entry_ptr, TORQUE, tl.float32, 4) + block, volatile=EARLY)
-    if WARM:
-        sigma = tl.load(address(entry_ptr, SIGMA, tl.float32, 4) + block, volatile=EARLY)
-    return absmax1, absmax2, absmax3, history, torque, sigma
-
-
-@triton.jit
 def _block(
-    entry_ptr, numbers_ptr, block, remaining, place, valid, held, g_raw, g, lap, sum_squares, m_raw, v_raw, r_raw,
-    mask_raw, theta_raw, low_raw, theta_ptr, low_ptr, m_ptr, v_ptr, r_ptr, k_ptr, rule,
+    entry_ptr, numbers, block, remaining, place, valid, statistics_ptr, held, g_raw, g, lap, sum_squares, m_raw, v_raw,
+    r_raw, mask_raw, theta_raw, low_raw, theta_ptr, low_ptr, m_ptr, v_ptr, r_ptr, k_ptr, rule,
     P: tl.constexpr, EIGHT: tl.constexpr, WIDTH: tl.constexpr, SPATIAL: tl.constexpr, EDGES: tl.constexpr,
     TORQUE_ON: tl.constexpr, CAME: tl.constexpr, CAUTIOUS: tl.constexpr, BACKGROUND: tl.constexpr, AWARE: tl.constexpr,
     WARM: tl.constexpr, AUTO: tl.constexpr, ECC: tl.constexpr, STOCHASTIC: tl.constexpr, CAREFUL: tl.constexpr,
@@ -119,26 +106,28 @@ def _block(
 
     Args:
         place: int32 [256], where the elements lie from the program's first on; the pointers point there.
-        held: what `_statistics` returned.
+        numbers: float32 [32], `Number` of the tensor, one a thread; its RATE over W, and times d.
+        statistics_ptr: [32], where what is kept of the block lies, one a thread.
+        held: float32 [32], what lies there.
         v_raw, r_raw: codes, float32 values, or the tile's estimates.
         rule: the run-time numbers of the rule, as `step_kernel` puts them together.
     """
     (
         beta1, beta2, beta3, gain1, gain2, gain3, eps1, eps2, clip_threshold, frequency, edge_penalty, edge_threshold,
-        detail, book1_ptr, book2_ptr,
+        detail, book1_ptr, book2_ptr, cells, key, bounded,
     ) = rule  # fmt: skip
     per = codec.reciprocal(remaining.to(tl.float32)) if CAREFUL else 1 / 256
     usable = stencil.usable(g_raw)
-    absmax1, absmax2, absmax3, history, torque, sigma = held
     CODES: tl.constexpr = EIGHT and WIDTH == 0
+    absmax1, absmax2, absmax3 = 1.0, 1.0, 1.0
     # The moments over their absmax: that is multiplied in together with the decay.
     m_old, v_old, r_old = m_raw, v_raw, r_raw
     if CODES:
-        v_old = codec.decode(v_raw, book2_ptr)
+        v_old, absmax2 = codec.decode(v_raw, book2_ptr), lanes.of_lane(held, ABSMAX2)
     if EIGHT:
-        m_old = codec.decode(m_raw, book1_ptr)
+        m_old, absmax1 = codec.decode(m_raw, book1_ptr), lanes.of_lane(held, ABSMAX1)
     if CODES and CAME:
-        r_old = codec.decode(r_raw, book2_ptr)
+        r_old, absmax3 = codec.decode(r_raw, book2_ptr), lanes.of_lane(held, ABSMAX3)
 
     # 1. Spatial filter.
     filtered = g
@@ -150,122 +139,117 @@ def _block(
             scale = codec.reciprocal(noise)
             e = tl.minimum(tl.abs(lap), MAX_EDGE * noise)
             e = tl.where(e > edge_threshold * noise, e, 0.0)
-            history = 0.9 * history + 0.1 * (tl.sum(e, 0) * (scale * per))
-            tl.store(address(entry_ptr, EDGE, tl.float32, 4) + block, history)
+            history = 0.9 * lanes.of_lane(held, EDGE) + 0.1 * (tl.sum(e, 0) * (scale * per))
+            _keep(statistics_ptr, EDGE, history, 1)
             # e >= 0: the factor is never above 1
-            filtered = filtered * tl.maximum(1 - (edge_penalty * history * scale) * e, 0.1)
+            filtered = filtered * tl.maximum(1 - lanes.over_block(edge_penalty * history * scale) * e, 0.1)
 
     # 2. Second moment, activity, clipping.
     v_seen = filtered * filtered + eps1
-    v = (beta2 * absmax2) * v_old + gain2 * v_seen
+    v = _decayed(v_old, beta2, absmax2, CODES) + gain2 * v_seen
     if CAREFUL:
-        v = tl.where(usable, v, v_old * absmax2)
+        v = tl.where(usable, v, _decayed(v_old, 1.0, absmax2, CODES))
         v_seen = tl.where(valid, tl.where(usable, v_seen, v_old), 0.0)
     # The bias correction, 1 / sqrt(correction), is a factor of the block too.
     # eps1 keeps v above 0 (see `launch`), but where an element was skipped from the start
     u = filtered * tl.rsqrt(tl.maximum(v, codec.TINY) if CAREFUL else v)
-    correction = tl.load(numbers_ptr + N_CORRECTION2)  # the root of 1 - β2^t
+    correction = lanes.of_lane(numbers, N_CORRECTION2)  # the root of 1 - β2^t
     # Both sums are taken before the factors of the block are known: neither then waits for the other.
     energy = tl.sum(u * u, 0) * (correction * correction)
     if TORQUE_ON:
         aligned = absmax1 * tl.sum(m_old * u, 0)
     activity = energy * per
     shrink = tl.minimum(clip_threshold * tl.rsqrt(tl.maximum(activity, codec.TINY)), 1.0)
-    u = u * (shrink * correction)
+    u = u * lanes.over_block(shrink * correction)
     energy = energy * shrink * shrink
 
     # 3. Torque.
-    damping = gain1
+    damping = gain1 + tl.zeros((32,), tl.float32)
     if TORQUE_ON:
         norms = (absmax1 * absmax1) * tl.sum(m_old * m_old, 0) * energy
-        torque = 0.9 * torque + 0.1 * (aligned * (shrink * correction) * tl.rsqrt(norms + 1e-30))
-        tl.store(address(entry_ptr, TORQUE, tl.float32, 4) + block, torque)
-        damping = damping * (1 + tl.clamp(tl.load(numbers_ptr + N_KAPPA) * torque, -1.0, 1.0))
-    m = (beta1 * absmax1) * m_old + damping * u
+        torque = 0.9 * lanes.of_lane(held, TORQUE) + 0.1 * (aligned * (shrink * correction) * tl.rsqrt(norms + 1e-30))
+        _keep(statistics_ptr, TORQUE, torque, 1)
+        damping = damping * (1 + tl.clamp(lanes.of_lane(numbers, N_KAPPA) * torque, -1.0, 1.0))
+    m = _decayed(m_old, beta1, absmax1, EIGHT) + lanes.over_block(damping) * u
     used = (usable & valid).to(tl.int32)
     touched = 1
     if CAREFUL:
-        m = tl.where(usable, m, m_old * absmax1)
+        m = tl.where(usable, m, _decayed(m_old, 1.0, absmax1, EIGHT))
         touched = tl.sum(used, 0)
 
-    key = tl.load(numbers_ptr + N_KEY).to(tl.uint32, bitcast=True)
     start = block.to(tl.int64) * BLOCK
-    lanes = tl.arange(0, BLOCK)
     bits = codec.random_bits(key, start)
-    centred = codec.centred(bits)
     if WIDTH:
         tiles.move_rows(
             _row_ptr(entry_ptr, V_ROW, block, WIDTH), v_seen, used, remaining, per, beta2, gain2, WIDTH, CAREFUL
         )
     else:
-        _write_moment(v_ptr, entry_ptr, ABSMAX2, block, place, v, centred, valid, touched, EIGHT, False)
-    _write_moment(m_ptr, entry_ptr, ABSMAX1, block, place, m, 0.0, valid, touched, EIGHT, True)
+        _write_moment(v_ptr, statistics_ptr, ABSMAX2, place, v, bits, cells, valid, touched, EIGHT, False)
+    _write_moment(m_ptr, statistics_ptr, ABSMAX1, place, m, bits, cells, valid, touched, EIGHT, True)
 
     # 4. Confidence.
     n = m
-    weight = tl.load(numbers_ptr + N_CORRECTION1)
+    weight = lanes.of_lane(numbers, N_CORRECTION1)
     r_seen = v_seen
     if CAME:
         off = u - m
         r_seen = off * off + eps2
-        r = (beta3 * absmax3) * r_old + gain3 * r_seen
+        r = _decayed(r_old, beta3, absmax3, CODES) + gain3 * r_seen
         if CAREFUL:
-            r = tl.where(usable, r, r_old * absmax3)
+            r = tl.where(usable, r, _decayed(r_old, 1.0, absmax3, CODES))
             r_seen = tl.where(valid, tl.where(usable, r_seen, r_old), 0.0)
-        correction3 = tl.load(numbers_ptr + N_CORRECTION3)  # 1 - β3^t: r / correction3 >= 0.01
-        n = m * tl.rsqrt(tl.maximum(r, 0.01 * correction3))
+        correction3 = lanes.of_lane(numbers, N_CORRECTION3)  # 1 - β3^t: r / correction3 >= 0.01
+        n = m * tl.rsqrt(tl.maximum(r, lanes.over_block(0.01 * correction3)))
         weight = weight * tl.sqrt(correction3)
         if WIDTH:
             tiles.move_rows(
                 _row_ptr(entry_ptr, R_ROW, block, WIDTH), r_seen, used, remaining, per, beta3, gain3, WIDTH, CAREFUL
             )
         else:
-            _write_moment(r_ptr, entry_ptr, ABSMAX3, block, place, r, centred, valid, touched, EIGHT, False)
+            _write_moment(r_ptr, statistics_ptr, ABSMAX3, place, r, bits, cells, valid, touched, EIGHT, False)
 
     # 5. Cautious, 6. background: both end in a factor of the block.
     if CAUTIOUS:
-        agrees = n * g > 0
-        n = tl.where(agrees, n, 0.0)
-        count = tl.sum(agrees.to(tl.int32), 0)  # whole numbers are summed over a warp in one instruction
+        agrees = (n * g > 0).to(tl.float32)
+        n = n * agrees
+        # Whole numbers are summed over a warp in one instruction.
+        count = tl.sum(tl.sum(tl.reshape(agrees, (BLOCK // 8, 8)), 1).to(tl.int32), 0)
         weight = weight * codec.reciprocal(tl.maximum(count.to(tl.float32) * per, 0.25))
     if BACKGROUND:
         weight = tl.where(activity < 0.1, 0.5 * weight, weight)
 
     # 7. Learning-rate mask.
-    unit = tl.load(numbers_ptr + N_RATE) * codec.reciprocal(tl.load(address(entry_ptr, STATS, tl.float32, 4)))
-    if AUTO:
-        d = tl.load(address(entry_ptr, RATE, tl.float32, 4))
-        unit = unit * d
+    unit = lanes.of_lane(numbers, N_RATE)
     mask_sum = 0.0
     if WARM:
         mean = tl.sum(u, 0) * per
         variance = tl.maximum(energy * per - mean * mean, 0.0)
         k = _move_mask(
-            entry_ptr, numbers_ptr, block, start, k_ptr, mask_raw, g, sigma, variance, centred, place, lanes, valid,
-            usable, detail, EIGHT, AWARE, CAREFUL,
+            entry_ptr, numbers, start, k_ptr, mask_raw, g, statistics_ptr, held, variance, bits, place, valid, usable,
+            detail, EIGHT, AWARE, CAREFUL,
         )  # fmt: skip
-        factor = tl.exp2(k * 0.0625)
+        factor = tl.exp2(codec.mask_exponent(k, 0.0) if EIGHT else k * 0.0625)
         mask_sum = tl.sum(tl.where(valid, factor, 0.0), 0)
-        rates = factor * unit
+        rates = factor * lanes.over_block(unit)
     else:  # the scale goes into the exponent
-        shift = codec.log2(unit)
+        shift = lanes.over_block(codec.log2(unit))
         if EIGHT:
-            rates = tl.exp2((mask_raw >> 1).to(tl.float32) * 0.0625 + (shift - 2.0))
+            rates = tl.exp2(codec.mask_exponent(mask_raw, shift))
         else:
             rates = tl.exp2(mask_raw * 0.0625 + shift)
-    low, high = tl.load(numbers_ptr + N_LOW), tl.load(numbers_ptr + N_HIGH)
-    if (0.25 * unit < low) | (4.0 * unit > high):  # -32 <= k < 32: else the bounds are out of reach
+    if bounded != 0:
+        low, high = lanes.over_block(lanes.of_lane(numbers, N_LOW)), lanes.over_block(lanes.of_lane(numbers, N_HIGH))
         rates = tl.minimum(tl.maximum(rates, low), high)
 
     # 8. Update.
-    theta = codec.join_master(theta_raw, low_raw) if ECC else theta_raw.to(tl.float32)
+    theta = codec.join_master(theta_raw, low_raw) if ECC else codec.widen(theta_raw)
     numerator, denominator = 0.0, 0.0
     if AUTO:
         shift = tl.load(entry_ptr + PROBE_SHIFT).to(tl.int32)
         if (block & ((1 << shift) - 1)) == 0:
-            omega = d * d * tl.load(numbers_ptr + N_PROBE)
-            numerator, denominator = _probe(entry_ptr, block >> shift, lanes, valid, g, theta, omega, tl.sqrt(beta2), P)
-    theta = theta - rates * (n * weight + tl.load(numbers_ptr + N_DECAY) * theta)
+            numerator, denominator = _probe(entry_ptr, numbers, block >> shift, valid, g, theta, tl.sqrt(beta2), P)
+    decay = lanes.over_block(lanes.of_lane(numbers, N_DECAY))
+    theta = theta - rates * (n * lanes.over_block(weight) + decay * theta)
     if ECC:
         rounded, low = codec.split_master(theta, bits, STOCHASTIC)
         if CAREFUL:
@@ -284,54 +268,65 @@ def _block(
 
 
 @triton.jit
+def _decayed(old, beta, absmax, CODED: tl.constexpr):
+    """beta times a moment, of which `old` is over absmax where it is coded."""
+    if CODED:
+        return lanes.over_block(beta * absmax) * old
+    else:
+        return beta * old
+
+
+@triton.jit
 def _move_mask(
-    entry_ptr, numbers_ptr, block, start, k_ptr, mask_raw, g, sigma_old, variance, centred, place, lanes, valid,
-    usable, detail, EIGHT: tl.constexpr, AWARE: tl.constexpr, CAREFUL: tl.constexpr,
+    entry_ptr, numbers, start, k_ptr, mask_raw, g, statistics_ptr, held, variance, random, place, valid, usable,
+    detail, EIGHT: tl.constexpr, AWARE: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """Step 7 during warm-up: σ, k and π are updated in place; returns k. Tensors past theirs leave all as it is."""
-    learn, change = tl.load(numbers_ptr + N_LEARN), tl.load(numbers_ptr + N_ADAPT)
-    sigma_ptr = address(entry_ptr, SIGMA, tl.float32, 4) + block
-    sigma = 0.9 * sigma_old + 0.1 * variance
-    tl.store(sigma_ptr, tl.where(learn != 0, sigma, sigma_old))
+    """Step 7 during warm-up: σ, k and π are updated in place. Tensors past theirs leave all as it is.
+
+    Returns k, or the byte of k and π where that is what is kept.
+    """
+    learn, change = lanes.of_lane(numbers, N_LEARN) != 0, lanes.of_lane(numbers, N_ADAPT)
+    held = lanes.of_lane(held, SIGMA)
+    sigma = 0.9 * held + 0.1 * variance
+    _keep(statistics_ptr, SIGMA, tl.where(learn, sigma, held), 1)
     if AWARE:
         change = change * tl.clamp(detail * sigma, 0.5, 1.5)
-    polarity_ptr = address(entry_ptr, POLARITY, tl.uint8) + start
     if EIGHT:
-        byte = mask_raw.to(tl.int32)
-        k, polarity = (byte >> 1).to(tl.float32) - 32.0, byte & 1
+        up, down = codec.mask_steps(change)
+        taken = lanes.over_block(tl.where(learn, 0x10000, 0))
+        moved = codec.move_mask(mask_raw, g > 0, lanes.over_block(up), lanes.over_block(down), taken, random)
     else:
-        k, polarity = mask_raw, tl.load(polarity_ptr + lanes, mask=valid, other=0).to(tl.int32)
-    positive = tl.where(g > 0, 1, 0)
-    moved = tl.clamp(k + tl.where(positive == polarity, change, -change), -32.0, 31.0)
-    if EIGHT:
-        # round(k + U - 1/2): k may be a whole number, but U is neither 0 nor 1
-        moved = (moved + centred + codec.MAGIC) - codec.MAGIC
-    positive = tl.where(learn != 0, positive, polarity)
+        learn, change = lanes.over_block(learn), lanes.over_block(change)
+        polarity_ptr = address(entry_ptr, POLARITY, tl.uint8) + start + tl.arange(0, BLOCK)
+        polarity = tl.load(polarity_ptr, mask=valid, other=0)
+        positive = (g > 0).to(tl.uint8)
+        moved = tl.clamp(mask_raw + tl.where(positive == polarity, change, -change), -32.0, 31.0)
+        positive = tl.where(learn, positive, polarity)
+        if CAREFUL:
+            positive = tl.where(usable, positive, polarity)
+        tl.store(polarity_ptr, positive, mask=valid)
     if CAREFUL:
-        moved, positive = tl.where(usable, moved, k), tl.where(usable, positive, polarity)
-    if EIGHT:
-        tl.store(k_ptr + place, codec.low_byte(moved * 2.0, 64) + positive.to(tl.uint8), mask=valid)
-    else:
-        tl.store(k_ptr + place, moved, mask=valid)
-        tl.store(polarity_ptr + lanes, positive.to(tl.uint8), mask=valid)
+        moved = tl.where(usable, moved, mask_raw)
+    tl.store(k_ptr + place, moved, mask=valid)
     return moved
 
 
 @triton.jit
-def _probe(entry_ptr, number, lanes, valid, g, theta, omega, decay, P: tl.constexpr):
+def _probe(entry_ptr, numbers, number, valid, g, theta, decay, P: tl.constexpr):
     """auto_lr's watch over the block that is probe `number`: ω Σ g (θ0 - θ), and Σ|z| with z updated."""
-    offset = number.to(tl.int64) * BLOCK
-    start_ptr = address(entry_ptr, PROBE_START, P) + offset
-    sum_ptr = address(entry_ptr, PROBE_SUM, tl.float32) + offset
-    moved = tl.where(valid, tl.load(start_ptr + lanes).to(tl.float32) - theta, 0.0)
-    z = decay * tl.load(sum_ptr + lanes) + omega * g
-    tl.store(sum_ptr + lanes, z)
-    return omega * tl.sum(g * moved, 0), tl.sum(tl.abs(z), 0)
+    place = number.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    d = tl.load(address(entry_ptr, RATE, tl.float32, 4))
+    omega = lanes.over_block(d * d * lanes.of_lane(numbers, N_PROBE))
+    moved = tl.where(valid, tl.load(address(entry_ptr, PROBE_START, P) + place).to(tl.float32) - theta, 0.0)
+    sum_ptr = address(entry_ptr, PROBE_SUM, tl.float32) + place
+    z = decay * tl.load(sum_ptr) + omega * g
+    tl.store(sum_ptr, z)
+    return tl.sum(omega * g * moved, 0), tl.sum(tl.abs(z), 0)
 
 
 @triton.jit
 def _blocks(
-    entry_ptr, numbers_ptr, first, stride, blocks, unusual, tile, v_sums, r_sums, size, grad_address, clip, rule,
+    entry_ptr, numbers, first, stride, blocks, unusual, tile, v_sums, r_sums, size, grad_address, clip, rule,
     P: tl.constexpr, G: tl.constexpr, WIDE: tl.constexpr, EIGHT: tl.constexpr, WIDTH: tl.constexpr,
     SPATIAL: tl.constexpr, EVEN: tl.constexpr, EDGES: tl.constexpr, TORQUE_ON: tl.constexpr, CAME: tl.constexpr,
     CAUTIOUS: tl.constexpr, BACKGROUND: tl.constexpr, AWARE: tl.constexpr, WARM: tl.constexpr,
@@ -349,7 +344,10 @@ def _blocks(
     STATE: tl.constexpr = tl.uint8 if EIGHT else tl.float32
     EMPTY: tl.constexpr = 127 if EIGHT else 0
     EARLY: tl.constexpr = WIDTH > 0
-    lanes = tl.arange(0, BLOCK)
+    elements, threads = tl.arange(0, BLOCK), tl.arange(0, 32)
+    statistics_ptr = tl.load(entry_ptr + FIRST_STATISTIC + threads, mask=threads < STATISTICS, other=0)
+    kept = statistics_ptr != 0
+    statistics_ptr = statistics_ptr.to(tl.pointer_type(tl.float32))
     rows, cols = tl.load(entry_ptr + ROWS), tl.load(entry_ptr + COLS)
     first_element = first.to(tl.int64) * BLOCK
     m_ptr = address(entry_ptr, M, STATE) + first_element
@@ -364,6 +362,8 @@ def _blocks(
     if EVEN:  # where in its row the block begins; a tile's blocks all begin there
         column = (first_element % cols).to(tl.int32)
         width = tl.multiple_of(cols.to(tl.int32), 8)
+        lead = tl.multiple_of(tl.minimum(tl.maximum(cols - first_element, 0), FAR).to(tl.int32), 8)
+        tail = tl.multiple_of(tl.minimum(tl.maximum(size - cols - first_element, 0), FAR).to(tl.int32), 8)
     mask_sum, numerator, denominator = 0.0, 0.0, 0.0
     bits, end = first * 0, blocks
     if not CAREFUL:  # the tensor's last block, if short, is left to the careful way
@@ -374,12 +374,12 @@ def _blocks(
         block = first + i * stride
         start = block.to(tl.int64) * BLOCK
         remaining = tl.minimum(size - start, BLOCK).to(tl.int32)
-        valid = lanes < (remaining if CAREFUL else BLOCK)
-        place = i * stride * BLOCK + lanes
+        valid = elements < (remaining if CAREFUL else BLOCK)
+        place = i * stride * BLOCK + elements
         g_ptr = grad_ptr + i * stride * BLOCK
         # Everything is asked for before anything is waited for; `volatile`, as ptxas would otherwise put off what only
         # the branch below needs. (With codes of v and r too that costs more registers than it is worth.)
-        g_raw = tl.load(grad_ptr + place, mask=valid, other=0).to(tl.float32)
+        g_raw = codec.widen(tl.load(grad_ptr + place, mask=valid, other=0))
         m_raw = tl.load(m_ptr + place, mask=valid, other=EMPTY, volatile=EARLY)
         if WIDTH:
             v_raw = tiles.estimate(_row_ptr(entry_ptr, V_ROW, block, WIDTH), tile[0], tile[2], remaining, WIDTH)
@@ -396,7 +396,7 @@ def _blocks(
         low_raw = theta_raw
         if ECC:
             low_raw = tl.load(low_ptr + place, mask=valid, other=0, volatile=EARLY)
-        held = _statistics(entry_ptr, block, EIGHT, WIDTH, EDGES, TORQUE_ON, CAME, WARM)
+        held = tl.load(statistics_ptr + block, mask=kept, other=0.0, volatile=EARLY)
         if SCALED:
             g_raw = g_raw * clip
         g = g_raw
@@ -405,9 +405,9 @@ def _blocks(
         lap = g
         if SPATIAL:
             if EVEN and not CAREFUL:
-                lap = stencil.laplacian_even(g_ptr, g, lanes, column, start, size, width, valid, clip, SCALED)
+                lap = stencil.laplacian_even(g_ptr, g, elements, place, column, lead, tail, width, clip, SCALED)
             else:
-                lap = stencil.laplacian(g_ptr, g, lanes, start, size, rows, cols, valid, clip, SCALED)
+                lap = stencil.laplacian(g_ptr, g, elements, start, size, rows, cols, valid, clip, SCALED)
                 lap = tl.where(valid, lap, 0.0)
         if CAREFUL:
             lap = tl.where(stencil.usable(g_raw), lap, 0.0)
@@ -415,15 +415,16 @@ def _blocks(
             mine = ((unusual >> i) & 1) != 0
         else:
             # The block and what lies beside it are usable if the sum of squares is below the bound's square and no
-            # Laplacian reaches the bound: then 0 · (2^77 lap) is 0, else NaN. The careful way is right in any case.
-            sum_squares = tl.sum(g * g + 0.0 * (lap * 2.0**77), 0)
-            mine = sum_squares < MAX_GRADIENT * MAX_GRADIENT
+            # Laplacian reaches the bound. The careful way is right in any case.
+            sum_squares = tl.sum(g * g, 0)
+            mine = sum_squares < stencil.MAX_GRADIENT * stencil.MAX_GRADIENT
+            mine = mine & (stencil.largest_bits(lap) < stencil.MAX_GRADIENT_BITS)
         if mine:
             w, a, b, v_seen, r_seen = _block(
-                entry_ptr, numbers_ptr, block, remaining, place, valid, held, g_raw, g, lap, sum_squares, m_raw, v_raw,
-                r_raw, mask_raw, theta_raw, low_raw, theta_ptr, low_ptr, m_ptr, v_ptr, r_ptr, k_ptr, rule, P, EIGHT,
-                WIDTH, SPATIAL, EDGES, TORQUE_ON, CAME, CAUTIOUS, BACKGROUND, AWARE, WARM, AUTO, ECC, STOCHASTIC,
-                CAREFUL,
+                entry_ptr, numbers, block, remaining, place, valid, statistics_ptr + block, held, g_raw, g, lap,
+                sum_squares, m_raw, v_raw, r_raw, mask_raw, theta_raw, low_raw, theta_ptr, low_ptr, m_ptr, v_ptr, r_ptr,
+                k_ptr, rule, P, EIGHT, WIDTH, SPATIAL, EDGES, TORQUE_ON, CAME, CAUTIOUS, BACKGROUND, AWARE, WARM, AUTO,
+                ECC, STOCHASTIC, CAREFUL,
             )  # fmt: skip
             mask_sum += w
             numerator += a
@@ -448,7 +449,7 @@ def _blocks(
 
 @triton.jit
 def _span(
-    entry_ptr, numbers_ptr, first, stride, blocks, tile, v_sums, r_sums, size, grad_address, clip, rule,
+    entry_ptr, numbers, first, stride, blocks, tile, v_sums, r_sums, size, grad_address, clip, rule,
     P: tl.constexpr, G: tl.constexpr, WIDE: tl.constexpr, EIGHT: tl.constexpr, WIDTH: tl.constexpr,
     SPATIAL: tl.constexpr, EVEN: tl.constexpr, EDGES: tl.constexpr, TORQUE_ON: tl.constexpr, CAME: tl.constexpr,
     CAUTIOUS: tl.constexpr, BACKGROUND: tl.constexpr, AWARE: tl.constexpr, WARM: tl.constexpr,
@@ -457,13 +458,13 @@ def _span(
     """`_blocks`, first the usual ones and then the others; returns the same, but the elements skipped for the bits."""
     skipped = first * 0
     mask_sum, numerator, denominator, unusual, v_sums, r_sums = _blocks(
-        entry_ptr, numbers_ptr, first, stride, blocks, 0, tile, v_sums, r_sums, size, grad_address, clip, rule, P, G,
+        entry_ptr, numbers, first, stride, blocks, 0, tile, v_sums, r_sums, size, grad_address, clip, rule, P, G,
         WIDE, EIGHT, WIDTH, SPATIAL, EVEN, EDGES, TORQUE_ON, CAME, CAUTIOUS, BACKGROUND, AWARE, WARM, AUTO, SCALED,
         ECC, STOCHASTIC, False,
     )  # fmt: skip
     if unusual != 0:
         w, a, b, skipped, v_sums, r_sums = _blocks(
-            entry_ptr, numbers_ptr, first, stride, blocks, unusual, tile, v_sums, r_sums, size, grad_address, clip,
+            entry_ptr, numbers, first, stride, blocks, unusual, tile, v_sums, r_sums, size, grad_address, clip,
             rule, P, G, WIDE, EIGHT, WIDTH, SPATIAL, EVEN, EDGES, TORQUE_ON, CAME, CAUTIOUS, BACKGROUND, AWARE, WARM,
             AUTO, SCALED, ECC, STOCHASTIC, True,
         )  # fmt: skip
@@ -477,7 +478,7 @@ def _span(
 
 @triton.jit
 def _tile(
-    entry_ptr, numbers_ptr, local, size, grad_address, clip, rule,
+    entry_ptr, numbers, local, size, grad_address, clip, rule,
     P: tl.constexpr, G: tl.constexpr, WIDE: tl.constexpr, BLOCKS: tl.constexpr, EIGHT: tl.constexpr,
     WIDTH: tl.constexpr, HEIGHT: tl.constexpr, SPATIAL: tl.constexpr, EVEN: tl.constexpr, EDGES: tl.constexpr,
     TORQUE_ON: tl.constexpr, CAME: tl.constexpr, CAUTIOUS: tl.constexpr, BACKGROUND: tl.constexpr, AWARE: tl.constexpr,
@@ -501,7 +502,7 @@ def _tile(
         done = local * 0
         while done < blocks:
             w, a, b, skips, v_sums, r_sums = _span(
-                entry_ptr, numbers_ptr, first + done * strips, strips, tl.minimum(blocks - done, BLOCKS), tile, v_sums,
+                entry_ptr, numbers, first + done * strips, strips, tl.minimum(blocks - done, BLOCKS), tile, v_sums,
                 r_sums, size, grad_address, clip, rule, P, G, WIDE, EIGHT, WIDTH, SPATIAL, EVEN, EDGES, TORQUE_ON, CAME,
                 CAUTIOUS, BACKGROUND, AWARE, WARM, AUTO, SCALED, ECC, STOCHASTIC,
             )  # fmt: skip
@@ -519,7 +520,7 @@ def _tile(
 
 @triton.jit
 def step_kernel(
-    table_ptr, numbers_ptr, grads_ptr, owners_ptr, partials_ptr, book1_ptr, book2_ptr, clips_ptr,
+    table_ptr, numbers_ptr, grads_ptr, owners_ptr, partials_ptr, book1_ptr, book2_ptr, cells_ptr, clips_ptr,
     beta1, beta2, beta3, gain1, gain2, gain3, eps1, eps2, clip_threshold, frequency, edge_penalty, edge_threshold,
     detail,
     P: tl.constexpr, G: tl.constexpr, WIDE: tl.constexpr, BLOCKS: tl.constexpr, EIGHT: tl.constexpr,
@@ -548,20 +549,33 @@ def step_kernel(
         clip = 1.0
         if SCALED:
             clip = tl.load(clips_ptr + row)
+        threads = tl.arange(0, 32)
+        cells = (
+            lanes.row_of_cells(cells_ptr), lanes.row_of_cells(cells_ptr + 32), lanes.row_of_cells(cells_ptr + 64),
+            lanes.row_of_cells(cells_ptr + 96),
+        )  # fmt: skip
+        unit = tl.load(numbers_ptr + N_RATE) * codec.reciprocal(tl.load(address(entry_ptr, STATS, tl.float32, 4)))
+        if AUTO:
+            unit = unit * tl.load(address(entry_ptr, RATE, tl.float32, 4))
+        # -32 <= k < 32: else the bounds are out of reach
+        bounded = (0.25 * unit < tl.load(numbers_ptr + N_LOW)) | (4.0 * unit > tl.load(numbers_ptr + N_HIGH))
+        key = tl.load(numbers_ptr + N_KEY).to(tl.uint32, bitcast=True)
+        numbers = tl.load(numbers_ptr + threads, mask=threads < _NUMBERS, other=0.0)
+        numbers = tl.where(threads == N_RATE, unit, numbers)
         rule = (
             beta1, beta2, beta3, gain1, gain2, gain3, eps1, eps2, clip_threshold, frequency, edge_penalty,
-            edge_threshold, detail, book1_ptr, book2_ptr,
+            edge_threshold, detail, book1_ptr, book2_ptr, cells, key, bounded.to(tl.int32),
         )  # fmt: skip
         if WIDTH:
             mask_sum, numerator, denominator = _tile(
-                entry_ptr, numbers_ptr, local, size, grad_address, clip, rule, P, G, WIDE, BLOCKS, EIGHT, WIDTH, HEIGHT,
+                entry_ptr, numbers, local, size, grad_address, clip, rule, P, G, WIDE, BLOCKS, EIGHT, WIDTH, HEIGHT,
                 SPATIAL, EVEN, EDGES, TORQUE_ON, CAME, CAUTIOUS, BACKGROUND, AWARE, WARM, AUTO, SCALED, ECC, STOCHASTIC,
             )  # fmt: skip
         else:
             first = local * BLOCKS
             blocks = tl.minimum(tl.cdiv(size, BLOCK) - first, BLOCKS).to(tl.int32)
             mask_sum, numerator, denominator, _skipped, _v, _r = _span(
-                entry_ptr, numbers_ptr, first, 1, blocks, (), 0.0, 0.0, size, grad_address, clip, rule, P, G, WIDE,
+                entry_ptr, numbers, first, 1, blocks, (), 0.0, 0.0, size, grad_address, clip, rule, P, G, WIDE,
                 EIGHT, WIDTH, SPATIAL, EVEN, EDGES, TORQUE_ON, CAME, CAUTIOUS, BACKGROUND, AWARE, WARM, AUTO, SCALED,
                 ECC, STOCHASTIC,
             )  # fmt: skip
@@ -571,14 +585,17 @@ def step_kernel(
             tl.store(partials_ptr + program * 3 + 2, denominator)
 
 
-_MAX_REGISTERS = {(False, False): 96, (True, False): 128, (False, True): 96, (True, True): 96}
-"""Per thread, on NVIDIA, by whether the mask moves and whether moments are factored: more warps at once are worth some
-spilled registers. Measured: benchmarks/NOTES.md."""
+_MAX_REGISTERS = {
+    ("8bit", False): 128, ("8bit", True): 96, ("factored", False): 128, ("factored", True): 128, ("32bit", False): 96,
+    ("32bit", True): 128,
+}  # fmt: skip
+"""Per thread, on NVIDIA, by storage and whether the mask moves: more warps at once are worth some spilled registers.
+Measured: benchmarks/NOTES.md."""
 
 
-def _compiler_options(device: torch.device, warm: bool, factored: bool) -> dict[str, Any]:
-    on_nvidia = device.type == "cuda" and torch.version.hip is None
-    return {"maxnreg": _MAX_REGISTERS[warm, factored]} if on_nvidia else {}
+def _compiler_options(spec: Spec, warm: bool) -> dict[str, Any]:
+    on_nvidia = spec.device.type == "cuda" and torch.version.hip is None
+    return {"maxnreg": _MAX_REGISTERS[spec.storage, warm]} if on_nvidia else {}
 
 
 def launch(bucket: Bucket, grads: np.ndarray, sources: list[dict[str, Any]]) -> None:
@@ -606,6 +623,7 @@ def launch(bucket: Bucket, grads: np.ndarray, sources: list[dict[str, Any]]) -> 
         partials_ptr=partials,
         book1_ptr=book1,
         book2_ptr=book2,
+        cells_ptr=codec.cells(spec.device),
         clips_ptr=clips,
         beta1=betas[0],
         beta2=betas[1],
@@ -641,7 +659,7 @@ def launch(bucket: Bucket, grads: np.ndarray, sources: list[dict[str, Any]]) -> 
         ECC=spec.residual,
         STOCHASTIC=spec.stochastic,
         num_warps=1,
-        **_compiler_options(spec.device, warm, bool(spec.width)),
+        **_compiler_options(spec, warm),
     )
     if warm or spec.auto:
         statistics.finalise(bucket, addresses, numbers, partials, betas[1], warm)

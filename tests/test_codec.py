@@ -16,6 +16,7 @@ from automagic_bnb import quantization as q
 triton = pytest.importorskip("triton", reason="the kernels need Triton")
 tl = pytest.importorskip("triton.language")
 codec = pytest.importorskip("automagic_bnb.kernels.codec", reason="the kernels need Triton")
+lanes = pytest.importorskip("automagic_bnb.kernels.lanes", reason="the kernels need Triton")
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy: the logarithm of 0
 
@@ -23,6 +24,8 @@ SIGNED = {"signed": True, "unsigned": False}
 BESIDE = 1e-5
 """How far from a threshold, relatively, a quotient's code is certain: scaling is good to 4 units of 2^-24, and y, which
 reaches 255, keeps a step's fraction to 1.5e-5."""
+FRACTION = 2.0**-14
+"""And in gaps: the unsigned map's positions are held in steps of 2^-15."""
 NEAR_THRESHOLD = 1e-3
 """Share of random quotients that may lie nearer than that to a threshold, and go to its other side."""
 
@@ -31,13 +34,15 @@ NEAR_THRESHOLD = 1e-3
 
 
 @triton.jit
-def encode_kernel(x_ptr, absmax_ptr, centred_ptr, codes_ptr, SIGNED_MAP: tl.constexpr):
+def encode_kernel(x_ptr, absmax_ptr, bits_ptr, cells_ptr, codes_ptr, SIGNED_MAP: tl.constexpr):
     place = tl.program_id(0) * 256 + tl.arange(0, 256)
     x, absmax = tl.load(x_ptr + place), tl.load(absmax_ptr + tl.program_id(0))
     if SIGNED_MAP:
-        codes = codec.encode_signed(x, absmax)
+        slopes, bins = lanes.row_of_cells(cells_ptr), lanes.row_of_cells(cells_ptr + 32)
+        codes = codec.encode_signed(x, absmax, slopes, bins)
     else:
-        codes = codec.encode_unsigned(x, absmax, tl.load(centred_ptr + place))
+        slopes, bins = lanes.row_of_cells(cells_ptr + 64), lanes.row_of_cells(cells_ptr + 96)
+        codes = codec.encode_unsigned(x, absmax, tl.load(bits_ptr + place).to(tl.uint32), slopes, bins)
     tl.store(codes_ptr + place, codes)
 
 
@@ -72,10 +77,12 @@ def blocks_of(x: Tensor, fill: float = 0.0) -> Tensor:
 def encode(x: Tensor, kind: str, uniform: Tensor | None = None, absmax: Tensor | None = None) -> Tensor:
     """The kernels' codes of flat float32 x, int64 on the CPU; absmax is 1 where none is given."""
     padded = blocks_of(x.float())
-    centred = torch.zeros_like(padded) if uniform is None else blocks_of(uniform - 0.5)
+    bits = torch.full_like(padded, 0.5) if uniform is None else blocks_of(uniform)
+    bits = (bits * 65536).int()
     absmax = torch.ones(len(padded)) if absmax is None else absmax
     codes = torch.empty(padded.shape, dtype=torch.uint8, device=DEVICE)
-    encode_kernel[(len(padded),)](padded, absmax.to(DEVICE), centred, codes, SIGNED[kind])
+    cells = codec.cells(torch.device(DEVICE))
+    encode_kernel[(len(padded),)](padded, absmax.to(DEVICE), bits, cells, codes, SIGNED[kind], num_warps=1)
     return codes.view(-1)[: x.numel()].long().cpu()
 
 
@@ -97,6 +104,10 @@ def rounded(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
     return out.view(-1)[: x.numel()].cpu()
 
 
+LAST = 254
+"""The last code that is given: no quotient is beyond its value."""
+
+
 def book_of(kind: str) -> Tensor:
     """bitsandbytes' own, made here and now."""
     return bnb_functional.create_dynamic_map(signed=SIGNED[kind])
@@ -108,6 +119,7 @@ def random_values(kind: str, blocks: int, seed: int = 0) -> Tensor:
     x = torch.rand(blocks * 256, generator=generator) * 2 - 1
     x = x * 10 ** (-7.5 * torch.rand(blocks * 256, generator=generator))
     x[:3] = torch.tensor([1.0, -1.0, 0.0])
+    x *= book_of(kind)[LAST]
     return x if kind == "signed" else x.abs()
 
 
@@ -117,40 +129,42 @@ def random_values(kind: str, blocks: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("kind", SIGNED)
 @pytest.mark.parametrize("exponent", [-100, -30, 0, 30, 100])
 def test_every_code_comes_back(kind: str, exponent: int) -> None:
-    """Each of the 256 values decodes from its code exactly and encodes to it, whatever the size of the block."""
+    """All 256 codes decode to their values exactly; those to 254 encode to theirs, whatever the size of the block."""
     book, codes = book_of(kind), torch.arange(256)
     values = torch.empty(256, device=DEVICE)
     decode_kernel[(1,)](codes.to(torch.uint8).to(DEVICE), book.to(DEVICE), values)
     assert torch.equal(values.cpu(), book)
     absmax = torch.tensor([2.0**exponent])
-    assert torch.equal(encode(book * absmax, kind, absmax=absmax), codes)
+    assert torch.equal(encode(book[: LAST + 1] * absmax, kind, absmax=absmax), codes[: LAST + 1])
 
 
 @pytest.mark.parametrize("draw", [2.0**-14, 0.25, 0.5, 0.75, 1 - 2.0**-14])
 def test_code_values_do_not_move_by_chance(draw: float) -> None:
     """What is exactly a code's value keeps its code, but for random bits as small as the rounding of y (1.5e-5)."""
-    assert torch.equal(encode(book_of("unsigned"), "unsigned", torch.full((256,), draw)), torch.arange(256))
+    book = book_of("unsigned")[: LAST + 1]
+    assert torch.equal(encode(book, "unsigned", torch.full(book.shape, draw)), torch.arange(LAST + 1))
 
 
 @pytest.mark.parametrize("kind", SIGNED)
 @pytest.mark.parametrize("side", [-1, 1], ids=["below", "above"])
 def test_thresholds_lie_halfway_between_codes(kind: str, side: int) -> None:
     """Just below the middle of two values the lower is taken, just above it the upper."""
-    book = book_of(kind).double()
+    book = book_of(kind)[: LAST + 1].double()
     middles = (book[1:] + book[:-1]) / 2
-    codes = encode(middles + side * BESIDE * middles.abs(), kind)
-    assert torch.equal(codes, torch.arange(255) + (side > 0))
+    beside = torch.maximum(BESIDE * middles.abs(), FRACTION * (book[1:] - book[:-1]))
+    codes = encode(middles + side * beside, kind)
+    assert torch.equal(codes, torch.arange(LAST) + (side > 0))
 
 
 def test_thresholds_of_chance_lie_where_they_should() -> None:
     """A quotient a share f of the way from one value to the next goes up just where U passes 1 - f."""
-    book = book_of("unsigned").double()
+    book = book_of("unsigned")[: LAST + 1].double()
     for share in (0.125, 0.5, 0.75):
         between = book[:-1] + share * (book[1:] - book[:-1])
         for side in (-1, 1):
-            uniform = torch.full((255,), 1 - share + side * 2.0**-12)
+            uniform = torch.full((LAST,), 1 - share + side * 2.0**-12)
             codes = encode(between, "unsigned", uniform)
-            assert torch.equal(codes, torch.arange(255) + (side > 0)), (share, side)
+            assert torch.equal(codes, torch.arange(LAST) + (side > 0)), (share, side)
 
 
 @pytest.mark.parametrize("kind", SIGNED)
@@ -194,9 +208,12 @@ def test_other_uniforms_give_other_codes() -> None:
 
 @pytest.mark.parametrize("kind", SIGNED)
 def test_ends_of_the_map(kind: str) -> None:
-    """1 has the last code; the signed map has none for -1, which takes the first, of -0.993."""
-    x = torch.tensor([1.0, -1.0, -0.9931, 0.0, -0.0] if kind == "signed" else [1.0, 0.0])
-    assert encode(x, kind).tolist() == ([255, 0, 0, 127, 127] if kind == "signed" else [255, 0])
+    """The largest quotients, of either sign, and zeros, however U falls."""
+    last = float(book_of(kind)[LAST])
+    x = torch.tensor([last, -last, 0.0, -0.0] if kind == "signed" else [last, 0.0, 1e-38])
+    expected = [LAST, 0, 127, 127] if kind == "signed" else [LAST, 0, 0]
+    for draw in (2.0**-14, 1 - 2.0**-14):
+        assert encode(x, kind, torch.full(x.shape, draw)).tolist() == expected
 
 
 @pytest.mark.parametrize("kind", SIGNED)
@@ -319,9 +336,8 @@ def test_bitsandbytes_decodes_what_the_kernels_wrote() -> None:
             decoded = bnb_functional.dequantize_blockwise(codes, absmax=absmax, code=book, blocksize=256)
             value = wanted[f"state{number}"].cpu()
             scale = absmax.repeat_interleave(256)[: value.numel()].view(value.shape)
-            # To nearest half a gap, stochastically a whole one, of those around the value; the signed map ends early.
+            # To nearest half a gap, stochastically a whole one, of those around the value.
             upper = torch.searchsorted(book, value / scale).clamp(1, 255)
             gap = (book[upper] - book[upper - 1]) * scale
             allowed = gap * (0.5 if kind == "signed" else 1.0) + 1e-6 * scale
-            short = (value < -0.9929 * scale) if kind == "signed" else torch.zeros_like(value, dtype=torch.bool)
-            assert (((decoded - value).abs() <= allowed) | short).all()
+            assert ((decoded - value).abs() <= allowed).all()

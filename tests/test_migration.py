@@ -460,12 +460,11 @@ def moment_error(state: dict[str, Any], p: Any, number: int, expected: np.ndarra
         return error_of(held.double().numpy().reshape(-1), expected, RELATIVE_ERROR * np.abs(expected).max())
     absmax = np.zeros(blocks_of(expected)[-1] + 1)
     np.maximum.at(absmax, blocks_of(expected), np.abs(expected))
-    scale = absmax[blocks_of(expected)]
     book = state[f"qmap{number}"].double().numpy()
+    scale = absmax[blocks_of(expected)] / book[-2]  # the largest takes the last value below 1
     above = np.clip(np.searchsorted(book, expected / scale), 1, 255)
     half_gap = (book[above] - book[above - 1]) / 2
-    below_end = np.maximum(book[0] - expected / scale, 0)  # the signed book ends at -0.993
-    bound = scale * (np.maximum(half_gap, below_end) + RELATIVE_ERROR)
+    bound = scale * (half_gap + RELATIVE_ERROR)
     return error_of(decoded(held, state[f"qmap{number}"], state[f"absmax{number}"]), expected, bound)
 
 

@@ -1,0 +1,39 @@
+"""Device functions: numbers of which each thread of a warp holds one.
+
+A block's six statistics come with one load, and so do a tensor's numbers; an exchange between threads then gives one of
+them to all. Fetched each for itself, every one would need its address, which the registers cannot hold.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from automagic_bnb.kernels import codec
+
+
+@triton.jit
+def of_lane(values, LANE: tl.constexpr):
+    """float32 [32] of which each is what one thread holds; values: float32 [32], one a thread, none NaN."""
+    if codec.PTX:
+        return tl.inline_asm_elementwise(
+            "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=f,f,r", [values, tl.full((32,), LANE, tl.int32)],
+            tl.float32, True, 1,
+        )  # fmt: skip
+    else:
+        return tl.zeros((32,), tl.float32) + tl.sum(tl.where(tl.arange(0, 32) == LANE, values, 0.0), 0)
+
+
+@triton.jit
+def over_block(x):
+    """[256] of [32]: the 8 elements of a thread are what the thread holds."""
+    four = tl.join(tl.join(x, x), tl.join(x, x))
+    return tl.reshape(tl.join(four, four), (256,))
+
+
+@triton.jit
+def row_of_cells(ptr):
+    """A row of `codec.cells` as the encoding takes it."""
+    if codec.PTX:
+        return over_block(tl.load(ptr + tl.arange(0, 32)))
+    else:
+        return ptr
