@@ -2,8 +2,8 @@
 
 A program walks a few consecutive blocks of one parameter, or with factored moments the blocks of one tile. A block of
 256 elements is one warp's work, 8 neighbouring elements a thread; its statistics are reductions inside the warp.
-Whether any gradient of a block is not finite shows in the block's sum of squares; only then are elements looked at one
-by one.
+Whether any gradient of a block, or one beside it, is not finite shows in the block's sum of squares and its largest
+Laplacian; only then are elements looked at one by one.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ N_RATE, N_LOW, N_HIGH, N_DECAY, N_KAPPA = _N["RATE"], _N["LOW"], _N["HIGH"], _N[
 N_CORRECTION1, N_CORRECTION2, N_CORRECTION3 = _N["CORRECTION1"], _N["CORRECTION2"], _N["CORRECTION3"]
 N_ADAPT, N_LEARN, N_KEY, N_PROBE = _N["ADAPT_MASK"], _N["LEARN_POLARITY"], _N["KEY"], _N["PROBE_WEIGHT"]
 
-FAR = tl.constexpr(2**31 - 8)
+FAR = tl.constexpr(2**31 - 8)  # beyond every place in a program, and a multiple of 8
 MAX_EDGE = tl.constexpr(reference.MAX_EDGE)
 
 
