@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from automagic_bnb import bnb, config, migration
+from automagic_bnb import quantization as q
 from automagic_bnb import state as st
 from automagic_bnb.factored import TINY, Tiling
 from automagic_bnb.migration import WRAPPED
@@ -198,8 +199,8 @@ def complete(optimizer: Automagic, p: Tensor, state: st.State, storage: str, opt
             state["exp_avg_res_row"].fill_(value)
             state["exp_avg_res_col"].fill_(value)
         elif storage == "8bit":
-            state["state3"].fill_(255)  # the code of 1
-            state["absmax3"].fill_(value)
+            state["state3"].fill_(q.LAST_CODE)
+            state["absmax3"].fill_(value / float(state["qmap2"][q.LAST_CODE]))
         else:
             state["state3"].fill_(value)
     return state

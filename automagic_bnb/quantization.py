@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 BLOCK = 256
+LAST_CODE = 254
+"""Of the last value below 1, which the largest magnitude of a block takes."""
 
 # Blocks below it share this absmax, so that quotients stay exact where float32 runs out of normal numbers.
 TINY_ABSMAX = 2.0**-120
@@ -35,10 +37,10 @@ def encode(values: Tensor, code_book: Tensor, uniform: Tensor | None = None) -> 
         uniform: float32 [blocks, 256] in (0, 1). With it a quotient between two code values goes to the upper one
             with the probability that makes the result unbiased; without it, to the nearer one.
     """
-    last = code_book[-2]
+    last = code_book[LAST_CODE]
     largest = values.abs().amax(dim=1).clamp_min(TINY_ABSMAX * last)
     x = values / largest[:, None] * last
-    below = (torch.searchsorted(code_book, x, right=True) - 1).clamp_(0, 253)
+    below = (torch.searchsorted(code_book, x, right=True) - 1).clamp_(0, LAST_CODE - 1)
     low, high = code_book[below], code_book[below + 1]
     # Of two values equally near, the upper: what floor(y + 1/2) gives in the kernels.
     rise = ((x - low) / (high - low)).clamp_(0, 1) + (0.5 if uniform is None else uniform)

@@ -1,9 +1,10 @@
 """Changing how states are stored while training runs: what has been learned is converted, nothing starts over.
 
 From 32 to 8 bits everything goes to the nearest code; from 8 to 32 bits nothing is lost, and back again every code and
-every mask byte is what it was (but of a block that no gradient has reached, whose codes all mean 0). To factored
-storage v and r become the row and column means of their tiles, which is a loss; m and the mask do not change between
-8-bit and factored storage.
+every mask byte is what it was. (Not so of a block that no gradient has reached, whose codes all mean 0, and of one with
+the code of 1, which bitsandbytes and version 0.2.0 write: its values move by up to half a gap.) To factored storage v
+and r become the row and column means of their tiles, which is a loss; m and the mask do not change between 8-bit and
+factored storage.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ with y = j exactly at value j. Rounding to nearest is floor(y + 1/2) and stochas
 
 From one decade to the next the line becomes flatter, by 3 over the gap between them and by 5 behind it, and so it does
 behind the first value. So y is the least of the lines that meet near a, and the exponent of a tells which these are:
-between two powers of 2, scaled so that the first value is one, no more than one decade ends. There are 32 such `cells`,
-of which each thread of a warp holds one. Only 1 itself lies on a steeper line: no quotient reaches it, see
-`automagic_bnb.quantization`.
+between two powers of 2, scaled so that the first value is a power of 2, no more than one decade ends. There are 32 such
+`cells`, of which each thread of a warp holds one. Only 1 itself lies on a steeper line: no quotient reaches it, see
+`automagic_bnb.quantization`. (Rounding may lift the largest of a block there, by chance of 2^-15 at most.)
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from __future__ import annotations
 import functools
 import os
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
+from automagic_bnb.kernels.tables import upload
 
 from automagic_bnb import quantization as q
 
@@ -37,11 +39,23 @@ DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 # 1.5 · 2^23: adding it leaves a float32's nearest whole number in the low bits, without a conversion instruction.
 MAGIC = tl.constexpr(12582912.0)
 
-_LEAST = 2.0**-21  # what the first value of a decade 0 is scaled to: as many octaves below 1 as the seven decades need
-OFFSET = tl.constexpr(255.0)
-"""To y of the unsigned map. Its codes begin at y = 1; between 256 and 512 a float32 is a whole number of 2^-15."""
-_SCALE_SIGNED = tl.constexpr(_LEAST / 0.55e-6)
-_SCALE_UNSIGNED = tl.constexpr(_LEAST / 0.325e-6)
+
+def _first(factor: int) -> float:
+    """The first value of decade 0."""
+    return (0.1 + 0.45 / factor) * 1e-6
+
+
+def _last(factor: int) -> float:
+    """The last value below 1."""
+    return 1 - 0.45 / (factor * 64)
+
+
+_LEAST = 2.0**-21  # what the first value is scaled to: as many octaves below 1 as the seven decades need
+_SCALE_SIGNED, _SCALE_UNSIGNED = tl.constexpr(_LEAST / _first(1)), tl.constexpr(_LEAST / _first(2))
+_PER_LAST_SIGNED, _PER_LAST_UNSIGNED = tl.constexpr(1 / _last(1)), tl.constexpr(1 / _last(2))
+_RAISED = tl.constexpr(255.0)
+"""By which y of the unsigned map is. Its codes begin at y = 1; between 256 and 512 a float32 is a whole number of
+2^-15."""
 
 
 @triton.jit
@@ -66,25 +80,25 @@ def reciprocal(x):
 def cells(device: torch.device) -> torch.Tensor:
     """float32 [4, 32], by exponent of a scaled magnitude, from 2^-31 up: slope and b of each map, signed first.
 
-    The slope is that of the decade before, and OFFSET is in the b of the unsigned map.
+    The slope is that of the decade before; b of the unsigned map is raised as its y is.
     """
-    return torch.tensor([*_cells_of(1, 0.0), *_cells_of(2, OFFSET.value)], device=device)
+    return upload(np.array([*_cells_of(1, 0.0), *_cells_of(2, _RAISED.value)], dtype=np.float32), device)
 
 
-def _cells_of(factor: int, offset: float) -> tuple[list[float], list[float]]:
-    first = (0.1 + 0.45 / factor) * 1e-6
+def _cells_of(factor: int, raised: float) -> tuple[list[float], list[float]]:
+    first = _first(factor)
     scale = _LEAST / first
     slopes, bins = [], []
     for exponent in range(-31, 1):
         if 2.0**exponent < _LEAST:  # one of the lines is that from 0 to the first value: the steepest, or the second
             slope, b = (1 / first, 27 / 8) if factor == 2 else (3 / first, 45 / 44)
         else:
-            end = min(2.0 ** (exponent + 1) / scale, 1 - 0.45 / (factor * 64))
+            end = min(2.0 ** (exponent + 1) / scale, _last(factor))
             d = next(d for d in range(7) if 10.0 ** (d - 6) * (1 - 0.45 / (factor * 2**d)) >= end * (1 - 1e-9))
             b = factor * 2.0**d
             slope = 5 * b * 10.0 ** (6 - d) / 0.9
         slopes.append(slope / scale)
-        bins.append(b + offset)
+        bins.append(b + raised)
     return slopes, bins
 
 
@@ -145,14 +159,15 @@ def low_byte(x, OFFSET: tl.constexpr):
 
 
 @triton.jit
-def _position(scaled, magnitude, slopes, bins, OFFSET: tl.constexpr):
-    """y, and the OFFSET that is in the bins, of scaled quotients: linear between any two neighbouring values.
+def _position(scaled, magnitude, slopes, bins, RAISED: tl.constexpr):
+    """y of scaled quotients, raised as the bins are: linear between any two neighbouring values.
 
+    (But in the signed map near 0, where it goes to -0.04: what it rounds to is right.)
     magnitude: `scaled`, but at least 2^-31.
     """
     slope, b = _cell(slopes, magnitude), _cell(bins, magnitude)
     # From b on: in the decade before, between the two, and in this one.
-    before = scaled * slope + (b * (-5 / 9) + (OFFSET * (5 / 9) - 0.5))
+    before = scaled * slope + (b * (-5 / 9) + (RAISED * (5 / 9) - 0.5))
     between, after = before * (1 / 3) - 2 / 3, before * 0.2 - 0.4
     return b + tl.minimum(tl.minimum(before, between), after)
 
@@ -162,7 +177,7 @@ def absmax_of(x, SIGNED: tl.constexpr):
     """The absmax of a block, float32: its largest magnitude takes the last value below 1."""
     # The bits of numbers >= 0 are in their order, and whole numbers are compared over a warp in one instruction.
     largest = tl.max((tl.abs(x) if SIGNED else x).to(tl.int32, bitcast=True), 0).to(tl.float32, bitcast=True)
-    return tl.maximum(largest * (1 / (1 - 0.45 / 64) if SIGNED else 1 / (1 - 0.45 / 128)), _TINY_ABSMAX)
+    return tl.maximum(largest * (_PER_LAST_SIGNED if SIGNED else _PER_LAST_UNSIGNED), _TINY_ABSMAX)
 
 
 @triton.jit
@@ -179,7 +194,7 @@ def encode_signed(x, absmax, slopes, bins):
 def encode_unsigned(x, absmax, random, slopes, bins):
     """uint8 codes of float32 x >= 0 in the unsigned map under its block's `absmax_of`, by 16 random bits."""
     scaled = x * (_SCALE_UNSIGNED * reciprocal(absmax))
-    y = _position(scaled, tl.maximum(scaled, 2.0**-31), slopes, bins, OFFSET)
+    y = _position(scaled, tl.maximum(scaled, 2.0**-31), slopes, bins, _RAISED)
     return _third_bytes((y.to(tl.uint32, bitcast=True) << 1) + random)
 
 

@@ -13,7 +13,7 @@ from automagic_bnb.kernels import codec
 
 @triton.jit
 def of_lane(values, LANE: tl.constexpr):
-    """float32 [32] of which each is what one thread holds; values: float32 [32], one a thread, none NaN."""
+    """float32 [32] of which each is what one thread holds; values: float32 [32], one a thread."""
     if codec.PTX:
         return tl.inline_asm_elementwise(
             "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=f,f,r", [values, tl.full((32,), LANE, tl.int32)],

@@ -32,7 +32,7 @@ FIRST_STATISTIC, STATISTICS = _C["ABSMAX1"], tl.constexpr(Column.SIGMA - Column.
 ABSMAX1, ABSMAX2, ABSMAX3, TORQUE, EDGE, SIGMA = (
     tl.constexpr(Column[name] - Column.ABSMAX1) for name in ("ABSMAX1", "ABSMAX2", "ABSMAX3", "TORQUE", "EDGE", "SIGMA")
 )
-"""Which thread of a warp holds a block's."""
+"""Which thread of a warp holds what is kept of a block."""
 N_SKIPPED = tl.constexpr(st.SKIPPED)
 PROBE_START, PROBE_SUM, RATE = _C["PROBE_START"], _C["PROBE_SUM"], _C["RATE"]
 V_ROW, V_COL, R_ROW, R_COL = _C["V_ROW"], _C["V_COL"], _C["R_ROW"], _C["R_COL"]
@@ -59,7 +59,7 @@ def address(entry_ptr, column: tl.constexpr, DTYPE: tl.constexpr, ALIGN: tl.cons
 
 @triton.jit
 def _keep(statistics_ptr, STATISTIC: tl.constexpr, value, touched):
-    """Store one of a block's statistics, unless all of the block was skipped."""
+    """Store one of a block's statistics; not if touched, how many elements were not skipped, is 0."""
     tl.store(statistics_ptr, value, mask=tl.where(tl.arange(0, 32) == STATISTIC, touched, 0) > 0)
 
 
@@ -286,9 +286,9 @@ def _move_mask(
     Returns k, or the byte of k and π where that is what is kept.
     """
     learn, change = lanes.of_lane(numbers, N_LEARN) != 0, lanes.of_lane(numbers, N_ADAPT)
-    held = lanes.of_lane(held, SIGMA)
-    sigma = 0.9 * held + 0.1 * variance
-    _keep(statistics_ptr, SIGMA, tl.where(learn, sigma, held), 1)
+    before = lanes.of_lane(held, SIGMA)
+    sigma = 0.9 * before + 0.1 * variance
+    _keep(statistics_ptr, SIGMA, tl.where(learn, sigma, before), 1)
     if AWARE:
         change = change * tl.clamp(detail * sigma, 0.5, 1.5)
     if EIGHT:
@@ -414,7 +414,7 @@ def _blocks(
             sum_squares = tl.sum(g * g, 0)
             mine = ((unusual >> i) & 1) != 0
         else:
-            # The block and what lies beside it are usable if the sum of squares is below the bound's square and no
+            # The block and what lies beside it are finite if the sum of squares is below the bound's square and no
             # Laplacian reaches the bound. The careful way is right in any case.
             sum_squares = tl.sum(g * g, 0)
             mine = sum_squares < stencil.MAX_GRADIENT * stencil.MAX_GRADIENT

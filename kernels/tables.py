@@ -33,7 +33,7 @@ class Column(IntEnum):
     R = 3
     K = 4
     POLARITY = 5
-    ABSMAX1 = 6
+    ABSMAX1 = 6  # from here to SIGMA what is kept of each block: the kernel loads these addresses together
     ABSMAX2 = 7
     ABSMAX3 = 8
     TORQUE = 9

@@ -18,13 +18,10 @@ tl = pytest.importorskip("triton.language")
 codec = pytest.importorskip("automagic_bnb.kernels.codec", reason="the kernels need Triton")
 lanes = pytest.importorskip("automagic_bnb.kernels.lanes", reason="the kernels need Triton")
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy: the logarithm of 0
-
 SIGNED = {"signed": True, "unsigned": False}
 BESIDE = 1e-5
-"""How far from a threshold, relatively, a quotient's code is certain: scaling is good to 4 units of 2^-24, and y, which
-reaches 255, keeps a step's fraction to 1.5e-5."""
-FRACTION = 2.0**-14
+"""How far from a threshold, relatively, a quotient's code is certain: scaling is good to 4 units of 2^-24."""
+FRACTION = {"signed": 0.0, "unsigned": 2.0**-14}
 """And in gaps: the unsigned map's positions are held in steps of 2^-15."""
 NEAR_THRESHOLD = 1e-3
 """Share of random quotients that may lie nearer than that to a threshold, and go to its other side."""
@@ -104,8 +101,7 @@ def rounded(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
     return out.view(-1)[: x.numel()].cpu()
 
 
-LAST = 254
-"""The last code that is given: no quotient is beyond its value."""
+LAST = q.LAST_CODE
 
 
 def book_of(kind: str) -> Tensor:
@@ -140,7 +136,7 @@ def test_every_code_comes_back(kind: str, exponent: int) -> None:
 
 @pytest.mark.parametrize("draw", [2.0**-14, 0.25, 0.5, 0.75, 1 - 2.0**-14])
 def test_code_values_do_not_move_by_chance(draw: float) -> None:
-    """What is exactly a code's value keeps its code, but for random bits as small as the rounding of y (1.5e-5)."""
+    """What is exactly a code's value keeps its code, but for random bits as small as the rounding of y (2^-15)."""
     book = book_of("unsigned")[: LAST + 1]
     assert torch.equal(encode(book, "unsigned", torch.full(book.shape, draw)), torch.arange(LAST + 1))
 
@@ -151,7 +147,7 @@ def test_thresholds_lie_halfway_between_codes(kind: str, side: int) -> None:
     """Just below the middle of two values the lower is taken, just above it the upper."""
     book = book_of(kind)[: LAST + 1].double()
     middles = (book[1:] + book[:-1]) / 2
-    beside = torch.maximum(BESIDE * middles.abs(), FRACTION * (book[1:] - book[:-1]))
+    beside = torch.maximum(BESIDE * middles.abs(), FRACTION[kind] * (book[1:] - book[:-1]))
     codes = encode(middles + side * beside, kind)
     assert torch.equal(codes, torch.arange(LAST) + (side > 0))
 
@@ -208,7 +204,7 @@ def test_other_uniforms_give_other_codes() -> None:
 
 @pytest.mark.parametrize("kind", SIGNED)
 def test_ends_of_the_map(kind: str) -> None:
-    """The largest quotients, of either sign, and zeros, however U falls."""
+    """The largest quotients, of either sign, and zeros, however U falls but for the rounding of y."""
     last = float(book_of(kind)[LAST])
     x = torch.tensor([last, -last, 0.0, -0.0] if kind == "signed" else [last, 0.0, 1e-38])
     expected = [LAST, 0, 127, 127] if kind == "signed" else [LAST, 0, 0]
@@ -230,6 +226,52 @@ def test_blocks_without_size_decode_to_nothing(kind: str, draw: float) -> None:
     # The device may take denormal numbers for 0, which here is less than the least code's value.
     decoded, other = (q.decode(c.view(blocks, 256), absmax, book) for c in (codes, expected))
     assert (decoded - other).abs().max() <= 2e-7 * q.TINY_ABSMAX + 2.0**-126
+
+
+# --- the mask's byte --------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def mask_kernel(byte_ptr, positive_ptr, change_ptr, learn_ptr, bits_ptr, moved_ptr, exponent_ptr):
+    place = tl.program_id(0) * 256 + tl.arange(0, 256)
+    zeros = tl.zeros((32,), tl.float32)
+    up, down = codec.mask_steps(zeros + tl.load(change_ptr + tl.program_id(0)))
+    taken = tl.where(zeros + tl.load(learn_ptr + tl.program_id(0)) != 0, 0x10000, 0)
+    up, down, taken = lanes.over_block(up), lanes.over_block(down), lanes.over_block(taken)
+    byte, bits = tl.load(byte_ptr + place), tl.load(bits_ptr + place).to(tl.uint32)
+    moved = codec.move_mask(byte, tl.load(positive_ptr + place) != 0, up, down, taken, bits)
+    tl.store(moved_ptr + place, moved)
+    tl.store(exponent_ptr + place, codec.mask_exponent(byte, 0.5))
+
+
+EXTREME_BITS = (0, 1, 0x7FFF, 0x8000, 0xFFFE, 0xFFFF)
+
+
+def test_the_mask_moves_as_it_should_from_every_byte() -> None:
+    """Every k and π, up and down, by chance and by the most extreme bits, against the rule in float64: k never leaves
+    -32..31, at whose ends it would wrap."""
+    generator = torch.Generator().manual_seed(0)
+    changes = torch.tensor([0.0, 0.5, 1.0, 1.5, 0.75, 1.2345678, 0.0])
+    learn = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0])  # the last is past its warm-up: nothing may move
+    byte = torch.arange(128).repeat_interleave(2).to(torch.uint8).repeat(len(changes) * 8, 1)
+    positive = torch.tensor([0, 1]).repeat(128).to(torch.uint8).repeat(len(byte), 1)
+    bits = torch.randint(0, 65536, byte.shape, generator=generator)
+    for row, extreme in enumerate(EXTREME_BITS):
+        bits[row::8] = extreme
+    changes, learn = changes.repeat_interleave(8), learn.repeat_interleave(8)
+    moved, exponent = torch.empty_like(byte, device=DEVICE), torch.empty(byte.shape, device=DEVICE)
+    inputs = (x.to(DEVICE) for x in (byte, positive, changes, learn, bits.int()))
+    mask_kernel[(len(byte),)](*inputs, moved, exponent, num_warps=1)
+
+    k, polarity = q.unpack_mask(byte)
+    change = changes.double()[:, None]
+    clamped = (k.double() + torch.where(positive.bool() == polarity, change, -change)).clamp(-32, 31)
+    rounded = clamped.floor() + (clamped - clamped.floor() + q.uniform(bits).double() >= 1)
+    expected = q.pack_mask(rounded, torch.where(learn[:, None] != 0, positive.bool(), polarity))
+    assert torch.equal(moved.cpu(), expected)
+    assert torch.equal(moved.cpu()[learn == 0], byte[learn == 0])
+    assert torch.equal(exponent.cpu(), k / 16 + 0.5)
+    assert (clamped != k + torch.where(positive.bool() == polarity, change, -change)).any()  # or the ends went untested
 
 
 # --- random bits ------------------------------------------------------------------------------------------------------

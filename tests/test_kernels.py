@@ -450,6 +450,28 @@ def test_parameters_of_one_launch_may_be_at_different_steps(storage: str) -> Non
     assert [run.kernel.state[p]["step"] for p in parameters_of(run.kernel)] == [4, 2, 3, 2]
 
 
+MASK_ENDS = {torch.uint8: [0, 1, 2, 125, 126, 127], torch.float32: [-32.0, -31.5, 30.25, 31.0]}
+
+
+@pytest.mark.parametrize("storage", ["8bit", "32bit", "factored"])
+def test_masks_at_their_ends_are_followed(storage: str) -> None:
+    """k neither passes -32 and 31 nor comes out on the other side, whichever way the gradients push it."""
+
+    def to_the_ends(opt: Automagic, step: int) -> None:
+        for p in parameters_of(opt) if step > 1 else []:
+            mask = opt.state[p]["lr_mask"].view(-1)
+            ends = torch.tensor(MASK_ENDS[mask.dtype], dtype=mask.dtype, device=mask.device)
+            mask.copy_(ends.repeat(-(-mask.numel() // len(ends)))[: mask.numel()])
+
+    def build(backend: str) -> Automagic:
+        return optimizer(parameters(SOME_SHAPES, torch.float32), backend, storage, min_lr=0.0, max_lr=1.0)
+
+    run = follow(build, before=to_the_ends)
+    assert run.violations(storage) == []
+    masks = torch.cat([run.kernel.state[p]["lr_mask"].view(-1).float().cpu() for p in parameters_of(run.kernel)])
+    assert masks.unique().numel() > len(MASK_ENDS[torch.float32])  # some have left the ends again
+
+
 @pytest.mark.parametrize("stochastic", [True, False], ids=["stochastic", "nearest"])
 def test_float16_saturates(stochastic: bool) -> None:
     """A parameter at the end of float16's range stays finite when it is pushed outwards."""

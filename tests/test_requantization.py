@@ -82,8 +82,7 @@ def twice(codes: torch.Tensor, absmax: torch.Tensor, signed: bool) -> torch.Tens
     return q.encode(values, book)[0]
 
 
-LAST = 254
-"""The last code that `encode` gives; 255, of 1, is only in states that came from elsewhere."""
+LAST = q.LAST_CODE
 
 
 @pytest.mark.parametrize("end", [0, LAST])

@@ -1,0 +1,66 @@
+"""A process that compiles the step kernel for a GPU that need not be there, started by `test_compiled`: OUT.
+
+What is seen of each variant is written to OUT as JSON. Triton's interpreter, in which the other tests run where there
+is no GPU, knows nothing of how a tensor lies in a warp's registers; TRITON_INTERPRET must not be set here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.language as tl
+from automagic_bnb.kernels import step
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from automagic_bnb.factored import tile_height
+
+HOPPER = GPUTarget("cuda", 90, 32)
+POINTERS = {"table_ptr": "*i64", "grads_ptr": "*i64", "owners_ptr": "*i32"}
+ON = ("EIGHT", "SPATIAL", "EVEN", "EDGES", "TORQUE_ON", "CAME", "CAUTIOUS", "BACKGROUND", "AWARE", "STOCHASTIC")
+OFF = ("WARM", "AUTO", "SCALED", "ECC")
+SWITCHES: dict[str, Any] = {"P": tl.bfloat16, "G": tl.bfloat16, "WIDE": 16, "BLOCKS": 16, "WIDTH": 0}
+SWITCHES |= dict.fromkeys(ON, True) | dict.fromkeys(OFF, False)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "mask frozen": {},
+    "warm-up": {"WARM": True},
+    "no spatial options": {"SPATIAL": False, "EVEN": False, "EDGES": False},
+    "factored, odd rows, float16": {"P": tl.float16, "WIDTH": 256, "EVEN": False, "WARM": True, "AUTO": True},
+}
+
+
+def compiled(changes: dict[str, Any]) -> dict[str, str]:
+    switches = {**SWITCHES, **changes}
+    switches["HEIGHT"] = tile_height(switches["WIDTH"])
+    signature, attributes = {}, {}
+    for index, name in enumerate(step.step_kernel.arg_names):
+        if name in switches:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = POINTERS.get(name, "*fp32")
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    source = ASTSource(step.step_kernel, signature, switches, attributes)
+    return triton.compile(source, target=HOPPER, options={"num_warps": 1}).asm
+
+
+def seen(asm: dict[str, str]) -> dict[str, Any]:
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", asm["ttgir"], re.MULTILINE))
+    exchanged = re.findall(r"shfl\.sync\.idx.*-> tensor<(\d+)xf32, (#\w+)>", asm["ttgir"])
+    loads = re.findall(r"tt\.load .* : tensor<(\d+)x!tt\.ptr<(\w+)>>", asm["ttir"])
+    stores = re.findall(r"tt\.store .* : tensor<(\d+)x!tt\.ptr<(\w+)>>", asm["ttir"])
+    return {
+        "exchanged": sorted({(size, layouts[name]) for size, name in exchanged}),
+        "loads": sorted(size + dtype for size, dtype in loads),
+        "stores": sorted(size + dtype for size, dtype in stores),
+    }
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(json.dumps({name: seen(compiled(changes)) for name, changes in VARIANTS.items()}))
