@@ -18,18 +18,15 @@ between two powers of 2, scaled so that the first value is a power of 2, no more
 from __future__ import annotations
 
 import functools
-import os
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
+from automagic_bnb.kernels import lanes
 from automagic_bnb.kernels.tables import upload
 
 from automagic_bnb import quantization as q
-
-# Where PTX cannot be written (the interpreter, AMD) the general functions stand in for the fast instructions.
-PTX = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") != "1" and torch.version.hip is None)
 
 _TINY_ABSMAX = tl.constexpr(q.TINY_ABSMAX)
 TINY = tl.constexpr(1e-37)  # above the least normal float32: Triton makes a smaller literal a double
@@ -37,7 +34,7 @@ TINY = tl.constexpr(1e-37)  # above the least normal float32: Triton makes a sma
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 # 1.5 · 2^23: adding it leaves a float32's nearest whole number in the low bits, without a conversion instruction.
-MAGIC = tl.constexpr(12582912.0)
+_MAGIC = tl.constexpr(12582912.0)
 
 
 def _first(factor: int) -> float:
@@ -61,7 +58,7 @@ _RAISED = tl.constexpr(255.0)
 @triton.jit
 def log2(x):
     """One instruction, for normal x; tl.log2 would be some twenty."""
-    if PTX:
+    if lanes.PTX:
         return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
     else:
         return tl.log2(x)
@@ -70,7 +67,7 @@ def log2(x):
 @triton.jit
 def reciprocal(x):
     """1 / x for 2^-126 <= |x| <= 2^126, to 2 ulp, in one instruction."""
-    if PTX:
+    if lanes.PTX:
         return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
     else:
         return 1 / x
@@ -103,21 +100,28 @@ def _cells_of(factor: int, raised: float) -> tuple[list[float], list[float]]:
 
 
 @triton.jit
-def _cell(cells, magnitude):
-    """What a row of `cells` has of scaled magnitudes >= 2^-31: the row in each thread, or a pointer to it."""
-    exponent = magnitude.to(tl.int32, bitcast=True) >> 23
-    if PTX:
-        return tl.inline_asm_elementwise(
-            "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=f,f,r", [cells, exponent], tl.float32, True, 1
-        )
+def held_cells(ptr):
+    """A row of `cells` as the encoding takes it: one in each thread, or a pointer to the row."""
+    if lanes.PTX:
+        return lanes.over_block(tl.load(ptr + tl.arange(0, 32)))
     else:
-        return tl.load(cells + (exponent & 31))
+        return ptr
+
+
+@triton.jit
+def _cell(row, magnitude):
+    """What a row of `held_cells` has of scaled magnitudes >= 2^-31."""
+    exponent = magnitude.to(tl.int32, bitcast=True) >> 23
+    if lanes.PTX:
+        return lanes.exchange(row, exponent)
+    else:
+        return tl.load(row + (exponent & 31))
 
 
 @triton.jit
 def widen(x):
     """float32 of what is loaded of parameters or gradients; of two bfloat16, each is one instruction."""
-    if PTX and x.dtype == tl.bfloat16:
+    if lanes.PTX and x.dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
             "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=f,=f,r", [x], tl.float32, True, 2
         )
@@ -128,7 +132,7 @@ def widen(x):
 @triton.jit
 def _upper_halves(words):
     """bfloat16 of the bits 16 to 31 of uint32 words."""
-    if PTX:
+    if lanes.PTX:
         return tl.inline_asm_elementwise("prmt.b32 $0, $1, $2, 0x7632;", "=r,r,r", [words], tl.bfloat16, True, 2)
     else:
         return (words >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
@@ -137,7 +141,7 @@ def _upper_halves(words):
 @triton.jit
 def _third_bytes(words):
     """uint8 of the bits 16 to 23 of uint32 words."""
-    if PTX:
+    if lanes.PTX:
         return tl.inline_asm_elementwise(
             "{.reg .b32 a, b; prmt.b32 a, $1, $2, 0x62; prmt.b32 b, $3, $4, 0x62; prmt.b32 $0, a, b, 0x5410;}",
             "=r,r,r,r,r", [words], tl.uint8, True, 4,
@@ -150,12 +154,6 @@ def _third_bytes(words):
 def decode(codes, book_ptr):
     """float32 code-book values of uint8 codes; the book is 1 KB and stays in the first-level cache."""
     return tl.load(book_ptr + codes.to(tl.int32))
-
-
-@triton.jit
-def low_byte(x, OFFSET: tl.constexpr):
-    """uint8 of round(x) + OFFSET, modulo 256, for float32 |x| < 2^21; of two equally near, an even sum is taken."""
-    return (x + (MAGIC + OFFSET)).to(tl.int32, bitcast=True).to(tl.uint8)
 
 
 @triton.jit
@@ -187,7 +185,8 @@ def encode_signed(x, absmax, slopes, bins):
     magnitude = tl.maximum(tl.abs(scaled), 2.0**-31)
     y = _position(magnitude, magnitude, slopes, bins, 0.0)
     sign = x.to(tl.int32, bitcast=True) & -0x80000000
-    return low_byte((y.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True), 127)
+    signed = (y.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    return (signed + (_MAGIC + 127)).to(tl.int32, bitcast=True).to(tl.uint8)
 
 
 @triton.jit
@@ -202,7 +201,7 @@ def encode_unsigned(x, absmax, random, slopes, bins):
 def mask_exponent(byte, shift):
     """k / 16 + shift, float32, of the uint8 of k and π."""
     # k + 32, six bits, becomes the upper part of the fraction of a number from 1 to 2.
-    if PTX:
+    if lanes.PTX:
         fraction = tl.inline_asm_elementwise(
             "{.reg .b32 a; lop3.b32 a, $4, 0x7e7e7e7e, 0x80808080, 0xea; prmt.b32 $0, a, 0x3f000000, 0x7044;"
             " prmt.b32 $1, a, 0x3f000000, 0x7144; prmt.b32 $2, a, 0x3f000000, 0x7244;"

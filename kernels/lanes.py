@@ -6,19 +6,29 @@ them to all. Fetched each for itself, every one would need its address, which th
 
 from __future__ import annotations
 
+import os
+
+import torch
 import triton
 import triton.language as tl
-from automagic_bnb.kernels import codec
+
+# Where PTX cannot be written (the interpreter, AMD) the general functions stand in for the fast instructions.
+PTX = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") != "1" and torch.version.hip is None)
+
+
+@triton.jit
+def exchange(values, lane):
+    """What another thread holds of float32 values, by its number modulo 32, int32 of their shape. PTX only."""
+    return tl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=f,f,r", [values, lane], tl.float32, True, 1
+    )
 
 
 @triton.jit
 def of_lane(values, LANE: tl.constexpr):
     """float32 [32] of which each is what one thread holds; values: float32 [32], one a thread."""
-    if codec.PTX:
-        return tl.inline_asm_elementwise(
-            "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=f,f,r", [values, tl.full((32,), LANE, tl.int32)],
-            tl.float32, True, 1,
-        )  # fmt: skip
+    if PTX:
+        return exchange(values, tl.full((32,), LANE, tl.int32))
     else:
         return tl.zeros((32,), tl.float32) + tl.sum(tl.where(tl.arange(0, 32) == LANE, values, 0.0), 0)
 
@@ -28,12 +38,3 @@ def over_block(x):
     """[256] of [32]: the 8 elements of a thread are what the thread holds."""
     four = tl.join(tl.join(x, x), tl.join(x, x))
     return tl.reshape(tl.join(four, four), (256,))
-
-
-@triton.jit
-def row_of_cells(ptr):
-    """A row of `codec.cells` as the encoding takes it."""
-    if codec.PTX:
-        return over_block(tl.load(ptr + tl.arange(0, 32)))
-    else:
-        return ptr

@@ -418,7 +418,8 @@ def _blocks(
             # Laplacian reaches the bound. The careful way is right in any case.
             sum_squares = tl.sum(g * g, 0)
             mine = sum_squares < stencil.MAX_GRADIENT * stencil.MAX_GRADIENT
-            mine = mine & (stencil.largest_bits(lap) < stencil.MAX_GRADIENT_BITS)
+            if SPATIAL:
+                mine = mine & (stencil.largest_bits(lap) < stencil.MAX_GRADIENT_BITS)
         if mine:
             w, a, b, v_seen, r_seen = _block(
                 entry_ptr, numbers, block, remaining, place, valid, statistics_ptr + block, held, g_raw, g, lap,
@@ -551,8 +552,8 @@ def step_kernel(
             clip = tl.load(clips_ptr + row)
         threads = tl.arange(0, 32)
         cells = (
-            lanes.row_of_cells(cells_ptr), lanes.row_of_cells(cells_ptr + 32), lanes.row_of_cells(cells_ptr + 64),
-            lanes.row_of_cells(cells_ptr + 96),
+            codec.held_cells(cells_ptr), codec.held_cells(cells_ptr + 32), codec.held_cells(cells_ptr + 64),
+            codec.held_cells(cells_ptr + 96),
         )  # fmt: skip
         unit = tl.load(numbers_ptr + N_RATE) * codec.reciprocal(tl.load(address(entry_ptr, STATS, tl.float32, 4)))
         if AUTO:

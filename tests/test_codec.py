@@ -35,10 +35,10 @@ def encode_kernel(x_ptr, absmax_ptr, bits_ptr, cells_ptr, codes_ptr, SIGNED_MAP:
     place = tl.program_id(0) * 256 + tl.arange(0, 256)
     x, absmax = tl.load(x_ptr + place), tl.load(absmax_ptr + tl.program_id(0))
     if SIGNED_MAP:
-        slopes, bins = lanes.row_of_cells(cells_ptr), lanes.row_of_cells(cells_ptr + 32)
+        slopes, bins = codec.held_cells(cells_ptr), codec.held_cells(cells_ptr + 32)
         codes = codec.encode_signed(x, absmax, slopes, bins)
     else:
-        slopes, bins = lanes.row_of_cells(cells_ptr + 64), lanes.row_of_cells(cells_ptr + 96)
+        slopes, bins = codec.held_cells(cells_ptr + 64), codec.held_cells(cells_ptr + 96)
         codes = codec.encode_unsigned(x, absmax, tl.load(bits_ptr + place).to(tl.uint32), slopes, bins)
     tl.store(codes_ptr + place, codes)
 
