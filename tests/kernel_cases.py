@@ -64,12 +64,43 @@ def gradient(shape: tuple[int, ...], index: int, step: int) -> Tensor:
     return (noise + 0.4) * (1e-3 * (1, 3, 0.05)[(step - 1) % 3])
 
 
+def steady(shape: tuple[int, ...], index: int, step: int) -> Tensor:
+    """A gradient that hardly changes, along which a rate too small is seen to be so."""
+    generator = torch.Generator().manual_seed(1000 * step + index)
+    return (1 + 0.3 * torch.randn(shape, generator=generator)) * 1e-3
+
+
 def give(p: Any, grad: Tensor | None, dtype: torch.dtype | None = None) -> None:
     """Make this the gradient of a parameter, in a dtype that may differ from the parameter's."""
     p.grad = None
     if grad is not None:
         p.grad = torch.zeros_like(p)
         p.grad.data = grad.to(p.device, dtype or p.dtype)
+
+
+SWITCHES: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "no edges": {"edge_suppression": False},
+    "no frequency filter": {"frequency_penalty": 0.0},
+    "no spatial filter": {"edge_suppression": False, "frequency_penalty": 0.0},
+    "no spatial awareness": {"spatial_awareness": False},
+    "no background": {"background_regularization": False},
+    "no torque": {"torque": False},
+    "no confidence": {"came": False},
+    "not cautious": {"cautious": False},
+    "rounding to nearest": {"stochastic_rounding": False},
+    "percentile clipping": {"percentile_clipping": 50},
+    "rate found": {"lr": 0.01, "auto_lr": True},
+    "mask freezes": {"warmup_steps": 2},
+    "mask never moves": {"warmup_steps": 0},
+    "LoRA": {"lora": True, "low_rank_emphasis": 1.3, "rank_penalty_strength": 0.1},
+    "narrow bounds": {"min_lr": 0.0198, "max_lr": 0.0203},
+    "betas of 0": {"betas": (0.5, 0.0, 0.0)},
+    "betas near 1": {"betas": (0.8, 0.999, 0.9999)},  # 1 - β must not be taken in float32
+    "24-bit weights": {"master": "ecc8"},
+    "24-bit weights to nearest": {"master": "ecc8", "stochastic_rounding": False},
+    "master none": {"master": "none"},
+}
 
 
 def optimizer(params: Iterable[Any], backend: str, storage: str = "8bit", **options: Any) -> Automagic:
