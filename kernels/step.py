@@ -135,8 +135,7 @@ def _blocks(
             # Laplacian reaches the bound. The careful way is right in any case.
             sum_squares = tl.sum(g * g, 0)
             mine = sum_squares < stencil.MAX_GRADIENT * stencil.MAX_GRADIENT
-            if SPATIAL:
-                mine = mine & (stencil.largest_bits(lap) < stencil.MAX_GRADIENT_BITS)
+            mine = mine & (stencil.largest_bits(lap) < stencil.MAX_GRADIENT_BITS)
         if mine:
             w, a, b, v_seen, r_seen = one_block.update(
                 entry_ptr, numbers, block, remaining, place, valid, statistics_ptr + block, held, g_raw, g, lap,
