@@ -111,7 +111,8 @@ def trainer_callback(
         >>> trainer.add_callback(trainer_callback("runs/first", trainer=trainer))
     """
     needs_a_sink(directory, tensorboard, trainer)
-    return _trainer_callback_class()(directory, tensorboard, trainer, checked_every(every))
+    every = checked_every(every)  # what is wrong with arguments shows without transformers too
+    return _trainer_callback_class()(directory, tensorboard, trainer, every)
 
 
 def lightning_callback(
@@ -139,7 +140,8 @@ def lightning_callback(
         >>> lightning.Trainer(callbacks=[lightning_callback("runs/first")])
     """
     needs_a_sink(directory, tensorboard, loggers or None)
-    return _lightning_callback_class()(directory, tensorboard, loggers, checked_every(every))
+    every = checked_every(every)  # what is wrong with arguments shows without Lightning too
+    return _lightning_callback_class()(directory, tensorboard, loggers, every)
 
 
 # --- where metrics go ------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import html
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,8 +62,6 @@ def write_dashboard(logdir: str | Path, out: str | Path | None = None) -> Path:
     Example:
         >>> write_dashboard("runs")
     """
-    if importlib.util.find_spec("plotly") is None:
-        raise ImportError('the dashboard needs plotly: pip install "automagic-bnb[dashboard]"')
     folder = Path(logdir)
     runs = [dataclasses.replace(read_run(path), name=run_name(path, folder)) for path in find_runs(folder)]
     graphs = comparison(runs).to_html(full_html=False, include_plotlyjs=True, config={"displaylogo": False})
@@ -126,10 +123,13 @@ def comparison(runs: list[Run]) -> Figure:
 
     Raises:
         ValueError: there is nothing to draw.
+        ImportError: plotly is not installed; names the extra that brings it.
     """
-    from plotly.subplots import make_subplots
-
-    panels = panels_of(runs)
+    panels = panels_of(runs)  # what is wrong with the runs shows without plotly too
+    try:
+        from plotly.subplots import make_subplots
+    except ImportError as e:
+        raise ImportError('the dashboard needs plotly: pip install "automagic-bnb[dashboard]"') from e
     columns = min(len(panels), 2)
     rows = -(-len(panels) // columns)
     titles = [f"{panel.title}<br><sup>{key(panel, runs)}</sup>" for panel in panels]

@@ -405,9 +405,10 @@ def run_demo(options: DemoOptions) -> list[Run]:
     Raises:
         DemoError: a package is missing, or the device or the folder cannot be used; before any training.
     """
+    device = choose_device(options.device)
     for name in ("sklearn.datasets", "tqdm", "matplotlib.figure", "rich.console"):
         optional_import(name)
-    device, folder = choose_device(options.device), prepare_folder(options.out)
+    folder = prepare_folder(options.out)  # which makes it, so only when all else is there
     console = optional_import("rich.console").Console()
     with one_cpu_thread():
         base = make_base(options.seed, device)

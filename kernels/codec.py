@@ -181,7 +181,7 @@ def absmax_of(x, SIGNED: tl.constexpr):
 @triton.jit
 def encode_signed(x, absmax, slopes, bins):
     """uint8 codes of float32 x in the signed map under its block's `absmax_of`, to nearest."""
-    scaled = x * (_SCALE_SIGNED * reciprocal(absmax))
+    scaled = x * (reciprocal(absmax) * _SCALE_SIGNED)
     magnitude = tl.maximum(tl.abs(scaled), 2.0**-31)
     y = _position(magnitude, magnitude, slopes, bins, 0.0)
     sign = x.to(tl.int32, bitcast=True) & -0x80000000
@@ -192,7 +192,7 @@ def encode_signed(x, absmax, slopes, bins):
 @triton.jit
 def encode_unsigned(x, absmax, random, slopes, bins):
     """uint8 codes of float32 x >= 0 in the unsigned map under its block's `absmax_of`, by 16 random bits."""
-    scaled = x * (_SCALE_UNSIGNED * reciprocal(absmax))
+    scaled = x * (reciprocal(absmax) * _SCALE_UNSIGNED)
     y = _position(scaled, tl.maximum(scaled, 2.0**-31), slopes, bins, _RAISED)
     return _third_bytes((y.to(tl.uint32, bitcast=True) << 1) + random)
 

@@ -224,7 +224,7 @@ def _weakened(statistics_ptr, held, lap, sum_squares, per, edge_penalty, edge_th
     # e in units of the Laplacian: `scale` brings it to units of the block's gradient
     noise = 4.472135955 * tl.sqrt(sum_squares * per) + 1e-30
     scale = codec.reciprocal(noise)
-    e = tl.minimum(tl.abs(lap), MAX_EDGE * noise)
+    e = tl.minimum(tl.abs(lap), noise * MAX_EDGE)
     e = tl.where(e > edge_threshold * noise, e, 0.0)
     history = 0.9 * lanes.of_lane(held, EDGE) + 0.1 * (tl.sum(e, 0) * (scale * per))
     _keep(statistics_ptr, EDGE, history, 1)

@@ -349,24 +349,31 @@ for name in ("tensorboard", "transformers", "lightning", "torch.utils.tensorboar
 import torch
 from automagic_bnb import Automagic8bit, TensorBoardLogger, lightning_callback, trainer_callback
 opt = Automagic8bit([torch.nn.Parameter(torch.ones(3))])
-for call in (lambda: TensorBoardLogger("x", opt), lambda: trainer_callback("x"), lambda: lightning_callback("x")):
-    try:
-        call()
-    except ImportError as e:
-        print(e)
+for every in (1, 0):
+    for call in (
+        lambda: TensorBoardLogger("x", opt, every=every),
+        lambda: trainer_callback("x", every=every),
+        lambda: lightning_callback("x", every=every),
+    ):
+        try:
+            call()
+        except (ImportError, ValueError) as e:
+            print(e)
 """
 
 
 def test_missing_packages_are_named_with_their_remedy(tmp_path: Path) -> None:
+    """But wrong arguments first, which are wrong with the packages too."""
     done = subprocess.run(
         [sys.executable, "-c", BARE], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True
     )
     lines = done.stdout.splitlines()
-    assert [line.rpartition(": ")[2] for line in lines] == [
+    assert [line.rpartition(": ")[2] for line in lines[:3]] == [
         'pip install "automagic-bnb[tensorboard]"',
         "pip install transformers",
         "pip install lightning",
     ]
+    assert lines[3:] == ["every=0: must be a whole number of steps >= 1"] * 3
     assert list(tmp_path.iterdir()) == []
 
 

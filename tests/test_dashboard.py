@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -294,7 +295,11 @@ def test_command_explains_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFi
 def test_without_plotly_the_remedy_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Where all else is in order: a wrong folder is told of without plotly, too."""
+    for name in ("plotly", "plotly.subplots"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(NotADirectoryError):
+        write_dashboard(tmp_path / "nowhere")
     log_losses(tmp_path, [1.0])
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert cli.main(["dashboard", str(tmp_path)]) == 1
     assert 'pip install "automagic-bnb[dashboard]"' in capsys.readouterr().err

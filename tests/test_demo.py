@@ -137,6 +137,8 @@ def test_a_missing_package_is_named_with_its_remedy(package, tmp_path, capsys, m
         return real_import(name, *args)
 
     monkeypatch.setattr(importlib, "import_module", import_module)
+    assert cli.main([*SHORT, "--out", str(tmp_path), "--device", "nonsense"]) == 1
+    assert "nonsense" in capsys.readouterr().err  # what is wrong with arguments comes first
     assert cli.main([*SHORT, "--out", str(tmp_path)]) == 1
     error = capsys.readouterr().err
     assert package in error

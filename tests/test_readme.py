@@ -344,11 +344,25 @@ def shell_lines() -> list[str]:
     return [line for _, block in code_blocks("bash") for line in block.splitlines()]
 
 
-def test_ci_runs_the_test_command_of_the_readme() -> None:
-    """It is one line, the same in both."""
-    (command,) = [line for line in shell_lines() if "pytest" in line]
-    assert CI.splitlines().count(command) == 1
-    assert re.fullmatch(r'pip install -e "\.\[test\]" && pytest\b[^;&|]*', command)
+def test_ci_runs_the_two_commands_of_the_readme(tmp_path: Path) -> None:
+    """It takes them out of the README, where each is one line, the same in both; and stops where one is not there."""
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("there is no bash")
+    (function,) = re.findall(r"^readme_command\(\) \{\n.*?^\}\n", CI, re.MULTILINE | re.DOTALL)
+
+    def taken(extra: str, folder: Path) -> str:
+        command = [bash, "-c", f"set -euo pipefail\n{function}readme_command {extra}"]
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+
+    for extra, words in {"demo": "automagic-bnb demo", "test": "pytest"}.items():
+        (command,) = [line for line in shell_lines() if words in line]
+        assert taken(extra, ROOT) == command + "\n"
+        assert command in CHINESE.splitlines()
+        assert CI.count(f"{extra}=$(readme_command {extra})\n") == CI.count(f'\neval "${extra}"\n') == 1
+        (tmp_path / "README.md").write_text(README.replace(command, ""), encoding="utf-8")
+        with pytest.raises(subprocess.CalledProcessError):
+            taken(extra, tmp_path)
 
 
 def test_ci_is_a_script_that_bash_can_read() -> None:
