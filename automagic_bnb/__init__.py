@@ -1,13 +1,9 @@
 """Automagic8bit: a bitsandbytes plugin optimizer that finds its own learning rates."""
 
 from automagic_bnb.bnb import BITSANDBYTES_AVAILABLE
-from automagic_bnb.callbacks import TensorBoardLogger, lightning_callback, trainer_callback, training_metrics
 from automagic_bnb.config import AutomagicConfig, OptimizationProfiles
-from automagic_bnb.dashboard import write_dashboard
 from automagic_bnb.hardware import get_adaptive_config, get_hardware_optimized_config
-from automagic_bnb.memory_summary import analyze_memory_usage
 from automagic_bnb.migrated_options import migrate_options
-from automagic_bnb.monitoring import AdaptiveTrainingMonitor, check_training_health
 from automagic_bnb.optimizer import (
     Automagic,
     Automagic8bit,
@@ -18,12 +14,16 @@ from automagic_bnb.optimizer import (
     PagedAutomagic32bit,
     create_improved_8bit_optimizer,
 )
-from automagic_bnb.plots import plot_singular_values, plot_spectrum, plot_training
-from automagic_bnb.requantization import ProgressiveQuantization
-from automagic_bnb.run_log import RunLog, read_run
-from automagic_bnb.singular import effective_rank, singular_values, stable_rank
-from automagic_bnb.spectrum import Spectrum, spectrum
-from automagic_bnb.timing import BenchmarkResult, benchmark_optimizer
+from automagic_bnb.progressive import ProgressiveQuantization
+from automagic_bnb.watch.callbacks import TensorBoardLogger, lightning_callback, trainer_callback, training_metrics
+from automagic_bnb.watch.dashboard import write_dashboard
+from automagic_bnb.watch.memory_summary import analyze_memory_usage
+from automagic_bnb.watch.monitoring import AdaptiveTrainingMonitor, check_training_health
+from automagic_bnb.watch.plots import plot_singular_values, plot_spectrum, plot_training
+from automagic_bnb.watch.run_log import RunLog, read_run
+from automagic_bnb.watch.singular import effective_rank, singular_values, stable_rank
+from automagic_bnb.watch.spectrum import Spectrum, spectrum
+from automagic_bnb.watch.timing import BenchmarkResult, benchmark_optimizer
 
 __version__ = "0.2.0"
 

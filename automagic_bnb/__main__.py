@@ -2,7 +2,7 @@
 
 import sys
 
-from automagic_bnb.cli import main
+from automagic_bnb.command.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,13 +12,10 @@ from torch import Tensor
 from automagic_bnb import bnb, config, migration
 from automagic_bnb import quantization as q
 from automagic_bnb import state as st
-from automagic_bnb.factored import TINY, Tiling
+from automagic_bnb.factored import Tiling
+from automagic_bnb.groups import ParameterGroups
 from automagic_bnb.migration import WRAPPED
-from automagic_bnb.moments import FACTORED_NAMES
-from automagic_bnb.reference import Blocks
-
-if TYPE_CHECKING:
-    from automagic_bnb.optimizer import Automagic
+from automagic_bnb.stored import FACTORED_NAMES, Blocks
 
 IGNORED = frozenset(["unorm_vec", "max1", "max2", "new_max1", "new_max2"])
 """Keys of bitsandbytes' checkpoints that have no counterpart here."""
@@ -34,18 +31,9 @@ SHARDED_WARNING = (
 )
 
 
-def shard_of(p: Any) -> int | None:
-    """Which part of a sharded DTensor lives here, counted over its mesh; None for a whole parameter."""
-    if not hasattr(p, "to_local"):
-        return None
-    number, parts, mesh = 0, 1, p.device_mesh
-    for placement, place, size in zip(p.placements, mesh.get_coordinate(), mesh.shape, strict=True):
-        if not placement.is_replicate():
-            number, parts = number * size + place, parts * size
-    return number if parts > 1 else None
-
-
-def parse(optimizer: Automagic, state_dict: dict[str, Any]) -> tuple[dict[Tensor, st.State], list[dict[str, Any]]]:
+def parse(
+    optimizer: ParameterGroups, state_dict: dict[str, Any]
+) -> tuple[dict[Tensor, st.State], list[dict[str, Any]]]:
     """The new state by parameter and the new group entries, as copies on the parameters' devices.
 
     Raises:
@@ -79,7 +67,7 @@ def parse(optimizer: Automagic, state_dict: dict[str, Any]) -> tuple[dict[Tensor
 
 
 def _parse_foreign(
-    optimizer: Automagic, state_dict: dict[str, Any], source: str
+    optimizer: ParameterGroups, state_dict: dict[str, Any], source: str
 ) -> tuple[dict[Tensor, st.State], list[dict[str, Any]]]:
     """`parse` of another optimizer's checkpoint. Its options stay behind: rates and decay there mean something else."""
     state: dict[Tensor, st.State] = {}
@@ -91,9 +79,9 @@ def _parse_foreign(
                 options, local = optimizer.effective_options(group, p), st.local_tensor(p)
                 carried = migration.read(source, saved, saved_group, options, local, f"parameter {key}")
                 storage = st.storage_of(local, options, optimizer.facts_of(p).is_embedding)
-                state[p] = complete(optimizer, p, {"step": carried.step}, storage, options)
+                state[p] = optimizer.completed(p, {"step": carried.step}, storage, options)
                 migration.fill(state[p], carried, local, options)
-                if (shard := shard_of(p)) is not None:
+                if (shard := st.shard_of(p)) is not None:
                     state[p]["shard"] = shard
                 migration.warn_of_freeze(carried.step, options["warmup_steps"])
                 if carried.rates is not None:  # and no more: of a large model, tensors of all would not fit
@@ -117,6 +105,7 @@ def _parse_group(saved: dict[str, Any], group: dict[str, Any], index: int) -> di
             entries[name] = value.detach().to(device, copy=True)
         else:
             entries[name] = copy.deepcopy(value)
+    entries = config.respelled(entries)
     bounds = {name: entries.get(name, group[name]) for name in ("min_lr", "max_lr")}
     # The rates themselves are history: OneCycleLR has its own bounds in the group, below the rate it was built with.
     config.check_rates({**bounds, "lr": None}, f" in the checkpoint's group {index}")
@@ -124,16 +113,16 @@ def _parse_group(saved: dict[str, Any], group: dict[str, Any], index: int) -> di
 
 
 def _parse_parameter(
-    optimizer: Automagic, p: Tensor, group: dict[str, Any], saved: dict[str, Any], where: str
+    optimizer: ParameterGroups, p: Tensor, group: dict[str, Any], saved: dict[str, Any], where: str
 ) -> st.State:
     saved = {**saved, **saved.get(WRAPPED, {})}
     saved.pop(WRAPPED, None)
-    local, shard = st.local_tensor(p), shard_of(p)
+    local, shard = st.local_tensor(p), st.shard_of(p)
     saved = _from_0_1_0(saved, local)
     saved_shard = saved.pop("shard", shard)
     if saved_shard != shard:
         raise ValueError(f"{where}: the checkpoint holds shard {saved_shard}, here is {shard}; {SHARDED_WARNING}")
-    unknown = sorted(k for k in saved if k not in st.TENSOR_KEYS and k != "step" and k not in IGNORED)
+    unknown = sorted(k for k in saved if k not in st.KEYS and k != "step" and k not in IGNORED)
     if unknown and "tensor_stats" in saved:
         raise ValueError(
             f"{where}: a later version wrote this checkpoint, {unknown} are not known here; update the package"
@@ -149,7 +138,7 @@ def _parse_parameter(
     if shard is not None:
         state["shard"] = shard
     for name, value in saved.items():
-        if name not in st.TENSOR_KEYS or name.startswith("qmap"):
+        if name not in st.KEYS or name.startswith("qmap"):
             continue
         shape = tuple(value.shape) if isinstance(value, Tensor) else f"none ({type(value).__name__})"
         expected = st.expected_shape(name, local, len(value) if isinstance(value, Tensor) and value.dim() else 0)
@@ -160,7 +149,7 @@ def _parse_parameter(
             )
         state[name] = _restored(name, value, local, optimizer.is_paged)
     _check_storage(state, where)
-    return complete(optimizer, p, state, st.storage_held(state), optimizer.effective_options(group, p))
+    return optimizer.completed(p, state, st.storage_held(state), optimizer.effective_options(group, p))
 
 
 def _from_0_1_0(saved: dict[str, Any], p: Tensor) -> dict[str, Any]:
@@ -179,31 +168,9 @@ def _from_0_1_0(saved: dict[str, Any], p: Tensor) -> dict[str, Any]:
         # What has other shapes does not fit, and the check of shapes says so.
         if isinstance(row, Tensor) and isinstance(col, Tensor) and (row.numel(), col.numel()) == (rows, columns):
             row, col = row.to(p.device), col.to(p.device)
-            v = Blocks(p).cut(row[:, None] * (col / row.mean().clamp_min(TINY)))
+            v = Blocks(p).cut(row[:, None] * (col / row.mean().clamp_min(q.FLOAT_TINY)))
             saved[f"{name}_row"], saved[f"{name}_col"] = tiling.row_means(v), tiling.column_means(v)
     return saved
-
-
-def complete(optimizer: Automagic, p: Tensor, state: st.State, storage: str, options: dict[str, Any]) -> st.State:
-    """`state.complete` for a state of p that may be under way, where confidence was switched on or was not saved.
-
-    r then starts where its bias-corrected value is 1, about that of a settled run: at 0 it would count as full
-    confidence and make the steps ten times too large.
-    """
-    joins = options["came"] and not {"state3", "exp_avg_res_row"} & state.keys()
-    stride = optimizer.facts_of(p).probe_stride
-    st.complete(state, st.local_tensor(p), storage, options, optimizer.is_paged, stride)
-    if joins and state["step"] > 0:
-        value = 1 - options["betas"][2] ** state["step"]
-        if storage == "factored":
-            state["exp_avg_res_row"].fill_(value)
-            state["exp_avg_res_col"].fill_(value)
-        elif storage == "8bit":
-            state["state3"].fill_(q.LAST_CODE)
-            state["absmax3"].fill_(value / float(state["qmap2"][q.LAST_CODE]))
-        else:
-            state["state3"].fill_(value)
-    return state
 
 
 def _restored(name: str, value: Tensor, p: Tensor, paged: bool) -> Tensor:
@@ -219,11 +186,10 @@ def _check_storage(state: st.State, where: str) -> None:
         raise ValueError(f"{where}: the checkpoint's state1 is {held}; expected uint8 or float32")
     if held == torch.uint8 and not bnb.BITSANDBYTES_AVAILABLE:
         raise ValueError(f"{where}: the checkpoint's state is in 8 bits. {bnb.MISSING_WARNING}")
-    dtypes = {"state1": held, "state2": held, "state3": held, "lr_mask": held, "last_polarity": torch.uint8}
-    dtypes["master_residual"] = torch.int8
+    storage = st.storage_held(state)
     for name, value in state.items():
-        expected = dtypes.get(name, torch.float32)
-        if isinstance(value, Tensor) and name != "probe_start" and value.dtype != expected:
+        expected = st.KEYS[name].held.get(storage, (None,))[0] if name in st.KEYS else None
+        if isinstance(value, Tensor) and expected is not None and value.dtype != expected:
             raise ValueError(f"{where}: the checkpoint's {name} is {value.dtype}; expected {expected}")
     if {"probe_start", "probe_sum"} <= state.keys() and len(state["probe_start"]) != len(state["probe_sum"]):
         raise ValueError(f"{where}: the checkpoint's probe_start and probe_sum do not belong together")

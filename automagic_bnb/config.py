@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import difflib
 import math
+import operator
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -35,13 +36,38 @@ class Rule:
     """"parameter": may differ by group and by parameter; "optimizer": one value for all."""
 
 
+def is_number(value: Any) -> bool:
+    """Whether it is an int or a float; Python counts True and False among the ints, which nobody means."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_whole(value: Any) -> bool:
+    """Whether it stands for an int (numpy's and torch's do), and is not True or False."""
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return not isinstance(value, bool)
+
+
+def check_whole(name: str, value: Any, least: int, legal: str = "a whole number >= {}") -> int:
+    """An argument that must be a whole number, at least `least`.
+
+    Raises:
+        TypeError, ValueError: another type, or less; both name the argument, the value and what is legal.
+    """
+    if not is_whole(value) or operator.index(value) < least:
+        raise (ValueError if is_whole(value) else TypeError)(f"{name}={value!r}: must be {legal.format(least)}")
+    return operator.index(value)
+
+
 def _number(value: Any) -> float:
     """A real number, or a string that spells one (trainers hand options through as text)."""
     if not isinstance(value, (int, float, str)) and getattr(value, "ndim", None) == 0:
         value = value.item()  # 0-d tensors and numpy scalars convert; lists, None and the rest do not
     if isinstance(value, str):
         value = _spelled_number(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_number(value):
         raise TypeError("not a number")
     if not -sys.float_info.max <= value <= sys.float_info.max:  # NaN and integers beyond any float, too
         raise ValueError("not finite")
@@ -130,7 +156,7 @@ def _parse_betas(value: Any) -> tuple[float, float, float]:
 
 
 def _parse_eps(value: Any) -> tuple[float, float]:
-    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+    if is_number(value) or isinstance(value, str):
         try:
             scalar = float(_number(value))
         except TypeError:
@@ -204,7 +230,8 @@ class AutomagicConfig:
     came: bool = _opt(True, _BOOL)
     cautious: bool = _opt(True, _BOOL)
     stochastic_rounding: bool = _opt(True, _BOOL)
-    # What stands in for a float32 copy of bfloat16 weights: nothing, stochastic rounding, or 8 more bits of each.
+    # What stands in for a float32 copy of bfloat16 weights: stochastic rounding, or 8 more bits of each ("none":
+    # stochastic_rounding=False).
     master: str = _opt("stochastic", _choice_rule("none", "stochastic", "ecc8", scope="parameter"))
     # How it runs.
     seed: int = _opt(0, _integer_rule("a whole number from 0 to 2**63 - 1", 0, 2**63 - 1))
@@ -259,6 +286,13 @@ def check_parameter_option(name: str, value: Any, where: str = "") -> Any:
     return check_option(name, value, where)
 
 
+def respelled(options: dict[str, Any]) -> dict[str, Any]:
+    """Options with one spelling for each thing: master="none" is an older one of stochastic_rounding=False."""
+    if options.get("master") != "none":
+        return options
+    return {**options, "master": "stochastic", "stochastic_rounding": False}
+
+
 def near_miss(key: str) -> str | None:
     """The option that a key of a parameter group was probably meant to be; None where it is one, or is far from any."""
     near = difflib.get_close_matches(key, GROUP_OPTIONS, n=1, cutoff=0.85)
@@ -277,7 +311,7 @@ def make_config(**options: Any) -> AutomagicConfig:
             raise unknown_option(name)
     profile = check_option("profile", options.get("profile"))
     base = getattr(OptimizationProfiles, profile)() if profile else AutomagicConfig()
-    config = dataclasses.replace(base, **{k: check_option(k, v) for k, v in options.items()})
+    config = dataclasses.replace(base, **respelled({k: check_option(k, v) for k, v in options.items()}))
     config.profile = profile
     check_rates(vars(config))
     check_storage(vars(config))

@@ -17,10 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from automagic_bnb.quantization import BLOCK
-
-TINY = 1e-37
-"""What stands in for a tile's mean of 0."""
+from automagic_bnb.quantization import BLOCK, FLOAT_TINY
 
 
 def tile_height(width: int) -> int:
@@ -98,5 +95,5 @@ class Tiling:
         """V, float32 [blocks, 256]; what lies behind the end means nothing."""
         counts = self.counts(col.device)
         mean = (col * counts).sum(dim=1, keepdim=True) / counts.sum(dim=1, keepdim=True).clamp_min(1)
-        share = (col / mean.clamp_min(TINY)).view(-1, 1, self.strips, 1, self.width)
+        share = (col / mean.clamp_min(FLOAT_TINY)).view(-1, 1, self.strips, 1, self.width)
         return (self.rows_by_tile(row) * share).view(-1, BLOCK)[: self.blocks]

@@ -6,6 +6,7 @@ state's memory, a gradient's dtype, an option, an override.
 
 from __future__ import annotations
 
+import functools
 import os
 import weakref
 from collections.abc import Callable, Mapping
@@ -18,14 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from automagic_bnb import bnb, config, paged, reference
+from automagic_bnb import auto_lr, bnb, config, low_rank, paged
 from automagic_bnb import state as st
+from automagic_bnb.groups import ParameterGroups
 from automagic_bnb.notices import warn_once
 
 if TYPE_CHECKING:
     from automagic_bnb.kernels.low_rank import Matrices
     from automagic_bnb.kernels.tables import Bucket, Member
-    from automagic_bnb.optimizer import Automagic
 
 READ_ANEW = (
     *("lr", "min_lr", "max_lr", "weight_decay", "warmup_steps", "low_rank_emphasis", "rank_penalty_strength"),
@@ -34,12 +35,6 @@ READ_ANEW = (
 )
 """Numbers that are arguments of a launch or stand in its tables: schedulers change them, and no plan rests on them."""
 STRUCTURAL = tuple(name for name in config.GROUP_OPTIONS if name not in READ_ANEW)
-
-
-SPREAD_WARNING = (
-    "a group whose rate is being found lies on several devices: it is stepped in plain PyTorch, which is many times "
-    "slower; give it an lr, or make a group for each device"
-)
 
 
 def triton_missing() -> str:
@@ -93,25 +88,12 @@ class Source:
 
 
 @dataclass
-class FoundRate:
-    """A group with auto_lr, and where the `tensor_stats` of all its parameters lie."""
-
-    group: dict[str, Any]
-    rows: list[tuple[int, np.ndarray]]
-    """By number of the bucket, which of its members are the group's."""
-    is_whole: bool
-    """Whether all of the group's parameters are in the plan, which sees to it that their states stay where they are."""
-    addresses: list[int] = field(default_factory=list)
-    on_device: Tensor | None = None
-
-
-@dataclass
 class Plan:
     buckets: list[Bucket] = field(default_factory=list)
     sources: list[Source] = field(default_factory=list)
     matrices: list[Matrices] = field(default_factory=list)
     """Of each bucket, what step 9 works on."""
-    found_rates: list[FoundRate] = field(default_factory=list)
+    found_rates: list[auto_lr.FoundRate] = field(default_factory=list)
     idle: list[Tensor] = field(default_factory=list)
     """Parameters that had no gradient when the plan was made."""
     rest: list[tuple[dict[str, Any], Tensor]] = field(default_factory=list)
@@ -124,7 +106,7 @@ class Plan:
     states: dict[Tensor, st.State] | None = None
     """All that the optimizer held after the step for which the plan was made; None until then."""
 
-    def is_current(self, optimizer: Automagic, options: list[dict[str, Any]]) -> bool:
+    def is_current(self, optimizer: ParameterGroups, options: list[dict[str, Any]]) -> bool:
         return (
             self._has_groups(optimizer.param_groups)
             and self._has_states(optimizer.state)
@@ -169,8 +151,8 @@ def signature(options: dict[str, Any]) -> tuple[Any, ...]:
 class FusedStep:
     """The kernels' side of `Automagic.step`."""
 
-    def __init__(self, optimizer: Automagic) -> None:
-        self.optimizer: Automagic = weakref.proxy(optimizer)
+    def __init__(self, optimizer: ParameterGroups) -> None:
+        self.optimizer: ParameterGroups = weakref.proxy(optimizer)
         """No owner of it: an optimizer that is dropped frees its states at once."""
         self._plan: Plan | None = None
         self._plans_of_one: dict[Tensor, Plan] = {}
@@ -248,7 +230,7 @@ class FusedStep:
         self._find_rates(plan, [addresses for addresses, _ in grads])
         updates = zip(plan.buckets, plan.matrices, grads, strict=True)
         due = [(bucket, matrices, addresses) for bucket, matrices, (addresses, _) in updates if addresses.any()]
-        tasks: list[reference.RankTask] = []
+        tasks: list[low_rank.RankTask] = []
         ahead = iter([bucket for bucket, *_ in due if bucket.fetched])
         self._prefetch(next(ahead, None))
         for bucket, matrices, addresses in due:
@@ -257,7 +239,7 @@ class FusedStep:
             with on_device(bucket.spec.device):
                 step.launch(bucket, addresses, options)
                 tasks += matrices.shrink(options)
-        reference.shrink_ranks(tasks)
+        low_rank.shrink_ranks(tasks)
 
     def _prefetch(self, bucket: Bucket | None) -> None:
         """Start moving the paged states of a bucket to the GPU, beside what runs there."""
@@ -288,7 +270,7 @@ class FusedStep:
             elif not takes(st.local_tensor(p), optimizer.config.backend):
                 plan.rest.append((group, p))
             elif (options := optimizer.effective_options(group, p))["auto_lr"] and id(group) in spread:
-                warn_once(SPREAD_WARNING)
+                warn_once(auto_lr.SPREAD_WARNING)
                 plan.rest.append((group, p))
             else:
                 overriding = None if options is group else p
@@ -299,11 +281,12 @@ class FusedStep:
                 member = self._member(group, p, own_sources[key], options)
                 members.append((member, st.checked_gradient(p).dtype, options))
         if members:
-            from automagic_bnb.kernels import low_rank, tables
+            from automagic_bnb.kernels import tables
+            from automagic_bnb.kernels.low_rank import Matrices
 
             plan.buckets = tables.fill_buckets(members)
-            plan.matrices = [low_rank.Matrices(bucket) for bucket in plan.buckets]
-            plan.found_rates = self._found_rates(plan.buckets)
+            plan.matrices = [Matrices(bucket) for bucket in plan.buckets]
+            plan.found_rates = auto_lr.found_rates(plan.buckets)
         return plan
 
     def _member(self, group: dict[str, Any], p: Tensor, source: int, options: dict[str, Any]) -> Member:
@@ -321,7 +304,7 @@ class FusedStep:
             ordinal=facts.ordinal,
             is_lora=facts.counts_as_lora(options),
             sharded=st.local_tensor(p) is not p,
-            rate=self.optimizer.rate_tensor(group, theta.device) if options["auto_lr"] else None,
+            rate=auto_lr.rate_tensor(group, theta.device) if options["auto_lr"] else None,
         )
 
     @staticmethod
@@ -337,36 +320,9 @@ class FusedStep:
 
     def _find_rates(self, plan: Plan, grads: list[np.ndarray]) -> None:
         """auto_lr: bring d of each group that is about to step up to date."""
-        from automagic_bnb.kernels import statistics
-
         for found in plan.found_rates:
-            step = max(plan.buckets[i].next_step(rows, grads[i]) for i, rows in found.rows)
-            if step and self.optimizer.begins_step(found.group, step):
-                d, low, high = found.group["auto_lr_rate"], found.group["min_lr"], found.group["max_lr"]
-                with on_device(d.device):
-                    statistics.find_rate(d, self._stats_addresses(found), low, high)
-                self.optimizer.publish_rate(found.group)
-
-    def _stats_addresses(self, found: FoundRate) -> Tensor:
-        """Where the sums of all the group's parameters lie, those outside the plan too, as int64 on the device."""
-        if found.on_device is not None and found.is_whole:
-            return found.on_device
-        states = [self.optimizer.state.get(p, {}) for p in found.group["params"]]
-        addresses = [state["tensor_stats"].data_ptr() for state in states if "probe_sum" in state]
-        if found.on_device is None or addresses != found.addresses:
-            found.addresses = addresses
-            found.on_device = torch.tensor(addresses, dtype=torch.int64, device=found.group["auto_lr_rate"].device)
-        return found.on_device
-
-    @staticmethod
-    def _found_rates(buckets: list[Bucket]) -> list[FoundRate]:
-        groups = {id(m.group): m.group for bucket in buckets for m in bucket.members if m.rate is not None}
-        found = []
-        for group in groups.values():
-            rows = [np.array([i for i, m in enumerate(b.members) if m.group is group], dtype=np.int64) for b in buckets]
-            whole = sum(map(len, rows)) == len(group["params"])
-            found.append(FoundRate(group, [(i, x) for i, x in enumerate(rows) if len(x)], whole))
-        return found
+            with on_device(found.group["auto_lr_rate"].device):
+                found.update(plan.buckets, grads, functools.partial(self.optimizer.states_of, found.group))
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from automagic_bnb import config
 from automagic_bnb.config import AutomagicConfig, OptimizationProfiles
 
 EIGHT_BITS_OFF = 99_999_999
@@ -131,7 +132,7 @@ def _checked_memory(value: Any) -> float:
 
 def _checked_capability(value: Any) -> tuple[int, int]:
     legal = 'must be a compute capability such as 7.5, "7.5" or (7, 5)'
-    if isinstance(value, bool) or not isinstance(value, (int, float, str, tuple, list)):
+    if not (config.is_number(value) or isinstance(value, (str, tuple, list))):
         raise TypeError(f"capability={value!r}: {legal}")
     text = ".".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value).strip()
     found = re.fullmatch(r"(\d{1,2})(?:\.(\d))?", text, re.ASCII)
@@ -147,7 +148,7 @@ def _cuda_index(device: Any) -> int | None:
     available = torch.cuda.is_available()
     if device is None:
         return torch.cuda.current_device() if available else None
-    if isinstance(device, bool) or not isinstance(device, (int, str, torch.device)):
+    if not (config.is_whole(device) or isinstance(device, (str, torch.device))):
         raise TypeError(f"device={device!r}: must be an index, a name such as 'cuda:0' or 'cpu', or a torch.device")
     if not isinstance(device, int):
         try:

@@ -1,4 +1,4 @@
-"""Soft-thresholding of singular values through the small Gram matrix.
+"""Step 9, the rank penalty: soft-thresholding of singular values through the small Gram matrix.
 
 The proximal step of the nuclear norm, σ_j ← max(σ_j - τ, 0), of matrices with one short side (LoRA factors): `lowered`
 by the `shrinkage` of their `gram`. Equals the result of a full SVD, and leaves A exactly as it is for τ = 0.
@@ -6,8 +6,21 @@ by the `shrinkage` of their `gram`. Equals the result of a full SVD, and leaves 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from automagic_bnb import quantization as q
+from automagic_bnb import state as st
+from automagic_bnb.scalars import relative_rate
+from automagic_bnb.stored import Weights
+
+LOW_RANK_EVERY = 10
+LOW_RANK_MAX = 256
+LOW_RANK_ELEMENTS = 2**21
+"""Elements that step 9 works on at once: bounds its memory."""
 
 
 def _short_side_first(matrices: Tensor) -> tuple[Tensor, bool]:
@@ -52,3 +65,88 @@ def lowered(matrices: Tensor, shrink: Tensor) -> Tensor:
     changes = (shrink != 0).any(dim=2).any(dim=1)[:, None, None]
     result = torch.where(changes, wide - (shrink.to(wide.dtype) @ wide), wide)
     return result.mT if tall else result
+
+
+# --- of the parameters that are due -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RankTask:
+    """One 2-D parameter whose singular values are to be lowered by `threshold`."""
+
+    weights: Weights
+    threshold: float | Tensor
+    key: int
+
+    @property
+    def theta(self) -> Tensor:
+        return self.weights.p
+
+
+def rank_tasks(
+    theta: Tensor, state: st.State, options: dict[str, Any], ordinal: int, is_lora: bool, d: Tensor | None
+) -> list[RankTask]:
+    """Step 9 of one parameter, where it is due: every 10th step, for LoRA matrices with a short side."""
+    t = state["step"]
+    wanted = is_lora and options["lora_rank_penalty"] and t % LOW_RANK_EVERY == 0
+    if not wanted or theta.dim() != 2 or min(theta.shape) > LOW_RANK_MAX:
+        return []
+    threshold = rank_threshold(options) if d is None else d * rank_threshold(options)
+    key = q.mix_in(q.parameter_key(options["seed"], ordinal, q.RANK_STREAM), t)
+    weights = Weights(theta, state.get("master_residual"), st.rounds_stochastically(theta, options))
+    return [RankTask(weights, threshold, key)]
+
+
+def rank_threshold(options: dict[str, Any]) -> float:
+    """10 · lr · rank_penalty_strength; where auto_lr supplies d, over d."""
+    rate = relative_rate(options) if options["auto_lr"] else float(options["lr"])
+    return rate * LOW_RANK_EVERY * options["rank_penalty_strength"]
+
+
+def shrink_ranks(tasks: list[RankTask]) -> None:
+    """Step 9, in place: σ_j ← max(σ_j - threshold, 0).
+
+    Matrices of one shape are worked on together, a bounded number of elements at a time; the eigenvalues of all with
+    the same short side are found at once.
+    """
+    by_rank: dict[Any, list[list[RankTask]]] = {}
+    for chunk in _rank_chunks(tasks):
+        theta = chunk[0].theta
+        by_rank.setdefault((min(theta.shape), theta.device), []).append(chunk)
+    for (_, device), chunks in by_rank.items():
+        grams = torch.cat([gram(_stacked(chunk)) for chunk in chunks])
+        shrinks = shrinkage(grams, _thresholds([t for chunk in chunks for t in chunk], device))
+        for chunk, shrink in zip(chunks, shrinks.split([len(c) for c in chunks]), strict=True):
+            _write_back(chunk, lowered(_stacked(chunk), shrink))
+
+
+def _thresholds(tasks: list[RankTask], device: torch.device) -> Tensor:
+    """float32 [tasks]: one upload where they are numbers, gathered on the device where auto_lr supplies tensors."""
+    if not any(isinstance(task.threshold, Tensor) for task in tasks):
+        return torch.tensor([task.threshold for task in tasks], dtype=torch.float32, device=device)
+    return torch.stack([torch.as_tensor(task.threshold, dtype=torch.float32, device=device) for task in tasks])
+
+
+def _rank_chunks(tasks: list[RankTask]) -> list[list[RankTask]]:
+    """Tasks of one shape, dtype and device, at most LOW_RANK_ELEMENTS elements together."""
+    groups: dict[Any, list[RankTask]] = {}
+    for task in tasks:
+        theta = task.theta
+        groups.setdefault((theta.shape, theta.dtype, theta.device, task.weights.stochastic), []).append(task)
+    chunks = []
+    for group in groups.values():
+        size = max(1, LOW_RANK_ELEMENTS // group[0].theta.numel())
+        chunks += [group[i : i + size] for i in range(0, len(group), size)]
+    return chunks
+
+
+def _stacked(chunk: list[RankTask]) -> Tensor:
+    return torch.stack([task.weights.read() for task in chunk])
+
+
+def _write_back(chunk: list[RankTask], values: Tensor) -> None:
+    """Store float32 values [batch, a, b] into the parameters, rounded as the main update rounds."""
+    keys = torch.tensor([task.key for task in chunk], device=values.device).view(-1, 1)
+    bits = q.random_bits(keys, values[0].shape, values.device) if chunk[0].weights.stochastic else keys
+    for task, value, own_bits in zip(chunk, values, bits, strict=True):
+        task.weights.write(value.reshape(-1), own_bits)

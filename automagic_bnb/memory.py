@@ -9,38 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from automagic_bnb import bnb, paged
 from automagic_bnb import state as st
-
-if TYPE_CHECKING:
-    from automagic_bnb.optimizer import Automagic
+from automagic_bnb.groups import ParameterGroups
 
 MB = 10**6
 ADAM_BYTES = 8
 """What 32-bit Adam holds for a parameter: two float32 moments. Savings are counted against it."""
-FIELD_NAMES = {
-    "state1": "exp_avg",
-    "absmax1": "exp_avg",
-    "state2": "exp_avg_sq",
-    "absmax2": "exp_avg_sq",
-    "exp_avg_sq_row": "exp_avg_sq",
-    "exp_avg_sq_col": "exp_avg_sq",
-    "state3": "exp_avg_res",
-    "absmax3": "exp_avg_res",
-    "exp_avg_res_row": "exp_avg_res",
-    "exp_avg_res_col": "exp_avg_res",
-    "qmap1": "code_books",
-    "qmap2": "code_books",
-}
-"""Where a tensor of the state counts in the breakdown; those not listed count under their own names."""
 
 
-def efficiency_report(optimizer: Automagic) -> dict[str, Any]:
+def efficiency_report(optimizer: ParameterGroups) -> dict[str, Any]:
     """The memory of an optimizer's state, as plain numbers; nothing is allocated and no device is waited for.
 
     A parameter that has been stepped counts with the tensors it holds, and those that options switched on since then
@@ -135,7 +118,7 @@ class ParameterMemory:
         return any(piece.exists for piece in self.pieces)
 
 
-def memory_by_parameter(optimizer: Automagic) -> list[ParameterMemory]:
+def memory_by_parameter(optimizer: ParameterGroups) -> list[ParameterMemory]:
     """All parameters of the optimizer, group by group."""
     owners = [(group, p) for group in optimizer.param_groups for p in group["params"]]
     if not optimizer.initialized:  # the first step, too, begins with it
@@ -143,7 +126,7 @@ def memory_by_parameter(optimizer: Automagic) -> list[ParameterMemory]:
     return [_memory_of(optimizer, group, p) for group, p in owners]
 
 
-def _memory_of(optimizer: Automagic, group: dict[str, Any], p: Tensor) -> ParameterMemory:
+def _memory_of(optimizer: ParameterGroups, group: dict[str, Any], p: Tensor) -> ParameterMemory:
     options, local = optimizer.effective_options(group, p), st.local_tensor(p)
     state = {key: value for key, value in optimizer.state.get(p, {}).items() if isinstance(value, Tensor)}
     facts = optimizer.facts_of(p)
@@ -179,10 +162,10 @@ def planned(
 
 
 def bytes_by_state(pieces: Iterable[Piece]) -> dict[str, int]:
-    """Under the names of `FIELD_NAMES`."""
+    """Under the names that `state.KEYS` has for the report; what is not in it under its own."""
     sizes: dict[str, int] = {}
     for piece in pieces:
-        name = FIELD_NAMES.get(piece.key, piece.key)
+        name = (st.KEYS[piece.key].report if piece.key in st.KEYS else "") or piece.key
         sizes[name] = sizes.get(name, 0) + piece.bytes
     return sizes
 
@@ -206,14 +189,14 @@ def share_in_8bit(parameters: list[ParameterMemory]) -> float:
     return elements_in(parameters, "8bit", "factored") / total if total else 0.0
 
 
-def share_with(optimizer: Automagic, **options: Any) -> float:
+def share_with(optimizer: ParameterGroups, **options: Any) -> float:
     """`share_in_8bit` as it would be with these options in force for every parameter."""
     counted = [m for m in memory_by_parameter(optimizer) if not m.is_frozen]
     storages = [st.storage_of(m.p, {**m.options, **options}, m.is_embedding) for m in counted]
     return share_in_8bit([replace(m, storage=storage) for m, storage in zip(counted, storages, strict=True)])
 
 
-def quantized_share(optimizer: Automagic) -> float:
+def quantized_share(optimizer: ParameterGroups) -> float:
     """The share of elements in 8-bit states, among those of groups that ask for 8 bits; 1 where there are none."""
     asked = [m for m in memory_by_parameter(optimizer) if m.group["optim_bits"] == 8 and m.has_state]
     return share_in_8bit(asked) if any(m.elements for m in asked) else 1.0

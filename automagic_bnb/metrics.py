@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +19,9 @@ from torch import Tensor
 from automagic_bnb import quantization as q
 from automagic_bnb import reference
 from automagic_bnb import state as st
-from automagic_bnb.factored import Tiling
-from automagic_bnb.moments import moments_of
-
-if TYPE_CHECKING:
-    from automagic_bnb.optimizer import Automagic
+from automagic_bnb.groups import ParameterGroups
+from automagic_bnb.scalars import Scalars, step_scalars
+from automagic_bnb.stored import Blocks, moments_of, read_mask
 
 METRICS: dict[str, str] = {
     "lr/mean": "mean of the elements' learning rates, as the next step would use them",
@@ -45,8 +43,6 @@ METRICS: dict[str, str] = {
 }
 """Every name, in the order returned. Those of the rates are NaN before the first step, too."""
 
-CHUNK = 2**20
-"""Elements worked on at once; more where a row of the matrix view, or the rows until a block ends, hold more."""
 BINS = {torch.uint8: 1, torch.float32: 16}
 """Bins of the histogram per unit of k, by the dtype of `lr_mask`: k is whole in 8 bits, any float in 32."""
 SUMS = (
@@ -56,7 +52,6 @@ SUMS = (
 """What stands behind the histogram; up to "clip" these add up over the parts of a parameter."""
 LANES = 32
 """Copies of the histogram, added up at the end: on a GPU, elements in one bin would wait for each other."""
-BLOCK_KEYS = ("absmax1", "absmax2", "absmax3", "torque", "edge_history", "spatial_variance")
 
 
 @dataclass(frozen=True)
@@ -67,7 +62,7 @@ class Subject:
     grad: Tensor | None
     state: st.State
     options: dict[str, Any]
-    scalars: reference.Scalars
+    scalars: Scalars
     """Of the next step."""
     d: Tensor | None
 
@@ -114,7 +109,7 @@ class Row:
 
 
 @torch.no_grad()
-def collect(optimizer: Automagic, per_group: bool, per_parameter: bool) -> dict[str, float]:
+def collect(optimizer: ParameterGroups, per_group: bool, per_parameter: bool) -> dict[str, float]:
     """The figures of `METRICS` over all parameters, and where asked for by group and by parameter."""
     rows: list[Row] = []
     scopes: list[tuple[str, list[Row]]] = [("", rows)]
@@ -187,7 +182,7 @@ def quantiles(rows: list[Row]) -> tuple[float, float]:
 # ------------------------------------------------------------------------------------------------------ on the device
 
 
-def subject_of(optimizer: Automagic, group: dict[str, Any], p: Tensor) -> Subject | None:
+def subject_of(optimizer: ParameterGroups, group: dict[str, Any], p: Tensor) -> Subject | None:
     """What the figures of one parameter depend on; None where it has not been stepped."""
     state, local = optimizer.state.get(p, {}), st.local_tensor(p).detach()
     if not state.get("step") or "tensor_stats" not in state or local.numel() == 0:
@@ -201,7 +196,7 @@ def subject_of(optimizer: Automagic, group: dict[str, Any], p: Tensor) -> Subjec
         grad=None if p.grad is None else st.checked_gradient(p),
         state=state,
         options=options,
-        scalars=reference.step_scalars(options, state["step"] + 1, facts.is_lora, facts.ordinal),
+        scalars=step_scalars(options, state["step"] + 1, facts.is_lora, facts.ordinal),
         d=d,
     )
 
@@ -213,7 +208,7 @@ def figures(subject: Subject) -> Tensor:
     scale = percentile_scale(subject)
     sums, bounds = [], []
     for part in parts(subject):
-        k = part.blocks.join(reference.read_mask(part.state, part.blocks)[0])
+        k = part.blocks.join(read_mask(part.state, part.blocks)[0])
         count(k, bins, histogram)
         rates, least_and_most = summed_rates(k, subject)
         added = rates + summed_statistics(part.state) + summed_gradient(part, subject, scale)
@@ -230,35 +225,16 @@ class Part:
     """Whole rows of a parameter (slices along its first dimension) from the start of a block on, and their state."""
 
     rows: slice
-    blocks: reference.Blocks
+    blocks: Blocks
     state: st.State
 
 
 def parts(subject: Subject) -> Iterator[Part]:
-    """A parameter cut into parts of about `CHUNK` elements; each but the last ends with a block, and with its tiles."""
-    rows, columns = st.matrix_shape(subject.p)
-    unit = math.lcm(columns, q.BLOCK)
-    tiling = Tiling.of(subject.p) if st.storage_held(subject.state) == "factored" else None
-    if tiling is not None:
-        unit *= tiling.height
-    stride = unit * max(1, CHUNK // unit) // columns
-    for start in range(0, rows, stride):
-        stop = min(start + stride, rows)
-        in_blocks = slice(start * columns // q.BLOCK, -(-stop * columns // q.BLOCK))
-        held = {}
-        for name, value in subject.state.items():
-            if name in st.ELEMENT_KEYS:
-                value = value.view(rows, columns)[start:stop]
-            elif name in BLOCK_KEYS:
-                value = value[in_blocks]
-            elif tiling is not None and name.endswith("_row"):
-                value = value[start * columns // tiling.width : -(-stop * columns // tiling.width)]
-            elif tiling is not None and name.endswith("_col"):
-                per_chunk = tiling.strips * tiling.height * q.BLOCK
-                first, last = start * columns // per_chunk, -(-stop * columns // per_chunk)
-                value = value[first * tiling.strips : last * tiling.strips]
-            held[name] = value
-        yield Part(slice(start, stop), reference.Blocks(held["lr_mask"]), held)
+    """A parameter cut into parts; each but the last ends with a block, and with its tiles."""
+    columns = st.matrix_shape(subject.p)[1]
+    for start, stop in st.stretches(subject.p, st.storage_held(subject.state) == "factored"):
+        held = st.between(subject.state, subject.p, start, stop)
+        yield Part(slice(start // columns, stop // columns), Blocks(held["lr_mask"]), held)
 
 
 def count(k: Tensor, bins: int, histogram: Tensor) -> None:
@@ -289,16 +265,9 @@ def percentile_scale(subject: Subject) -> Tensor | float:
     if grad is None or percentile == 100 or "gnorm_vec" not in state:
         return 1.0
     rows, columns = st.matrix_shape(grad)
-    pieces = grad.reshape(rows, columns).split(max(1, CHUNK // columns))
-    norm = torch.stack([usable(piece)[0].square().sum() for piece in pieces]).sum().sqrt()
+    pieces = grad.reshape(rows, columns).split(max(1, st.CHUNK // columns))
+    norm = torch.stack([reference.usable(piece)[0].square().sum() for piece in pieces]).sum().sqrt()
     return reference.clip_scale(norm, state["gnorm_vec"].clone(), state["step"], percentile)
-
-
-def usable(grad: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient in float32 with 0 for elements that a step skips; and which it keeps."""
-    values = grad.float()
-    keep = values.abs() <= reference.MAX_GRADIENT
-    return torch.where(keep, values, 0.0), keep
 
 
 def summed_gradient(part: Part, subject: Subject, scale: Tensor | float) -> list[Tensor]:
@@ -312,7 +281,7 @@ def summed_gradient(part: Part, subject: Subject, scale: Tensor | float) -> list
     # The Laplacian of a matrix needs the rows on either side. With more dimensions each row holds whole slices.
     beside = int(grad.dim() == 2)
     first = max(rows.start - beside, 0)
-    shaped, keep = usable(grad.reshape(grad.shape or (1,))[first : rows.stop + beside])
+    shaped, keep = reference.usable(grad.reshape(grad.shape or (1,))[first : rows.stop + beside])
     shaped, own = shaped * scale, slice(rows.start - first, rows.stop - first)
     g, keep = blocks.cut(shaped[own]), blocks.cut(keep[own])
     filtered = g
@@ -321,8 +290,8 @@ def summed_gradient(part: Part, subject: Subject, scale: Tensor | float) -> list
         filtered = reference.spatial_filter(g, lap, part.state["edge_history"].view(-1, 1).clone(), blocks, options)
     moments = moments_of(part.state, blocks, keep)
     v_hat = moments.read(2) / (1 - options["betas"][1] ** part.state["step"])
-    activity = blocks.mean((filtered / v_hat.clamp_min(reference.FLOAT_TINY).sqrt()).square())
-    clip = (options["clip_threshold"] / activity.clamp_min(reference.FLOAT_TINY).sqrt()).clamp_max(1)
+    activity = blocks.mean((filtered / v_hat.clamp_min(q.FLOAT_TINY).sqrt()).square())
+    clip = (options["clip_threshold"] / activity.clamp_min(q.FLOAT_TINY).sqrt()).clamp_max(1)
     m = moments.read(1)
     agreeing = ((g > 0) & (m > 0)) | ((g < 0) & (m < 0))
     return [agreeing.sum(), (activity < reference.BACKGROUND_ACTIVITY).sum(), clip.sum(dtype=torch.float64)]

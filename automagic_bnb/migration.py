@@ -23,9 +23,10 @@ from torch import Tensor
 from automagic_bnb import bnb
 from automagic_bnb import quantization as q
 from automagic_bnb import state as st
-from automagic_bnb.moments import moments_of
 from automagic_bnb.notices import warn_once
-from automagic_bnb.reference import FLOAT_TINY, K_MAX, K_MIN, Blocks
+from automagic_bnb.quantization import FLOAT_TINY
+from automagic_bnb.reference import K_MAX, K_MIN
+from automagic_bnb.stored import Blocks, moments_of, write_mask
 
 WRAPPED = "__bnb_optimizer_quant_state__"
 """bitsandbytes moves block-wise tensors under this key, so that FSDP does not gather them."""
@@ -104,10 +105,8 @@ def _fill_mask(state: st.State, rates: Tensor, polarity: Tensor | None) -> None:
     positive = torch.zeros_like(k, dtype=torch.bool) if polarity is None else polarity
     if state["lr_mask"].dtype == torch.uint8:
         k = k.round()
-        state["lr_mask"].copy_(q.pack_mask(k, positive))
-    else:
-        state["lr_mask"].copy_(k)
-        state["last_polarity"].copy_(positive)
+    blocks = Blocks(k)
+    write_mask(state, blocks, blocks.cut(k), blocks.cut(positive))
     state["tensor_stats"][st.MASK_MEAN] = torch.exp2(k / 16).mean()
 
 

@@ -19,6 +19,12 @@ BLOCK = 256
 LAST_CODE = 254
 """Of the last value below 1, which the largest magnitude of a block takes."""
 
+FLOAT_TINY = 1e-37
+"""What stands in for 0 where something is divided by it."""
+EMPTY_MASK = 64
+"""The byte of k = 0 and π = 0: see `pack_mask`."""
+STEP_STREAM, RANK_STREAM = 0, 1
+"""The streams of random bits of the main update and of the low-rank step."""
 # Blocks below it share this absmax, so that quotients stay exact where float32 runs out of normal numbers.
 TINY_ABSMAX = 2.0**-120
 

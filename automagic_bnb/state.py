@@ -1,27 +1,17 @@
-"""What one parameter stores: names, shapes, dtypes, the choice of storage, allocation.
+"""What one parameter stores: one table of all keys, and what follows from it: allocation, shapes, completeness.
 
-| key | symbol | 32-bit | 8-bit | factored |
-|---|---|---|---|---|
-| `state1` | m, first moment | float32 [shape] | uint8 [shape] + `absmax1` | as 8-bit |
-| `state2` | v, second moment | float32 [shape] | uint8 [shape] + `absmax2` | `exp_avg_sq_row`, `exp_avg_sq_col` |
-| `state3` | r, confidence | float32 [shape] | uint8 [shape] + `absmax3` | `exp_avg_res_row`, `exp_avg_res_col` |
-| `lr_mask` | k (and π) | float32 [shape] | uint8 [shape], π in bit 0 | as 8-bit |
-| `last_polarity` | π | uint8 [shape] | – | – |
-| `torque`, `edge_history`, `spatial_variance` | s, h, σ | float32 [blocks] | same | same |
-| `tensor_stats` | see `STATS` | float32 [4] | same | same |
-| `master_residual` | 8 bits below a bfloat16 θ | int8 [shape], with master="ecc8" | same | same |
-| `gnorm_vec` | last 100 gradient norms | float32 [100], with percentile_clipping < 100 | same | same |
-| `probe_start`, `probe_sum` | θ0, z of auto_lr | [probes, 256], θ's dtype and float32 | same | same |
-
-`qmap1`, `qmap2` are bitsandbytes' code books, one tensor for all parameters of a device; `step` is an int. A block is
-256 consecutive elements of the contiguous parameter; probes are every 16th of them, or fewer (`probe_stride`); the row
-and column means are those of the tiles of `factored.Tiling`, float32 [rows] and [tiles, width].
+`KEYS` has each key's symbol in the rule, kind, dtype and start by storage, and when it is needed. A block is 256
+consecutive elements of the contiguous parameter; probes are every 16th of them, or fewer (`probe_stride`); the row and
+column means are those of the tiles of `factored.Tiling`. `qmap1`, `qmap2` are bitsandbytes' code books, one tensor for
+all parameters of a device; `step` is an int.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -30,7 +20,7 @@ from torch import Tensor
 from automagic_bnb import bnb
 from automagic_bnb import paged as paged_memory
 from automagic_bnb.factored import Tiling
-from automagic_bnb.quantization import BLOCK
+from automagic_bnb.quantization import BLOCK, EMPTY_MASK
 
 State = dict[str, Any]
 
@@ -72,8 +62,6 @@ STATS = (
     "auto_lr's Σ|z|",
     "elements skipped so far because their gradient was not finite",
 )
-EMPTY_MASK = 64
-"""The byte of k = 0 and π = 0: see `quantization.pack_mask`."""
 PROBE_STRIDE = 16
 """auto_lr watches every 16th block; in a large group each of the watched stands for more."""
 MAX_PROBED = 2**20
@@ -84,9 +72,144 @@ PAGED_MIN_SIZE = 100_000
 """Elements from which a paged optimizer pages a state, as in bitsandbytes."""
 
 
+# --- the table --------------------------------------------------------------------------------------------------------
+
+STORAGES = ("32bit", "8bit", "factored")
+"""How the moments of a parameter are kept."""
+
+Start = float | tuple[float, ...]
+
+
+def _always(p: Tensor, options: dict[str, Any]) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Key:
+    """One tensor of a parameter's state."""
+
+    symbol: str
+    """In the rule."""
+    kind: str
+    """Its shape: one of `SHAPES`; "element" is the parameter's, and what a paged optimizer pages."""
+    held: dict[str, tuple[torch.dtype | None, Start]]
+    """By storage, the dtype (None: the parameter's) and the value that it starts at; not held in any other storage.
+    A key that is not held alike in all of them is converted when the storage changes."""
+    needed: Callable[[Tensor, dict[str, Any]], bool] = _always
+    """Of the (local) parameter and its effective options."""
+    report: str = ""
+    """Where its bytes count in the memory report; under its own name if empty."""
+
+
+def _in(dtype: torch.dtype | None, *storages: str, start: Start = 0.0) -> dict[str, tuple[torch.dtype | None, Start]]:
+    return dict.fromkeys(storages or STORAGES, (dtype, start))
+
+
+def _uses_confidence(p: Tensor, options: dict[str, Any]) -> bool:
+    return options["came"]
+
+
+def keeps_residual(p: Tensor, options: dict[str, Any]) -> bool:
+    """Whether θ has 8 more bits in the state."""
+    return options["master"] == "ecc8" and p.dtype == torch.bfloat16
+
+
+def _finds_rate(p: Tensor, options: dict[str, Any]) -> bool:
+    return options["auto_lr"]
+
+
+def _clips_norms(p: Tensor, options: dict[str, Any]) -> bool:
+    return options["percentile_clipping"] < 100
+
+
+_F32, _U8 = torch.float32, torch.uint8
+_CODES = {**_in(_F32, "32bit"), **_in(_U8, "8bit")}
+_M, _V, _R = "exp_avg", "exp_avg_sq", "exp_avg_res"
+
+KEYS: dict[str, Key] = {
+    "state1": Key("m, first moment", "element", {**_CODES, **_in(_U8, "factored")}, report=_M),
+    "state2": Key("v, second moment", "element", _CODES, report=_V),
+    "state3": Key("r, confidence", "element", _CODES, _uses_confidence, _R),
+    "lr_mask": Key(
+        "k; in 8 bits with π in bit 0", "element",
+        {**_in(_F32, "32bit"), **_in(_U8, "8bit", "factored", start=EMPTY_MASK)},
+    ),
+    "last_polarity": Key("π", "element", _in(_U8, "32bit")),
+    "master_residual": Key("8 bits below a bfloat16 θ", "element", _in(torch.int8), keeps_residual),
+    # The blocks' keys stand together: the kernels load their addresses with one access.
+    "absmax1": Key("absmax of m", "block", _in(_F32, "8bit", "factored"), report=_M),
+    "absmax2": Key("absmax of v", "block", _in(_F32, "8bit"), report=_V),
+    "absmax3": Key("absmax of r", "block", _in(_F32, "8bit"), _uses_confidence, _R),
+    "torque": Key("s", "block", _in(_F32)),
+    "edge_history": Key("h", "block", _in(_F32)),
+    "spatial_variance": Key("σ", "block", _in(_F32, start=1.0)),
+    "exp_avg_sq_row": Key("v's row means", "row", _in(_F32, "factored"), report=_V),
+    "exp_avg_sq_col": Key("v's column means", "col", _in(_F32, "factored"), report=_V),
+    "exp_avg_res_row": Key("r's row means", "row", _in(_F32, "factored"), _uses_confidence, _R),
+    "exp_avg_res_col": Key("r's column means", "col", _in(_F32, "factored"), _uses_confidence, _R),
+    "qmap1": Key("signed code book", "book", _in(_F32, "8bit", "factored"), report="code_books"),
+    "qmap2": Key("unsigned code book", "book", _in(_F32, "8bit", "factored"), report="code_books"),
+    "tensor_stats": Key("`STATS`", "stats", _in(_F32, start=(1.0, 0.0, 0.0, 0.0))),
+    "gnorm_vec": Key("the last gradients' norms", "norms", _in(_F32), _clips_norms),
+    "probe_start": Key("θ0 of auto_lr", "probe", _in(None), _finds_rate),
+    "probe_sum": Key("z of auto_lr", "probe", _in(_F32), _finds_rate),
+}  # fmt: skip
+"""Every tensor that a parameter's state may hold."""
+
+SHAPES: dict[str, Callable[[Tensor, int], tuple[int, ...]]] = {
+    "element": lambda p, stride: tuple(p.shape),
+    "block": lambda p, stride: (block_count(p),),
+    "row": lambda p, stride: (Tiling.of(p).rows,),
+    "col": lambda p, stride: (Tiling.of(p).tiles, Tiling.of(p).width),
+    "book": lambda p, stride: (256,),
+    "stats": lambda p, stride: (len(STATS),),
+    "norms": lambda p, stride: (NORM_WINDOW,),
+    "probe": lambda p, stride: (probe_count(block_count(p), stride), BLOCK),
+}
+"""By kind, the shape of a tensor of parameter p, of which auto_lr watches one of `stride` blocks."""
+
+
+def keys_of(*kinds: str) -> frozenset[str]:
+    """The keys of these kinds."""
+    return frozenset(name for name, key in KEYS.items() if key.kind in kinds)
+
+
+ELEMENT_KEYS = keys_of("element")
+"""The tensors shaped like the parameter: the ones that a paged optimizer pages."""
+CONVERTED_KEYS = frozenset(
+    name for name, key in KEYS.items() if len({key.held.get(storage) for storage in STORAGES}) > 1
+)
+"""What depends on the storage."""
+
+
+def is_held_alike(name: str, one: str, other: str) -> bool:
+    """Whether two storages hold this key in the same form."""
+    held = KEYS[name].held
+    return one in held and held.get(one) == held.get(other)
+
+
+def is_needed(name: str, p: Tensor, storage: str, options: dict[str, Any]) -> bool:
+    """Whether a (local) parameter in this storage holds this key under these options."""
+    return storage in KEYS[name].held and KEYS[name].needed(p, options)
+
+
+# --- of a parameter ---------------------------------------------------------------------------------------------------
+
+
 def local_tensor(p: Tensor) -> Tensor:
     """The shard of a DTensor that lives here; any other tensor as it is."""
     return p.to_local() if hasattr(p, "to_local") else p  # type: ignore[attr-defined]
+
+
+def shard_of(p: Any) -> int | None:
+    """Which part of a sharded DTensor lives here, counted over its mesh; None for a whole parameter."""
+    if not hasattr(p, "to_local"):
+        return None
+    number, parts, mesh = 0, 1, p.device_mesh
+    for placement, place, size in zip(p.placements, mesh.get_coordinate(), mesh.shape, strict=True):
+        if not placement.is_replicate():
+            number, parts = number * size + place, parts * size
+    return number if parts > 1 else None
 
 
 def checked_gradient(p: Tensor) -> Tensor:
@@ -185,13 +308,6 @@ def empty_element_state(p: Tensor, dtype: torch.dtype, paged: bool) -> Tensor:
     return torch.empty(p.shape, dtype=dtype, device=p.device)
 
 
-def _element_state(p: Tensor, dtype: torch.dtype, fill: int, paged: bool) -> Tensor:
-    tensor = empty_element_state(p, dtype, paged)
-    if paged_memory.is_paged(tensor):
-        paged_memory.prefetch([tensor], torch.cuda.current_stream(tensor.device))
-    return tensor.fill_(fill)
-
-
 Recipes = dict[str, Callable[[], Tensor]]
 
 
@@ -203,50 +319,33 @@ def recipes(
     Args:
         stride: of how many blocks auto_lr watches one, `probe_stride` of the group.
     """
-    blocks, device = block_count(p), p.device
-    made = _moment_recipes(p, storage, options, paged)
-    if storage == "32bit":
-        made["lr_mask"] = lambda: _element_state(p, torch.float32, 0, paged)
-        made["last_polarity"] = lambda: _element_state(p, torch.uint8, 0, paged)
-    else:
-        made["lr_mask"] = lambda: _element_state(p, torch.uint8, EMPTY_MASK, paged)
-    if keeps_residual(p, options):
-        made["master_residual"] = lambda: _element_state(p, torch.int8, 0, paged)
-    for name, start in (("torque", 0.0), ("edge_history", 0.0), ("spatial_variance", 1.0)):
-        made[name] = lambda start=start: torch.full((blocks,), start, device=device)
-    made["tensor_stats"] = lambda: torch.tensor([1.0] + [0.0] * (len(STATS) - 1), device=device)
-    if options["percentile_clipping"] < 100:
-        made["gnorm_vec"] = lambda: torch.zeros(NORM_WINDOW, device=device)
-    if options["auto_lr"]:
-        made["probe_start"] = lambda: probe_blocks(p.detach().reshape(-1), stride).clone()
-        made["probe_sum"] = lambda: torch.zeros(probe_count(blocks, stride), BLOCK, device=device)
-    return made
+    names = [name for name in KEYS if is_needed(name, p, storage, options)]
+    return {name: functools.partial(_made, name, p, storage, paged, stride) for name in names}
 
 
-def _moment_recipes(p: Tensor, storage: str, options: dict[str, Any], paged: bool) -> Recipes:
-    blocks, device, tiling = block_count(p), p.device, Tiling.of(p)
-    numbers = [1, 2, 3] if options["came"] else [1, 2]
-    if storage == "32bit":
-        return {f"state{i}": lambda: _element_state(p, torch.float32, 0, paged) for i in numbers}
-    made: Recipes = {}
-    if storage == "factored":
-        for name in ("exp_avg_sq", "exp_avg_res")[: len(numbers) - 1]:
-            made[f"{name}_row"] = lambda: torch.zeros(tiling.rows, device=device)
-            made[f"{name}_col"] = lambda: torch.zeros(tiling.tiles, tiling.width, device=device)
-        numbers = [1]
-    for i in numbers:
-        made[f"state{i}"] = lambda: _element_state(p, torch.uint8, 0, paged)
-        made[f"absmax{i}"] = lambda: torch.zeros(blocks, device=device)
-    made["qmap1"] = lambda: bnb.code_book(True, device)
-    made["qmap2"] = lambda: bnb.code_book(False, device)
-    return made
+def _made(name: str, p: Tensor, storage: str, paged: bool, stride: int) -> Tensor:
+    key = KEYS[name]
+    dtype, start = key.held[storage]
+    if name == "probe_start":
+        return probe_blocks(p.detach().reshape(-1), stride).clone()
+    if key.kind == "book":
+        return bnb.code_book(name == "qmap1", p.device)
+    if isinstance(start, tuple):
+        return torch.tensor(start, dtype=dtype, device=p.device)
+    dtype = p.dtype if dtype is None else dtype
+    if key.kind != "element":
+        return torch.full(SHAPES[key.kind](p, stride), start, dtype=dtype, device=p.device)
+    tensor = empty_element_state(p, dtype, paged)
+    if paged_memory.is_paged(tensor):
+        paged_memory.prefetch([tensor], torch.cuda.current_stream(tensor.device))
+    return tensor.fill_(start)
 
 
 def complete(
     state: State, p: Tensor, storage: str, options: dict[str, Any], paged: bool = False, stride: int = PROBE_STRIDE
 ) -> State:
     """Add to a state what it lacks under these options, at its starting value; a new state starts from {}."""
-    for held in (state[name] for name in ("probe_start", "probe_sum") if name in state):
+    for held in (state[name] for name in keys_of("probe") if name in state):
         stride = stride_held(block_count(p), len(held))  # if one is missing, it is made to fit the other
     for name, make in recipes(p, storage, options, paged, stride).items():
         if name not in state:
@@ -257,27 +356,17 @@ def complete(
     return state
 
 
-def keeps_residual(p: Tensor, options: dict[str, Any]) -> bool:
-    """Whether θ has 8 more bits in the state."""
-    return options["master"] == "ecc8" and p.dtype == torch.bfloat16
-
-
 def rounds_stochastically(p: Tensor, options: dict[str, Any]) -> bool:
     """Whether what is stored of θ is rounded at random."""
-    if p.dtype == torch.bfloat16 and options["master"] == "none":
-        return False
     return options["stochastic_rounding"] and p.dtype != torch.float32
 
 
 def is_complete(state: State, p: Tensor, options: dict[str, Any]) -> bool:
     """Whether a state once completed still has all it needs, options having changed since."""
-    return (
-        "tensor_stats" in state
-        and keeps_residual(p, options) == ("master_residual" in state)
-        and (not options["came"] or "state3" in state or "exp_avg_res_row" in state)
-        and (options["percentile_clipping"] == 100 or "gnorm_vec" in state)
-        and (not options["auto_lr"] or "probe_sum" in state)
-    )
+    if "state1" not in state or keeps_residual(p, options) != ("master_residual" in state):
+        return False
+    storage = storage_held(state)
+    return all(name in state for name in KEYS if is_needed(name, p, storage, options))
 
 
 def link_code_books(state: State, device: torch.device) -> None:
@@ -311,40 +400,44 @@ def expected_shape(name: str, p: Tensor, length: int) -> tuple[int, ...]:
     Args:
         length: that of the tensor there, which for probes may be one of several.
     """
-    if name in ELEMENT_KEYS:
-        return tuple(p.shape)
-    if name.endswith("_row"):
-        return (Tiling.of(p).rows,)
-    if name.endswith("_col"):
-        return (Tiling.of(p).tiles, Tiling.of(p).width)
-    fixed = {"tensor_stats": len(STATS), "gnorm_vec": NORM_WINDOW, "qmap1": 256, "qmap2": 256}
-    if name in fixed:
-        return (fixed[name],)
-    if name.startswith("probe_"):
-        return (probe_count(block_count(p), stride_held(block_count(p), length)), BLOCK)
-    return (block_count(p),)
+    kind = KEYS[name].kind
+    return SHAPES[kind](p, stride_held(block_count(p), length) if kind == "probe" else PROBE_STRIDE)
 
 
-ELEMENT_KEYS = frozenset(["state1", "state2", "state3", "lr_mask", "last_polarity", "master_residual"])
-"""The tensors shaped like the parameter: the ones that a paged optimizer pages."""
-TENSOR_KEYS = ELEMENT_KEYS | frozenset(
-    [
-        "absmax1",
-        "absmax2",
-        "absmax3",
-        "qmap1",
-        "qmap2",
-        "exp_avg_sq_row",
-        "exp_avg_sq_col",
-        "exp_avg_res_row",
-        "exp_avg_res_col",
-        "torque",
-        "edge_history",
-        "spatial_variance",
-        "tensor_stats",
-        "gnorm_vec",
-        "probe_start",
-        "probe_sum",
-    ]
-)
-"""Every tensor that a parameter's state may hold."""
+def between(state: State, p: Tensor, start: int, stop: int) -> State:
+    """Views of a state's tensors between two elements of p, where a row, a block and its tiles begin and end.
+
+    Args:
+        start, stop: as `stretches` gives them. What is kept of the whole tensor comes as it is.
+    """
+    columns, tiling = matrix_shape(p)[1], Tiling.of(p)
+    chunk = tiling.strips * tiling.height * BLOCK  # as many elements have `strips` tiles
+    cuts = {
+        "element": lambda x: x.view(-1)[start:stop].view(-1, columns),
+        "block": lambda x: x[start // BLOCK : -(-stop // BLOCK)],
+        "row": lambda x: x[start // tiling.width : -(-stop // tiling.width)],
+        "col": lambda x: x[start // chunk * tiling.strips : -(-stop // chunk) * tiling.strips],
+    }
+    kinds = {name: KEYS[name].kind if name in KEYS else "" for name in state}
+    return {name: cuts[kinds[name]](value) if kinds[name] in cuts else value for name, value in state.items()}
+
+
+CHUNK = 2**20
+"""Elements of a stretch; more where a period of the tiling holds more."""
+
+
+def stretches(p: Tensor, factored: bool) -> list[tuple[int, int]]:
+    """Where to cut a parameter, from which element to which: about `CHUNK` at once, at ends of rows and blocks.
+
+    Args:
+        factored: cut where tiles end, too.
+    """
+    n = p.numel()
+    if n == 0:
+        return []
+    tiling, period = Tiling.of(p), math.lcm(matrix_shape(p)[1], BLOCK)
+    unit = period * (tiling.height if factored else 1)
+    stride = unit * max(1, CHUNK // unit)
+    # A rest shorter than a period has fewer strips, so its tiles would be numbered otherwise: it joins the part before.
+    starts = [start for start in range(0, n, stride) if start == 0 or n - start >= period]
+    return list(zip(starts, [*starts[1:], n], strict=True))

@@ -2,7 +2,7 @@
 
     python benchmarks/found_rate.py
 
-A small language model over bytes (that of master_weights.py) on Python's standard library, without a learning rate.
+A small language model over bytes (byte_model.py) on Python's standard library, without a learning rate.
 `max_lr` is high, so that it is not what decides. `state.probe_stride` rests on this: from a hundred thousand weights on
 the rate no longer follows their number; with a few ten thousand the estimate, of which the highest is kept, is noisy.
 """
@@ -13,7 +13,7 @@ import argparse
 import statistics
 from typing import Any
 
-import master_weights
+import byte_model
 import measure
 import torch
 import training
@@ -27,7 +27,7 @@ MAX_LR = 1e-2
 def run(stride: int, seed: int, args: argparse.Namespace, device: torch.device) -> dict[str, float]:
     """Weights watched, the rate found, and the validation loss, with one of so many blocks watched."""
     torch.manual_seed(seed)
-    model = master_weights.Bytes(args.width, args.layers).to(device)
+    model = byte_model.Bytes(args.width, args.layers).to(device)
     state.PROBE_STRIDE, state.MAX_PROBED = stride, 2**62
     optimizer = training.ours(model.parameters(), None, args.steps, max_lr=MAX_LR)
     loss = training.train(model, optimizer, seed, args, device)

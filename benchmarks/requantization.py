@@ -15,14 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import master_weights
+import byte_model
 import measure
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from automagic_bnb import Automagic8bit, ProgressiveQuantization, plots
+from automagic_bnb import Automagic8bit, ProgressiveQuantization
 from automagic_bnb import state as st
+from automagic_bnb.watch import plots
 
 WINDOW = 20
 """Losses averaged on either side of a switch."""
@@ -71,15 +72,15 @@ def runs(steps: int) -> Iterator[tuple[str, dict[str, Any], Callable[[Automagic8
 
 def train(run: Run, options: dict[str, Any], make: Callable[[Automagic8bit], Change], args: argparse.Namespace) -> Run:
     torch.manual_seed(0)
-    model = master_weights.Bytes(args.width, args.layers)
+    model = byte_model.Bytes(args.width, args.layers)
     warmup = args.steps // 2  # some switches fall within it, some after it
     optimizer = Automagic8bit(model.parameters(), lr=args.lr, weight_decay=0.01, warmup_steps=warmup, **options)
     change, generator = make(optimizer), torch.Generator().manual_seed(0)
-    data, _ = master_weights.sources(torch.device("cpu"))
+    data, _ = byte_model.sources(torch.device("cpu"))
     elements = sum(p.numel() for p in model.parameters())
     for done in tqdm(range(1, args.steps + 1), desc=run.name, leave=False):
         optimizer.zero_grad()
-        loss = master_weights.loss_of(model, data, generator, args.batch)
+        loss = byte_model.loss_of(model, data, generator, args.batch)
         loss.backward()
         optimizer.step()
         run.losses.append(loss.item())

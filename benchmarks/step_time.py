@@ -20,7 +20,8 @@ from typing import Any
 import measure
 import torch
 from measure import PeakMemory, Spread
-from peers import BASELINE, PEERS, Peer, argument_parser, check_parity, kernels_run, select
+from parity import check_parity
+from peers import BASELINE, PEERS, Peer, argument_parser, kernels_run, select
 from tqdm import tqdm
 from workloads import CPU_LIMIT, CPU_SCALE, DTYPES, WORKLOADS, Workload, fill
 

@@ -2,7 +2,7 @@
 
     python benchmarks/training.py
 
-A small language model over bytes (that of master_weights.py) on Python's standard library; warm-up of 20 steps, then
+A small language model over bytes (byte_model.py) on Python's standard library; warm-up of 20 steps, then
 linear decay to a tenth. Each optimizer is shown at every rate tried, so that its best is seen and how much lies beside
 it. Ours is also given none: it then finds its own, within its default bounds.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
-import master_weights
+import byte_model
 import measure
 import torch
 from tqdm import tqdm
@@ -48,7 +48,7 @@ def runs(rates: list[str]) -> list[tuple[str, str]]:
 
 def validation_loss(name: str, rate: str, seed: int, args: argparse.Namespace, device: torch.device) -> float:
     torch.manual_seed(seed)
-    model = master_weights.Bytes(args.width, args.layers).to(device)
+    model = byte_model.Bytes(args.width, args.layers).to(device)
     if rate == FOUND:
         optimizer: torch.optim.Optimizer = ours(model.parameters(), None, args.steps)
     else:
@@ -60,14 +60,14 @@ def train(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, seed: int, args: argparse.Namespace, device: torch.device
 ) -> float:
     """The validation loss after the steps."""
-    data, held_out = master_weights.sources(device)
+    data, held_out = byte_model.sources(device)
     lr, generator = optimizer.param_groups[0]["lr"], torch.Generator().manual_seed(seed)
     for step in range(1, args.steps + 1):
-        optimizer.param_groups[0]["lr"] = master_weights.scheduled(lr, step, args.steps)
+        optimizer.param_groups[0]["lr"] = byte_model.scheduled(lr, step, args.steps)
         optimizer.zero_grad()
-        master_weights.loss_of(model, data, generator, args.batch).backward()
+        byte_model.loss_of(model, data, generator, args.batch).backward()
         optimizer.step()
-    return master_weights.validation_loss(model, held_out, args.batch, VALIDATIONS)
+    return byte_model.validation_loss(model, held_out, args.batch, VALIDATIONS)
 
 
 def report(results: dict[str, Any]) -> str:
@@ -106,7 +106,7 @@ def head(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         "command": measure.command(),
         "environment": measure.environment(device),
         "steps": args.steps,
-        "parameters": sum(p.numel() for p in master_weights.Bytes(args.width, args.layers).parameters()),
+        "parameters": sum(p.numel() for p in byte_model.Bytes(args.width, args.layers).parameters()),
     }
 
 

@@ -27,14 +27,19 @@ from automagic_bnb.kernels import lanes
 from automagic_bnb.kernels.tables import upload
 
 from automagic_bnb import quantization as q
+from automagic_bnb import reference
 
 _TINY_ABSMAX = tl.constexpr(q.TINY_ABSMAX)
-TINY = tl.constexpr(1e-37)  # above the least normal float32: Triton makes a smaller literal a double
-
-DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+TINY = tl.constexpr(q.FLOAT_TINY)  # above the least normal float32: Triton makes a smaller literal a double
 
 # 1.5 · 2^23: adding it leaves a float32's nearest whole number in the low bits, without a conversion instruction.
 _MAGIC = tl.constexpr(12582912.0)
+MAX_FLOAT16 = tl.constexpr(65504.0)
+
+# k takes six bits, as k - K_MIN; as the fraction of a number from 1 to 2 it counts 1/64, of which octaves are these.
+_SPAN = tl.constexpr((reference.K_MAX - reference.K_MIN + 1) / reference.OCTAVE)
+_SHIFT = tl.constexpr(_SPAN.value - reference.K_MIN / reference.OCTAVE)
+_HIGHEST = tl.constexpr(int(reference.K_MAX - reference.K_MIN) << 17)
 
 
 def _first(factor: int) -> float:
@@ -200,7 +205,6 @@ def encode_unsigned(x, absmax, random, slopes, bins):
 @triton.jit
 def mask_exponent(byte, shift):
     """k / 16 + shift, float32, of the uint8 of k and π."""
-    # k + 32, six bits, becomes the upper part of the fraction of a number from 1 to 2.
     if lanes.PTX:
         fraction = tl.inline_asm_elementwise(
             "{.reg .b32 a; lop3.b32 a, $4, 0x7e7e7e7e, 0x80808080, 0xea; prmt.b32 $0, a, 0x3f000000, 0x7044;"
@@ -210,7 +214,7 @@ def mask_exponent(byte, shift):
         )  # fmt: skip
     else:
         fraction = (((byte.to(tl.uint32) & 0x7E) << 16) | 0x3F800000).to(tl.float32, bitcast=True)
-    return fraction * 4.0 + (shift - 6.0)
+    return fraction * _SPAN + (shift - _SHIFT)
 
 
 @triton.jit
@@ -229,7 +233,7 @@ def move_mask(byte, positive, up, down, taken, random):
     placed = byte.to(tl.int32) << 16
     polarity = tl.where(positive, 0x10000, 0)
     moved = (placed & 0xFE0000) + tl.where(((placed ^ polarity) & 0x10000) == 0, up, down)
-    moved = tl.minimum(tl.maximum(moved, 0), 63 << 17) + (random.to(tl.int32) << 1)
+    moved = tl.minimum(tl.maximum(moved, 0), _HIGHEST) + (random.to(tl.int32) << 1)
     moved = ((moved & 0xFE0000) | (polarity & taken)) | (placed & (0x10000 - taken))
     return _third_bytes(moved.to(tl.uint32, bitcast=True))
 
@@ -275,7 +279,7 @@ def round_stochastic(x, random, DTYPE: tl.constexpr):
         steps = tl.abs(x) * inverse
         down = tl.floor(steps)
         magnitude = (down + tl.where(steps - down + centred(random) >= 0.5, 1.0, 0.0)) * spacing
-        magnitude = tl.minimum(magnitude, 65504.0)
+        magnitude = tl.minimum(magnitude, MAX_FLOAT16)
         return tl.where(x < 0, -magnitude, magnitude).to(tl.float16)
 
 

@@ -16,8 +16,8 @@ from automagic_bnb.kernels import codec
 from automagic_bnb.kernels.tables import Bucket, Member, Spec, upload
 from torch import Tensor
 
+from automagic_bnb import low_rank
 from automagic_bnb import quantization as q
-from automagic_bnb import reference
 
 MAX_RANK = 64
 """Beyond it two square matrices of float64 no longer fit the registers."""
@@ -160,7 +160,7 @@ def _subtract(
             rounded = codec.round_stochastic(a, _random_bits(key, place), P)
         else:
             if P == tl.float16:
-                a = tl.clamp(a, -65504.0, 65504.0)
+                a = tl.clamp(a, -codec.MAX_FLOAT16, codec.MAX_FLOAT16)
             rounded = a.to(P)
         tl.store(theta_ptr + place, rounded, mask=inside)
         start += SPAN
@@ -210,9 +210,9 @@ _TILES = {16: (64, 4), 32: (64, 4), 64: (32, 8)}
 
 
 def takes(member: Member, spec: Spec) -> bool:
-    """Whether the kernel works on this matrix of a bucket; the others are left to `reference.shrink_ranks`."""
+    """Whether the kernel works on this matrix of a bucket; the others are left to `low_rank.shrink_ranks`."""
     theta = member.theta
-    return not spec.residual and 0 < min(theta.shape) <= MAX_RANK and theta.numel() < MAX_ELEMENTS
+    return not spec.switches.ECC and 0 < min(theta.shape) <= MAX_RANK and theta.numel() < MAX_ELEMENTS
 
 
 class Matrices:
@@ -224,24 +224,24 @@ class Matrices:
         """Of these matrices in the bucket."""
         members = [bucket.members[row] for row in bucket.rank_rows]
         self.table = np.array([_entry(m) for m in members], dtype=np.int64).reshape(-1, len(Column))
-        self.keys = np.array([q.parameter_key(m.seed, m.ordinal, reference.RANK_STREAM) for m in members], np.uint64)
+        self.keys = np.array([q.parameter_key(m.seed, m.ordinal, q.RANK_STREAM) for m in members], np.uint64)
         self.sources = np.array([m.source for m in members])
         ranks = [_rank_class(m.theta) if takes(m, bucket.spec) else 0 for m in members]
         self.ranks = np.array(ranks)
         """The RANK that each needs; 0 for those that are not the kernel's."""
-        self.unit = 16 // bucket.spec.theta_dtype.itemsize
+        self.unit = 128 // bucket.spec.switches.P.primitive_bitwidth
 
-    def shrink(self, sources: list[dict[str, Any]]) -> list[reference.RankTask]:
+    def shrink(self, sources: list[dict[str, Any]]) -> list[low_rank.RankTask]:
         """Step 9 of the matrices that are due, without waiting: an upload and a launch for each RANK.
 
         Args:
             sources: the effective options by `Member.source`.
 
         Returns:
-            The tasks that are left to `reference.shrink_ranks`.
+            The tasks that are left to `low_rank.shrink_ranks`.
         """
         steps = self.bucket.steps[self.rows]
-        due = (steps > 0) & (steps % reference.LOW_RANK_EVERY == 0)
+        due = (steps > 0) & (steps % low_rank.LOW_RANK_EVERY == 0)
         if not due.any():
             return []
         due &= np.array([options["lora_rank_penalty"] for options in sources])[self.sources]
@@ -249,14 +249,14 @@ class Matrices:
             self._launch(int(rank), due & (self.ranks == rank), steps, sources)
         return [task for i in np.flatnonzero(due & (self.ranks == 0)) for task in self._task(i, sources)]
 
-    def _task(self, index: int, sources: list[dict[str, Any]]) -> list[reference.RankTask]:
+    def _task(self, index: int, sources: list[dict[str, Any]]) -> list[low_rank.RankTask]:
         m = self.bucket.members[self.rows[index]]
-        return reference.rank_tasks(m.theta, m.state, sources[m.source], m.ordinal, m.is_lora, m.rate)
+        return low_rank.rank_tasks(m.theta, m.state, sources[m.source], m.ordinal, m.is_lora, m.rate)
 
     def _launch(self, rank: int, chosen: np.ndarray, steps: np.ndarray, sources: list[dict[str, Any]]) -> None:
         host = self.table[chosen]
         # in float32, as the reference rounds it
-        thresholds = np.array([reference.rank_threshold(options) for options in sources], dtype=np.float32)
+        thresholds = np.array([low_rank.rank_threshold(options) for options in sources], dtype=np.float32)
         host[:, Column.THRESHOLD] = thresholds[self.sources[chosen]].view(np.int32)
         host[:, Column.KEY] = q.mix_in(self.keys[chosen], steps[chosen].astype(np.uint64))
         aligned = not (host[:, [Column.ROWS, Column.COLS]] % self.unit).any() and not (host[:, Column.THETA] % 16).any()
@@ -265,11 +265,11 @@ class Matrices:
         span, warps = _TILES[rank]
         low_rank_kernel[(len(host),)](
             table_ptr=table,
-            P=codec.DTYPES[spec.theta_dtype],
+            P=spec.switches.P,
             UNIT=self.unit if aligned else 1,
             RANK=rank,
             SPAN=span,
-            STOCHASTIC=spec.stochastic,
+            STOCHASTIC=spec.switches.STOCHASTIC,
             num_warps=warps,
         )
 

@@ -5,30 +5,89 @@ The block's elements lie 8 neighbouring ones to a thread, what is kept of the bl
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 from automagic_bnb.kernels import codec, lanes, stencil, tiles
-from automagic_bnb.kernels.tables import Column, Number
+from automagic_bnb.kernels.tables import BLOCK_STATISTICS, Column, Number
 
 from automagic_bnb import quantization as q
 from automagic_bnb import reference
 
 BLOCK = tl.constexpr(q.BLOCK)
-MAX_EDGE = tl.constexpr(reference.MAX_EDGE)
+# In products these stand on the right: to the interpreter a constant times a tensor is a constant.
+MAX_EDGE, MIN_EDGE_FACTOR = tl.constexpr(reference.MAX_EDGE), tl.constexpr(reference.MIN_EDGE_FACTOR)
+LAPLACIAN_NOISE, SILENCE = tl.constexpr(reference.LAPLACIAN_NOISE), tl.constexpr(reference.SILENCE)
+STATISTIC_DECAY, STATISTIC_GAIN = tl.constexpr(reference.STATISTIC_DECAY), tl.constexpr(1 - reference.STATISTIC_DECAY)
+MIN_RESIDUAL, MIN_CAUTIOUS_SHARE = tl.constexpr(reference.MIN_RESIDUAL), tl.constexpr(reference.MIN_CAUTIOUS_SHARE)
+BACKGROUND_ACTIVITY = tl.constexpr(reference.BACKGROUND_ACTIVITY)
+BACKGROUND_FACTOR = tl.constexpr(reference.BACKGROUND_FACTOR)
+MIN_CHANGE, MAX_CHANGE = tl.constexpr(reference.MIN_CHANGE), tl.constexpr(reference.MAX_CHANGE)
+K_MIN, K_MAX = tl.constexpr(reference.K_MIN), tl.constexpr(reference.K_MAX)
+OCTAVES = tl.constexpr(1 / reference.OCTAVE)
 
 _C = {column.name: tl.constexpr(int(column)) for column in Column}
-POLARITY, RATE, PROBE_SHIFT = _C["POLARITY"], _C["RATE"], _C["PROBE_SHIFT"]
+POLARITY, RATE, PROBE_SHIFT = _C["LAST_POLARITY"], _C["RATE"], _C["PROBE_SHIFT"]
 PROBE_START, PROBE_SUM = _C["PROBE_START"], _C["PROBE_SUM"]
-V_ROW, R_ROW = _C["V_ROW"], _C["R_ROW"]
-ABSMAX1, ABSMAX2, ABSMAX3, TORQUE, EDGE, SIGMA = (
-    tl.constexpr(Column[name] - Column.ABSMAX1) for name in ("ABSMAX1", "ABSMAX2", "ABSMAX3", "TORQUE", "EDGE", "SIGMA")
-)
+V_ROW, R_ROW = _C["EXP_AVG_SQ_ROW"], _C["EXP_AVG_RES_ROW"]
+_LANES = {name: tl.constexpr(lane) for lane, name in enumerate(BLOCK_STATISTICS)}
+ABSMAX1, ABSMAX2, ABSMAX3 = _LANES["absmax1"], _LANES["absmax2"], _LANES["absmax3"]
+TORQUE, EDGE_HISTORY, SPATIAL_VARIANCE = _LANES["torque"], _LANES["edge_history"], _LANES["spatial_variance"]
 """Which thread of a warp holds what is kept of a block."""
 
 _N = {number.name: tl.constexpr(int(number)) for number in Number}
 N_RATE, N_LOW, N_HIGH, N_DECAY, N_KAPPA = _N["RATE"], _N["LOW"], _N["HIGH"], _N["WEIGHT_DECAY"], _N["KAPPA"]
 N_CORRECTION1, N_CORRECTION2, N_CORRECTION3 = _N["CORRECTION1"], _N["CORRECTION2"], _N["CORRECTION3"]
 N_ADAPT, N_LEARN, N_PROBE = _N["ADAPT_MASK"], _N["LEARN_POLARITY"], _N["PROBE_WEIGHT"]
+
+
+class Rule(NamedTuple):
+    """The run-time numbers of the rule."""
+
+    # What `step_kernel` is given.
+    beta1: Any
+    beta2: Any
+    beta3: Any
+    gain1: Any  # 1 - beta1, and so on
+    gain2: Any
+    gain3: Any
+    eps1: Any
+    eps2: Any
+    clip_threshold: Any
+    frequency: Any  # by which the Laplacian is added
+    edge_penalty: Any
+    edge_threshold: Any
+    detail: Any
+    book1_ptr: Any
+    book2_ptr: Any
+    # What it makes of that, for each tensor.
+    cells: Any  # four rows of `codec.held_cells`
+    key: Any  # uint32, of the random bits
+    bounded: Any  # int32: whether min_lr or max_lr may be reached
+
+
+class Elements(NamedTuple):
+    """What is kept of a block: pointers to it, or what was loaded, codes or float32 values."""
+
+    theta: Any  # [256], as the next five
+    low: Any  # the bits below θ's
+    m: Any
+    v: Any  # loaded, of factored moments the tile's estimate
+    r: Any
+    k: Any
+    statistics: Any  # [32], one a thread
+
+
+class Place(NamedTuple):
+    """Which block this is, and which elements it has."""
+
+    block: Any
+    remaining: Any  # int32, how many
+    per: Any  # 1 / that
+    place: Any  # int32 [256], where they lie from the program's first on; `Elements`' pointers point there
+    valid: Any  # bool [256], not behind the end
+    usable: Any  # bool [256], their gradient is finite
 
 
 @triton.jit
@@ -45,28 +104,6 @@ def _keep(statistics_ptr, STATISTIC: tl.constexpr, value, touched):
 
 
 @triton.jit
-def _write_moment(
-    ptr, statistics_ptr, ABSMAX: tl.constexpr, place, x, random, cells, valid, touched, EIGHT: tl.constexpr,
-    SIGNED: tl.constexpr,
-):  # fmt: skip
-    """Store m to nearest, or v or r stochastically. A block in which all was skipped keeps its very codes.
-
-    Args:
-        touched: int32, how many elements were not skipped.
-    """
-    if EIGHT:
-        absmax = codec.absmax_of(x, SIGNED)
-        if SIGNED:
-            codes = codec.encode_signed(x, absmax, cells[0], cells[1])
-        else:
-            codes = codec.encode_unsigned(x, absmax, random, cells[2], cells[3])
-        tl.store(ptr + place, codes, mask=tl.where(valid, touched, 0) > 0)
-        _keep(statistics_ptr, ABSMAX, absmax, touched)
-    else:
-        tl.store(ptr + place, x, mask=valid)
-
-
-@triton.jit
 def row_ptr(entry_ptr, column: tl.constexpr, block, WIDTH: tl.constexpr):
     """Where the row means of a block begin."""
     return address(entry_ptr, column, tl.float32, 4) + block.to(tl.int64) * (BLOCK // WIDTH)
@@ -74,11 +111,8 @@ def row_ptr(entry_ptr, column: tl.constexpr, block, WIDTH: tl.constexpr):
 
 @triton.jit
 def update(
-    entry_ptr, numbers, block, remaining, place, valid, statistics_ptr, held, g_raw, g, lap, sum_squares, m_raw, v_raw,
-    r_raw, mask_raw, theta_raw, low_raw, theta_ptr, low_ptr, m_ptr, v_ptr, r_ptr, k_ptr, rule,
-    P: tl.constexpr, EIGHT: tl.constexpr, WIDTH: tl.constexpr, SPATIAL: tl.constexpr, EDGES: tl.constexpr,
-    TORQUE_ON: tl.constexpr, CAME: tl.constexpr, CAUTIOUS: tl.constexpr, BACKGROUND: tl.constexpr, AWARE: tl.constexpr,
-    WARM: tl.constexpr, AUTO: tl.constexpr, ECC: tl.constexpr, STOCHASTIC: tl.constexpr, CAREFUL: tl.constexpr,
+    entry_ptr, numbers, rule, block, remaining, place, valid, pointers, loaded, g_raw, g, lap, sum_squares,
+    S, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """One block; returns Σ 2^(k/16) and auto_lr's two sums over it, and what factored v and r have seen.
 
@@ -86,149 +120,130 @@ def update(
     block (g_raw) is not finite, and those elements keep what they have.
 
     Args:
-        place: int32 [256], where the elements lie from the program's first on; the pointers point there.
         numbers: float32 [32], `Number` of the tensor, one a thread; its RATE over W, and times d.
-        statistics_ptr: [32], where what is kept of the block lies, one a thread.
-        held: float32 [32], what lies there.
-        v_raw, r_raw: codes, float32 values, or the tile's estimates.
-        rule: the run-time numbers of the rule, as `step_kernel` puts them together.
+        rule: `Rule`.
+        place, valid: see `Place`.
+        pointers, loaded: `Elements`.
+        S: `tables.Switches`, a compile-time constant each.
     """
-    (
-        beta1, beta2, beta3, gain1, gain2, gain3, eps1, eps2, clip_threshold, frequency, edge_penalty, edge_threshold,
-        detail, book1_ptr, book2_ptr, cells, key, bounded,
-    ) = rule  # fmt: skip
-    per = codec.reciprocal(remaining.to(tl.float32)) if CAREFUL else 1 / 256
-    usable = stencil.usable(g_raw)
-    CODES: tl.constexpr = EIGHT and WIDTH == 0
-    absmax1, absmax2, absmax3 = 1.0, 1.0, 1.0
-    # The moments over their absmax: that is multiplied in together with the decay.
-    m_old, v_old, r_old = m_raw, v_raw, r_raw
-    if CODES:
-        v_old, absmax2 = codec.decode(v_raw, book2_ptr), lanes.of_lane(held, ABSMAX2)
-    if EIGHT:
-        m_old, absmax1 = codec.decode(m_raw, book1_ptr), lanes.of_lane(held, ABSMAX1)
-    if CODES and CAME:
-        r_old, absmax3 = codec.decode(r_raw, book2_ptr), lanes.of_lane(held, ABSMAX3)
+    per = codec.reciprocal(remaining.to(tl.float32)) if CAREFUL else 1 / BLOCK
+    at = Place(block, remaining, per, place, valid, stencil.usable(g_raw))
+    statistics_ptr, held = pointers.statistics, loaded.statistics
+    m_old, absmax1, v_old, absmax2, r_old, absmax3 = _moments(loaded, rule, S)
 
     # 1. Spatial filter.
     filtered = g
-    if SPATIAL:
-        filtered = g + frequency * lap
-        if EDGES:
-            weakened = _weakened(statistics_ptr, held, lap, sum_squares, per, edge_penalty, edge_threshold)
-            filtered = filtered * weakened
+    if S.SPATIAL:
+        filtered = g + rule.frequency * lap
+        if S.EDGES:
+            filtered = filtered * _edge_factor(statistics_ptr, held, lap, sum_squares, per, rule)
 
     # 2. Second moment, activity, clipping.
-    v_seen = filtered * filtered + eps1
-    v = _decayed(v_old, beta2, absmax2, CODES) + gain2 * v_seen
-    if CAREFUL:
-        v = tl.where(usable, v, _decayed(v_old, 1.0, absmax2, CODES))
-        v_seen = tl.where(valid, tl.where(usable, v_seen, v_old), 0.0)
-    # The bias correction, 1 / sqrt(correction), is a factor of the block too.
+    v, v_seen = _moved(v_old, absmax2, filtered * filtered + rule.eps1, rule.beta2, rule.gain2, at, S, CAREFUL)
     # eps1 keeps v above 0 (see `launch`), but where an element was skipped from the start
     u = filtered * tl.rsqrt(tl.maximum(v, codec.TINY) if CAREFUL else v)
+    # The bias correction, 1 / sqrt(correction), is a factor of the block too.
     correction = lanes.of_lane(numbers, N_CORRECTION2)  # the root of 1 - β2^t
     # Both sums are taken before the factors of the block are known: neither then waits for the other.
     energy = tl.sum(u * u, 0) * (correction * correction)
-    if TORQUE_ON:
+    aligned = energy
+    if S.TORQUE:
         aligned = absmax1 * tl.sum(m_old * u, 0)
     activity = energy * per
-    shrink = tl.minimum(clip_threshold * tl.rsqrt(tl.maximum(activity, codec.TINY)), 1.0)
+    shrink = tl.minimum(rule.clip_threshold * tl.rsqrt(tl.maximum(activity, codec.TINY)), 1.0)
     u = u * lanes.over_block(shrink * correction)
     energy = energy * shrink * shrink
 
     # 3. Torque.
-    damping = gain1 + tl.zeros((32,), tl.float32)
-    if TORQUE_ON:
-        norms = (absmax1 * absmax1) * tl.sum(m_old * m_old, 0) * energy
-        torque = 0.9 * lanes.of_lane(held, TORQUE) + 0.1 * (aligned * (shrink * correction) * tl.rsqrt(norms + 1e-30))
-        _keep(statistics_ptr, TORQUE, torque, 1)
-        damping = damping * (1 + tl.clamp(lanes.of_lane(numbers, N_KAPPA) * torque, -1.0, 1.0))
-    m = _decayed(m_old, beta1, absmax1, EIGHT) + lanes.over_block(damping) * u
-    used = (usable & valid).to(tl.int32)
+    damping = rule.gain1 + tl.zeros((32,), tl.float32)
+    if S.TORQUE:
+        damping = damping * _torque_factor(
+            statistics_ptr, held, numbers, m_old, absmax1, energy, aligned, shrink * correction
+        )
+    m = _decayed(m_old, rule.beta1, absmax1, S.EIGHT) + lanes.over_block(damping) * u
+    used = (at.usable & valid).to(tl.int32)
     touched = 1
     if CAREFUL:
-        m = tl.where(usable, m, _decayed(m_old, 1.0, absmax1, EIGHT))
+        m = tl.where(at.usable, m, _decayed(m_old, 1.0, absmax1, S.EIGHT))
         touched = tl.sum(used, 0)
 
     start = block.to(tl.int64) * BLOCK
-    bits = codec.random_bits(key, start)
-    if WIDTH:
-        tiles.move_rows(
-            row_ptr(entry_ptr, V_ROW, block, WIDTH), v_seen, used, remaining, per, beta2, gain2, WIDTH, CAREFUL
-        )
+    bits = codec.random_bits(rule.key, start)
+    if S.WIDTH:
+        _move_rows(entry_ptr, V_ROW, v_seen, used, at, rule.beta2, rule.gain2, S, CAREFUL)
     else:
-        _write_moment(v_ptr, statistics_ptr, ABSMAX2, place, v, bits, cells, valid, touched, EIGHT, False)
-    _write_moment(m_ptr, statistics_ptr, ABSMAX1, place, m, bits, cells, valid, touched, EIGHT, True)
+        _write_moment(pointers.v, statistics_ptr, ABSMAX2, v, at, bits, rule.cells, touched, S.EIGHT, False)
+    _write_moment(pointers.m, statistics_ptr, ABSMAX1, m, at, bits, rule.cells, touched, S.EIGHT, True)
 
     # 4. Confidence.
     n = m
     weight = lanes.of_lane(numbers, N_CORRECTION1)
     r_seen = v_seen
-    if CAME:
+    if S.CAME:
         off = u - m
-        r_seen = off * off + eps2
-        r = _decayed(r_old, beta3, absmax3, CODES) + gain3 * r_seen
-        if CAREFUL:
-            r = tl.where(usable, r, _decayed(r_old, 1.0, absmax3, CODES))
-            r_seen = tl.where(valid, tl.where(usable, r_seen, r_old), 0.0)
-        correction3 = lanes.of_lane(numbers, N_CORRECTION3)  # 1 - β3^t: r / correction3 >= 0.01
-        n = m * tl.rsqrt(tl.maximum(r, lanes.over_block(0.01 * correction3)))
+        r, r_seen = _moved(r_old, absmax3, off * off + rule.eps2, rule.beta3, rule.gain3, at, S, CAREFUL)
+        correction3 = lanes.of_lane(numbers, N_CORRECTION3)  # 1 - β3^t: r / correction3 >= MIN_RESIDUAL
+        n = m * tl.rsqrt(tl.maximum(r, lanes.over_block(correction3 * MIN_RESIDUAL)))
         weight = weight * tl.sqrt(correction3)
-        if WIDTH:
-            tiles.move_rows(
-                row_ptr(entry_ptr, R_ROW, block, WIDTH), r_seen, used, remaining, per, beta3, gain3, WIDTH, CAREFUL
-            )
+        if S.WIDTH:
+            _move_rows(entry_ptr, R_ROW, r_seen, used, at, rule.beta3, rule.gain3, S, CAREFUL)
         else:
-            _write_moment(r_ptr, statistics_ptr, ABSMAX3, place, r, bits, cells, valid, touched, EIGHT, False)
+            _write_moment(pointers.r, statistics_ptr, ABSMAX3, r, at, bits, rule.cells, touched, S.EIGHT, False)
 
     # 5. Cautious, 6. background: both end in a factor of the block.
-    if CAUTIOUS:
-        agrees = (n * g > 0).to(tl.float32)
-        n = n * agrees
-        # Whole numbers are summed over a warp in one instruction.
-        count = tl.sum(tl.sum(tl.reshape(agrees, (BLOCK // 8, 8)), 1).to(tl.int32), 0)
-        weight = weight * codec.reciprocal(tl.maximum(count.to(tl.float32) * per, 0.25))
-    if BACKGROUND:
-        weight = tl.where(activity < 0.1, 0.5 * weight, weight)
+    if S.CAUTIOUS:
+        n, share = _cautious(n, g, per)
+        weight = weight * codec.reciprocal(share)
+    if S.BACKGROUND:
+        weight = tl.where(activity < BACKGROUND_ACTIVITY, weight * BACKGROUND_FACTOR, weight)
 
     # 7. Learning-rate mask.
-    unit, k = lanes.of_lane(numbers, N_RATE), mask_raw
-    if WARM:
-        mean = tl.sum(u, 0) * per
-        variance = tl.maximum(energy * per - mean * mean, 0.0)
-        k = _move_mask(
-            entry_ptr, numbers, start, k_ptr, mask_raw, g, statistics_ptr, held, variance, bits, place, valid, usable,
-            detail, EIGHT, AWARE, CAREFUL,
-        )  # fmt: skip
-    rates, mask_sum = _rates(numbers, unit, k, valid, bounded, EIGHT, WARM)
+    unit, k = lanes.of_lane(numbers, N_RATE), loaded.k
+    if S.WARM:
+        k = _move_mask(entry_ptr, numbers, rule, at, pointers, loaded, g, u, energy, bits, S, CAREFUL)
+    rates, mask_sum = _rates(numbers, unit, k, valid, rule.bounded, S.EIGHT, S.WARM)
 
     # 8. Update.
-    theta = codec.join_master(theta_raw, low_raw) if ECC else codec.widen(theta_raw)
+    theta = codec.join_master(loaded.theta, loaded.low) if S.ECC else codec.widen(loaded.theta)
     numerator, denominator = 0.0, 0.0
-    if AUTO:
+    if S.AUTO:
         shift = tl.load(entry_ptr + PROBE_SHIFT).to(tl.int32)
         if (block & ((1 << shift) - 1)) == 0:
-            numerator, denominator = _probe(entry_ptr, numbers, block >> shift, valid, g, theta, tl.sqrt(beta2), P)
+            numerator, denominator = _probe(
+                entry_ptr, numbers, block >> shift, valid, g, theta, tl.sqrt(rule.beta2), S.P
+            )
     decay = lanes.over_block(lanes.of_lane(numbers, N_DECAY))
     theta = theta - rates * (n * lanes.over_block(weight) + decay * theta)
-    _write_weights(
-        theta_ptr + place, low_ptr + place, theta, theta_raw, low_raw, bits, valid, usable, P, ECC, STOCHASTIC, CAREFUL
-    )
+    _write_weights(theta, pointers, loaded, at, bits, S, CAREFUL)
     return mask_sum, numerator, denominator, v_seen, r_seen
 
 
 @triton.jit
-def _weakened(statistics_ptr, held, lap, sum_squares, per, edge_penalty, edge_threshold):
+def _moments(loaded, rule, S):
+    """m, v and r over their absmax, and these, which are multiplied in together with the decay; float32."""
+    CODES: tl.constexpr = S.EIGHT and S.WIDTH == 0
+    absmax1, absmax2, absmax3 = 1.0, 1.0, 1.0
+    m, v, r = loaded.m, loaded.v, loaded.r
+    if CODES:
+        v, absmax2 = codec.decode(loaded.v, rule.book2_ptr), lanes.of_lane(loaded.statistics, ABSMAX2)
+    if S.EIGHT:
+        m, absmax1 = codec.decode(loaded.m, rule.book1_ptr), lanes.of_lane(loaded.statistics, ABSMAX1)
+    if CODES and S.CAME:
+        r, absmax3 = codec.decode(loaded.r, rule.book2_ptr), lanes.of_lane(loaded.statistics, ABSMAX3)
+    return m, absmax1, v, absmax2, r, absmax3
+
+
+@triton.jit
+def _edge_factor(statistics_ptr, held, lap, sum_squares, per, rule):
     """By what step 1 multiplies where edges are, [256], at most 1; h is updated in place."""
     # e in units of the Laplacian: `scale` brings it to units of the block's gradient
-    noise = 4.472135955 * tl.sqrt(sum_squares * per) + 1e-30
+    noise = tl.sqrt(sum_squares * per) * LAPLACIAN_NOISE + SILENCE
     scale = codec.reciprocal(noise)
     e = tl.minimum(tl.abs(lap), noise * MAX_EDGE)
-    e = tl.where(e > edge_threshold * noise, e, 0.0)
-    history = 0.9 * lanes.of_lane(held, EDGE) + 0.1 * (tl.sum(e, 0) * (scale * per))
-    _keep(statistics_ptr, EDGE, history, 1)
-    return tl.maximum(1 - lanes.over_block(edge_penalty * history * scale) * e, 0.1)
+    e = tl.where(e > rule.edge_threshold * noise, e, 0.0)
+    history = lanes.of_lane(held, EDGE_HISTORY) * STATISTIC_DECAY + tl.sum(e, 0) * (scale * per) * STATISTIC_GAIN
+    _keep(statistics_ptr, EDGE_HISTORY, history, 1)
+    return tl.maximum(1 - lanes.over_block(rule.edge_penalty * history * scale) * e, MIN_EDGE_FACTOR)
 
 
 @triton.jit
@@ -241,37 +256,102 @@ def _decayed(old, beta, absmax, CODED: tl.constexpr):
 
 
 @triton.jit
-def _move_mask(
-    entry_ptr, numbers, start, k_ptr, mask_raw, g, statistics_ptr, held, variance, random, place, valid, usable,
-    detail, EIGHT: tl.constexpr, AWARE: tl.constexpr, CAREFUL: tl.constexpr,
-):  # fmt: skip
+def _moved(old, absmax, seen, beta, gain, at, S, CAREFUL: tl.constexpr):
+    """v or r after the step, and what it has seen: skipped elements what they have, those behind the end 0."""
+    CODED: tl.constexpr = S.EIGHT and S.WIDTH == 0
+    new = _decayed(old, beta, absmax, CODED) + gain * seen
+    if CAREFUL:
+        new = tl.where(at.usable, new, _decayed(old, 1.0, absmax, CODED))
+        seen = tl.where(at.valid, tl.where(at.usable, seen, old), 0.0)
+    return new, seen
+
+
+@triton.jit
+def _torque_factor(statistics_ptr, held, numbers, m, absmax, energy, aligned, factor):
+    """Step 3: d, [32]; s is updated in place.
+
+    Args:
+        m: the old one, over absmax.
+        energy: Σ u².
+        aligned: Σ m u, u still to be multiplied by `factor`.
+    """
+    norms = (absmax * absmax) * tl.sum(m * m, 0) * energy
+    torque = lanes.of_lane(held, TORQUE) * STATISTIC_DECAY
+    torque += aligned * factor * tl.rsqrt(norms + SILENCE) * STATISTIC_GAIN
+    _keep(statistics_ptr, TORQUE, torque, 1)
+    return 1 + tl.clamp(lanes.of_lane(numbers, N_KAPPA) * torque, -1.0, 1.0)
+
+
+@triton.jit
+def _write_moment(
+    ptr, statistics_ptr, ABSMAX: tl.constexpr, x, at, random, cells, touched, EIGHT: tl.constexpr, SIGNED: tl.constexpr
+):
+    """Store m to nearest, or v or r stochastically. A block in which all was skipped keeps its very codes.
+
+    Args:
+        touched: int32, how many elements were not skipped.
+    """
+    if EIGHT:
+        absmax = codec.absmax_of(x, SIGNED)
+        if SIGNED:
+            codes = codec.encode_signed(x, absmax, cells[0], cells[1])
+        else:
+            codes = codec.encode_unsigned(x, absmax, random, cells[2], cells[3])
+        tl.store(ptr + at.place, codes, mask=tl.where(at.valid, touched, 0) > 0)
+        _keep(statistics_ptr, ABSMAX, absmax, touched)
+    else:
+        tl.store(ptr + at.place, x, mask=at.valid)
+
+
+@triton.jit
+def _move_rows(entry_ptr, COLUMN: tl.constexpr, seen, used, at, beta, gain, S, CAREFUL: tl.constexpr):
+    """Move the row means of factored v or r; used: int32 [256], 1 for what was not skipped."""
+    rows_ptr = row_ptr(entry_ptr, COLUMN, at.block, S.WIDTH)
+    tiles.move_rows(rows_ptr, seen, used, at.remaining, at.per, beta, gain, S.WIDTH, CAREFUL)
+
+
+@triton.jit
+def _cautious(n, g, per):
+    """Step 5: n where it and the gradient agree, 0 elsewhere; and by which share of the block that is to be divided."""
+    agrees = (n * g > 0).to(tl.float32)
+    n = n * agrees
+    # Whole numbers are summed over a warp in one instruction.
+    count = tl.sum(tl.sum(tl.reshape(agrees, (BLOCK // 8, 8)), 1).to(tl.int32), 0)
+    return n, tl.maximum(count.to(tl.float32) * per, MIN_CAUTIOUS_SHARE)
+
+
+@triton.jit
+def _move_mask(entry_ptr, numbers, rule, at, pointers, loaded, g, u, energy, random, S, CAREFUL: tl.constexpr):
     """Step 7 during warm-up: σ, k and π are updated in place. Tensors past theirs leave all as it is.
 
     Returns k, or the byte of k and π where that is what is kept.
     """
+    mean = tl.sum(u, 0) * at.per
+    variance = tl.maximum(energy * at.per - mean * mean, 0.0)
     learn, change = lanes.of_lane(numbers, N_LEARN) != 0, lanes.of_lane(numbers, N_ADAPT)
-    before = lanes.of_lane(held, SIGMA)
-    sigma = 0.9 * before + 0.1 * variance
-    _keep(statistics_ptr, SIGMA, tl.where(learn, sigma, before), 1)
-    if AWARE:
-        change = change * tl.clamp(detail * sigma, 0.5, 1.5)
-    if EIGHT:
+    before = lanes.of_lane(loaded.statistics, SPATIAL_VARIANCE)
+    sigma = before * STATISTIC_DECAY + variance * STATISTIC_GAIN
+    _keep(pointers.statistics, SPATIAL_VARIANCE, tl.where(learn, sigma, before), 1)
+    if S.AWARE:
+        change = change * tl.clamp(rule.detail * sigma, MIN_CHANGE, MAX_CHANGE)
+    if S.EIGHT:
         up, down = codec.mask_steps(change)
         taken = lanes.over_block(tl.where(learn, 0x10000, 0))
-        moved = codec.move_mask(mask_raw, g > 0, lanes.over_block(up), lanes.over_block(down), taken, random)
+        moved = codec.move_mask(loaded.k, g > 0, lanes.over_block(up), lanes.over_block(down), taken, random)
     else:
         learn, change = lanes.over_block(learn), lanes.over_block(change)
+        start = at.block.to(tl.int64) * BLOCK
         polarity_ptr = address(entry_ptr, POLARITY, tl.uint8) + start + tl.arange(0, BLOCK)
-        polarity = tl.load(polarity_ptr, mask=valid, other=0)
+        polarity = tl.load(polarity_ptr, mask=at.valid, other=0)
         positive = (g > 0).to(tl.uint8)
-        moved = tl.clamp(mask_raw + tl.where(positive == polarity, change, -change), -32.0, 31.0)
+        moved = tl.clamp(loaded.k + tl.where(positive == polarity, change, -change), K_MIN, K_MAX)
         positive = tl.where(learn, positive, polarity)
         if CAREFUL:
-            positive = tl.where(usable, positive, polarity)
-        tl.store(polarity_ptr, positive, mask=valid)
+            positive = tl.where(at.usable, positive, polarity)
+        tl.store(polarity_ptr, positive, mask=at.valid)
     if CAREFUL:
-        moved = tl.where(usable, moved, mask_raw)
-    tl.store(k_ptr + place, moved, mask=valid)
+        moved = tl.where(at.usable, moved, loaded.k)
+    tl.store(pointers.k + at.place, moved, mask=at.valid)
     return moved
 
 
@@ -283,7 +363,7 @@ def _rates(numbers, unit, k, valid, bounded, EIGHT: tl.constexpr, WARM: tl.const
     """
     mask_sum = 0.0
     if WARM:
-        factor = tl.exp2(codec.mask_exponent(k, 0.0) if EIGHT else k * 0.0625)
+        factor = tl.exp2(codec.mask_exponent(k, 0.0) if EIGHT else k * OCTAVES)
         mask_sum = tl.sum(tl.where(valid, factor, 0.0), 0)
         rates = factor * lanes.over_block(unit)
     else:  # the scale goes into the exponent
@@ -291,7 +371,7 @@ def _rates(numbers, unit, k, valid, bounded, EIGHT: tl.constexpr, WARM: tl.const
         if EIGHT:
             rates = tl.exp2(codec.mask_exponent(k, shift))
         else:
-            rates = tl.exp2(k * 0.0625 + shift)
+            rates = tl.exp2(k * OCTAVES + shift)
     if bounded != 0:
         low, high = lanes.over_block(lanes.of_lane(numbers, N_LOW)), lanes.over_block(lanes.of_lane(numbers, N_HIGH))
         rates = tl.minimum(tl.maximum(rates, low), high)
@@ -299,25 +379,22 @@ def _rates(numbers, unit, k, valid, bounded, EIGHT: tl.constexpr, WARM: tl.const
 
 
 @triton.jit
-def _write_weights(
-    theta_ptr, low_ptr, theta, theta_raw, low_raw, bits, valid, usable, P: tl.constexpr, ECC: tl.constexpr,
-    STOCHASTIC: tl.constexpr, CAREFUL: tl.constexpr,
-):  # fmt: skip
+def _write_weights(theta, pointers, loaded, at, bits, S, CAREFUL: tl.constexpr):
     """Round θ into its dtype and store it, with ECC 8 more bits beside it; what was skipped keeps its bits."""
-    if ECC:
-        rounded, low = codec.split_master(theta, bits, STOCHASTIC)
+    if S.ECC:
+        rounded, low = codec.split_master(theta, bits, S.STOCHASTIC)
         if CAREFUL:
-            low = tl.where(usable, low, low_raw)
-        tl.store(low_ptr, low, mask=valid)
-    elif STOCHASTIC:
-        rounded = codec.round_stochastic(theta, bits, P)
+            low = tl.where(at.usable, low, loaded.low)
+        tl.store(pointers.low + at.place, low, mask=at.valid)
+    elif S.STOCHASTIC:
+        rounded = codec.round_stochastic(theta, bits, S.P)
     else:
-        if P == tl.float16:
-            theta = tl.clamp(theta, -65504.0, 65504.0)
-        rounded = theta.to(P)
+        if S.P == tl.float16:
+            theta = tl.clamp(theta, -codec.MAX_FLOAT16, codec.MAX_FLOAT16)
+        rounded = theta.to(S.P)
     if CAREFUL:
-        rounded = tl.where(usable, rounded, theta_raw)
-    tl.store(theta_ptr, rounded, mask=valid)
+        rounded = tl.where(at.usable, rounded, loaded.theta)
+    tl.store(pointers.theta + at.place, rounded, mask=at.valid)
 
 
 @triton.jit

@@ -9,14 +9,15 @@ import torch
 import triton
 import triton.language as tl
 from automagic_bnb.kernels import codec
-from automagic_bnb.kernels.tables import BLOCKS_PER_PROGRAM, Bucket, Column, Number
+from automagic_bnb.kernels.tables import BLOCKS_PER_PROGRAM, Bucket, Column, Number, Switches
 from torch import Tensor
 
 from automagic_bnb import reference
 from automagic_bnb import state as st
 
 _ROW, _NUMBERS = tl.constexpr(len(Column)), tl.constexpr(len(Number))
-STATS, SIZE, NORMS = tl.constexpr(int(Column.STATS)), tl.constexpr(int(Column.SIZE)), tl.constexpr(int(Column.NORMS))
+STATS, NORMS = tl.constexpr(int(Column.TENSOR_STATS)), tl.constexpr(int(Column.GNORM_VEC))
+SIZE = tl.constexpr(int(Column.SIZE))
 FIRST_PROGRAM, PROGRAMS = tl.constexpr(int(Column.FIRST_PROGRAM)), tl.constexpr(int(Column.PROGRAMS))
 N_ADAPT, N_SLOT = tl.constexpr(int(Number.ADAPT_MASK)), tl.constexpr(int(Number.NORM_SLOT))
 N_PERCENTILE = tl.constexpr(int(Number.PERCENTILE))
@@ -58,7 +59,9 @@ def _finalise_kernel(table_ptr, grads_ptr, numbers_ptr, partials_ptr, decay, WAR
             tl.store(stats_ptr + LR_DENOMINATOR, _sum_partials(partials_ptr, first, programs, 3, 2))
 
 
-def finalise(bucket: Bucket, addresses: Tensor, numbers: Tensor, partials: Tensor, beta2: float, warm: bool) -> None:
+def finalise(
+    bucket: Bucket, addresses: Tensor, numbers: Tensor, partials: Tensor, beta2: float, switches: Switches
+) -> None:
     """Turn the step's partial sums, float32 [programs, 3], into each tensor's `tensor_stats`."""
     _finalise_kernel[(len(bucket.members),)](
         table_ptr=bucket.table,
@@ -66,8 +69,8 @@ def finalise(bucket: Bucket, addresses: Tensor, numbers: Tensor, partials: Tenso
         numbers_ptr=numbers,
         partials_ptr=partials,
         decay=beta2**0.5,
-        WARM=warm,
-        AUTO=bucket.spec.auto,
+        WARM=switches.WARM,
+        AUTO=switches.AUTO,
         num_warps=4,
     )
 
@@ -122,7 +125,7 @@ def _clip_kernel(table_ptr, grads_ptr, numbers_ptr, partials_ptr, clips_ptr, WIN
         tl.store(clips_ptr + row, tl.where(norm > limit, limit / norm, 1.0))
 
 
-def clip_factors(bucket: Bucket, addresses: Tensor, numbers: Tensor, grad_type: tl.dtype, aligned: bool) -> Tensor:
+def clip_factors(bucket: Bucket, addresses: Tensor, numbers: Tensor, switches: Switches) -> Tensor:
     """percentile_clipping's factor of each gradient, float32 [tensors]; the norms are remembered on the way."""
     device = bucket.spec.device
     partials = torch.empty(bucket.programs, device=device)
@@ -132,8 +135,8 @@ def clip_factors(bucket: Bucket, addresses: Tensor, numbers: Tensor, grad_type: 
         grads_ptr=addresses,
         owners_ptr=bucket.owners,
         partials_ptr=partials,
-        G=grad_type,
-        ALIGN=16 if aligned else 2,
+        G=switches.G,
+        ALIGN=switches.ALIGN,
         SPAN=BLOCKS_PER_PROGRAM * 256,
         num_warps=4,
     )
@@ -167,5 +170,5 @@ def _find_rate_kernel(pointers_ptr, tensors, d_ptr, low, high):
 
 
 def find_rate(d: Tensor, pointers: Tensor, low: float, high: float) -> None:
-    """auto_lr, in place: `reference.find_rate` over int64 addresses of `tensor_stats`."""
+    """auto_lr, in place: `auto_lr.find_rate` over int64 addresses of `tensor_stats`."""
     _find_rate_kernel[(1,)](pointers_ptr=pointers, tensors=pointers.numel(), d_ptr=d, low=low, high=high, num_warps=4)

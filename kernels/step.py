@@ -15,22 +15,30 @@ import triton
 import triton.language as tl
 from automagic_bnb.kernels import codec, one_block, statistics, stencil, tiles
 from automagic_bnb.kernels.one_block import address, row_ptr
-from automagic_bnb.kernels.tables import BLOCKS_PER_PROGRAM, Bucket, Column, Number, Spec, shared_numbers
+from automagic_bnb.kernels.tables import (
+    BLOCK_STATISTICS,
+    BLOCKS_PER_PROGRAM,
+    Bucket,
+    Column,
+    Number,
+    Switches,
+    shared_numbers,
+)
 
 from automagic_bnb import bnb, reference
 from automagic_bnb import quantization as q
 from automagic_bnb import state as st
-from automagic_bnb.factored import tile_height
 
 BLOCK = tl.constexpr(q.BLOCK)
 _C = {column.name: tl.constexpr(int(column)) for column in Column}
 _ROW = tl.constexpr(len(Column))
 
-THETA, M, V, R, K, RESIDUAL = _C["THETA"], _C["M"], _C["V"], _C["R"], _C["K"], _C["RESIDUAL"]
-V_ROW, V_COL, R_ROW, R_COL = _C["V_ROW"], _C["V_COL"], _C["R_ROW"], _C["R_COL"]
+THETA, M, V, R, K = _C["THETA"], _C["STATE1"], _C["STATE2"], _C["STATE3"], _C["LR_MASK"]
+V_ROW, V_COL = _C["EXP_AVG_SQ_ROW"], _C["EXP_AVG_SQ_COL"]
+R_ROW, R_COL = _C["EXP_AVG_RES_ROW"], _C["EXP_AVG_RES_COL"]
 SIZE, ROWS, COLS, STRIPS, FIRST_PROGRAM = _C["SIZE"], _C["ROWS"], _C["COLS"], _C["STRIPS"], _C["FIRST_PROGRAM"]
-STATS, RATE = _C["STATS"], _C["RATE"]
-FIRST_STATISTIC, STATISTICS = _C["ABSMAX1"], tl.constexpr(Column.SIGMA - Column.ABSMAX1 + 1)
+STATS, RATE, RESIDUAL = _C["TENSOR_STATS"], _C["RATE"], _C["MASTER_RESIDUAL"]
+FIRST_STATISTIC, STATISTICS = _C[BLOCK_STATISTICS[0].upper()], tl.constexpr(len(BLOCK_STATISTICS))
 N_SKIPPED = tl.constexpr(st.SKIPPED)
 
 _NUMBERS = tl.constexpr(len(Number))
@@ -38,16 +46,17 @@ N_RATE, N_LOW, N_HIGH, N_KEY = (
     tl.constexpr(int(number)) for number in (Number.RATE, Number.LOW, Number.HIGH, Number.KEY)
 )
 
+LEAST_FACTOR = tl.constexpr(2 ** (reference.K_MIN / reference.OCTAVE))
+BEYOND_FACTOR = tl.constexpr(2 ** ((reference.K_MAX + 1) / reference.OCTAVE))
+"""An element's rate over that at k = 0 is at least the one and below the other."""
+BLOCKS = tl.constexpr(BLOCKS_PER_PROGRAM)
 FAR = tl.constexpr(2**31 - 8)  # beyond every place in a program, and a multiple of 8
 
 
 @triton.jit
 def _blocks(
     entry_ptr, numbers, first, stride, blocks, unusual, tile, v_sums, r_sums, size, grad_address, clip, rule,
-    P: tl.constexpr, G: tl.constexpr, WIDE: tl.constexpr, EIGHT: tl.constexpr, WIDTH: tl.constexpr,
-    SPATIAL: tl.constexpr, EVEN: tl.constexpr, EDGES: tl.constexpr, TORQUE_ON: tl.constexpr, CAME: tl.constexpr,
-    CAUTIOUS: tl.constexpr, BACKGROUND: tl.constexpr, AWARE: tl.constexpr, WARM: tl.constexpr,
-    AUTO: tl.constexpr, SCALED: tl.constexpr, ECC: tl.constexpr, STOCHASTIC: tl.constexpr, CAREFUL: tl.constexpr,
+    S, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """Up to 16 blocks, `stride` apart: the usual ones, or (CAREFUL) those whose bit is set in `unusual`.
 
@@ -58,9 +67,9 @@ def _blocks(
     Args:
         tile: with factored moments where the column means of v and r begin, and 1 / mean of the tile, of v and r.
     """
-    STATE: tl.constexpr = tl.uint8 if EIGHT else tl.float32
-    EMPTY: tl.constexpr = 127 if EIGHT else 0
-    EARLY: tl.constexpr = WIDTH > 0
+    STATE: tl.constexpr = tl.uint8 if S.EIGHT else tl.float32
+    EMPTY: tl.constexpr = 127 if S.EIGHT else 0
+    EARLY: tl.constexpr = S.WIDTH > 0
     elements, threads = tl.arange(0, BLOCK), tl.arange(0, 32)
     statistics_ptr = tl.load(entry_ptr + FIRST_STATISTIC + threads, mask=threads < STATISTICS, other=0)
     kept = statistics_ptr != 0
@@ -70,13 +79,13 @@ def _blocks(
     m_ptr = address(entry_ptr, M, STATE) + first_element
     v_ptr = address(entry_ptr, V, STATE) + first_element
     r_ptr = v_ptr
-    if CAME:
+    if S.CAME:
         r_ptr = address(entry_ptr, R, STATE) + first_element
     k_ptr = address(entry_ptr, K, STATE) + first_element
-    theta_ptr = address(entry_ptr, THETA, P, WIDE) + first_element
+    theta_ptr = address(entry_ptr, THETA, S.P, S.ALIGN) + first_element
     low_ptr = address(entry_ptr, RESIDUAL, tl.int8) + first_element
-    grad_ptr = tl.multiple_of(grad_address.to(tl.pointer_type(G)), WIDE) + first_element
-    if EVEN:  # where in its row the block begins; a tile's blocks all begin there
+    grad_ptr = tl.multiple_of(grad_address.to(tl.pointer_type(S.G)), S.ALIGN) + first_element
+    if S.EVEN:  # where in its row the block begins; a tile's blocks all begin there
         column = (first_element % cols).to(tl.int32)
         width = tl.multiple_of(cols.to(tl.int32), 8)
         lead = tl.multiple_of(tl.minimum(tl.maximum(cols - first_element, 0), FAR).to(tl.int32), 8)
@@ -98,33 +107,33 @@ def _blocks(
         # the branch below needs. (With codes of v and r too that costs more registers than it is worth.)
         g_raw = codec.widen(tl.load(grad_ptr + place, mask=valid, other=0))
         m_raw = tl.load(m_ptr + place, mask=valid, other=EMPTY, volatile=EARLY)
-        if WIDTH:
-            v_raw = tiles.estimate(row_ptr(entry_ptr, V_ROW, block, WIDTH), tile[0], tile[2], remaining, WIDTH)
+        if S.WIDTH:
+            v_raw = tiles.estimate(row_ptr(entry_ptr, V_ROW, block, S.WIDTH), tile[0], tile[2], remaining, S.WIDTH)
         else:
             v_raw = tl.load(v_ptr + place, mask=valid, other=0)
         r_raw = v_raw
-        if CAME:
-            if WIDTH:
-                r_raw = tiles.estimate(row_ptr(entry_ptr, R_ROW, block, WIDTH), tile[1], tile[3], remaining, WIDTH)
+        if S.CAME:
+            if S.WIDTH:
+                r_raw = tiles.estimate(row_ptr(entry_ptr, R_ROW, block, S.WIDTH), tile[1], tile[3], remaining, S.WIDTH)
             else:
                 r_raw = tl.load(r_ptr + place, mask=valid, other=0)
         mask_raw = tl.load(k_ptr + place, mask=valid, other=0, volatile=EARLY)
         theta_raw = tl.load(theta_ptr + place, mask=valid, other=0, volatile=EARLY)
         low_raw = theta_raw
-        if ECC:
+        if S.ECC:
             low_raw = tl.load(low_ptr + place, mask=valid, other=0, volatile=EARLY)
         held = tl.load(statistics_ptr + block, mask=kept, other=0.0, volatile=EARLY)
-        if SCALED:
+        if S.SCALED:
             g_raw = g_raw * clip
         g = g_raw
         if CAREFUL:
             g = tl.where(stencil.usable(g_raw), g_raw, 0.0)
         lap = g
-        if SPATIAL:
-            if EVEN and not CAREFUL:
-                lap = stencil.laplacian_even(g_ptr, g, elements, place, column, lead, tail, width, clip, SCALED)
+        if S.SPATIAL:
+            if S.EVEN and not CAREFUL:
+                lap = stencil.laplacian_even(g_ptr, g, elements, place, column, lead, tail, width, clip, S.SCALED)
             else:
-                lap = stencil.laplacian(g_ptr, g, elements, start, size, rows, cols, valid, clip, SCALED)
+                lap = stencil.laplacian(g_ptr, g, elements, start, size, rows, cols, valid, clip, S.SCALED)
                 lap = tl.where(valid, lap, 0.0)
         if CAREFUL:
             lap = tl.where(stencil.usable(g_raw), lap, 0.0)
@@ -137,24 +146,24 @@ def _blocks(
             mine = sum_squares < stencil.MAX_GRADIENT * stencil.MAX_GRADIENT
             mine = mine & (stencil.largest_bits(lap) < stencil.MAX_GRADIENT_BITS)
         if mine:
+            pointers = one_block.Elements(theta_ptr, low_ptr, m_ptr, v_ptr, r_ptr, k_ptr, statistics_ptr + block)
+            loaded = one_block.Elements(theta_raw, low_raw, m_raw, v_raw, r_raw, mask_raw, held)
             w, a, b, v_seen, r_seen = one_block.update(
-                entry_ptr, numbers, block, remaining, place, valid, statistics_ptr + block, held, g_raw, g, lap,
-                sum_squares, m_raw, v_raw, r_raw, mask_raw, theta_raw, low_raw, theta_ptr, low_ptr, m_ptr, v_ptr, r_ptr,
-                k_ptr, rule, P, EIGHT, WIDTH, SPATIAL, EDGES, TORQUE_ON, CAME, CAUTIOUS, BACKGROUND, AWARE, WARM, AUTO,
-                ECC, STOCHASTIC, CAREFUL,
+                entry_ptr, numbers, rule, block, remaining, place, valid, pointers, loaded, g_raw, g, lap, sum_squares,
+                S, CAREFUL,
             )  # fmt: skip
             mask_sum += w
             numerator += a
             denominator += b
-            if WIDTH:
+            if S.WIDTH:
                 v_sums += v_seen
-                if CAME:
+                if S.CAME:
                     r_sums += r_seen
             if CAREFUL:
                 bits += tl.sum(tl.where(stencil.usable(g_raw), 0, 1), 0)
         elif not CAREFUL:
             bits |= 1 << i
-        if EVEN and WIDTH == 0:
+        if S.EVEN and S.WIDTH == 0:
             column += BLOCK
             if width >= BLOCK:
                 column = tl.where(column >= width, column - width, column)
@@ -166,24 +175,17 @@ def _blocks(
 
 @triton.jit
 def _span(
-    entry_ptr, numbers, first, stride, blocks, tile, v_sums, r_sums, size, grad_address, clip, rule,
-    P: tl.constexpr, G: tl.constexpr, WIDE: tl.constexpr, EIGHT: tl.constexpr, WIDTH: tl.constexpr,
-    SPATIAL: tl.constexpr, EVEN: tl.constexpr, EDGES: tl.constexpr, TORQUE_ON: tl.constexpr, CAME: tl.constexpr,
-    CAUTIOUS: tl.constexpr, BACKGROUND: tl.constexpr, AWARE: tl.constexpr, WARM: tl.constexpr,
-    AUTO: tl.constexpr, SCALED: tl.constexpr, ECC: tl.constexpr, STOCHASTIC: tl.constexpr,
+    entry_ptr, numbers, first, stride, blocks, tile, v_sums, r_sums, size, grad_address, clip, rule, S
 ):  # fmt: skip
     """`_blocks`, first the usual ones and then the others; returns the same, but the elements skipped for the bits."""
     skipped = first * 0
     mask_sum, numerator, denominator, unusual, v_sums, r_sums = _blocks(
-        entry_ptr, numbers, first, stride, blocks, 0, tile, v_sums, r_sums, size, grad_address, clip, rule, P, G,
-        WIDE, EIGHT, WIDTH, SPATIAL, EVEN, EDGES, TORQUE_ON, CAME, CAUTIOUS, BACKGROUND, AWARE, WARM, AUTO, SCALED,
-        ECC, STOCHASTIC, False,
+        entry_ptr, numbers, first, stride, blocks, 0, tile, v_sums, r_sums, size, grad_address, clip, rule, S, False
     )  # fmt: skip
     if unusual != 0:
         w, a, b, skipped, v_sums, r_sums = _blocks(
             entry_ptr, numbers, first, stride, blocks, unusual, tile, v_sums, r_sums, size, grad_address, clip,
-            rule, P, G, WIDE, EIGHT, WIDTH, SPATIAL, EVEN, EDGES, TORQUE_ON, CAME, CAUTIOUS, BACKGROUND, AWARE, WARM,
-            AUTO, SCALED, ECC, STOCHASTIC, True,
+            rule, S, True,
         )  # fmt: skip
         mask_sum += w
         numerator += a
@@ -194,34 +196,27 @@ def _span(
 
 
 @triton.jit
-def _tile(
-    entry_ptr, numbers, local, size, grad_address, clip, rule,
-    P: tl.constexpr, G: tl.constexpr, WIDE: tl.constexpr, BLOCKS: tl.constexpr, EIGHT: tl.constexpr,
-    WIDTH: tl.constexpr, HEIGHT: tl.constexpr, SPATIAL: tl.constexpr, EVEN: tl.constexpr, EDGES: tl.constexpr,
-    TORQUE_ON: tl.constexpr, CAME: tl.constexpr, CAUTIOUS: tl.constexpr, BACKGROUND: tl.constexpr, AWARE: tl.constexpr,
-    WARM: tl.constexpr, AUTO: tl.constexpr, SCALED: tl.constexpr, ECC: tl.constexpr, STOCHASTIC: tl.constexpr,
-):  # fmt: skip
+def _tile(entry_ptr, numbers, local, size, grad_address, clip, rule, S):
     """One tile of factored moments: see `factored.Tiling`. Its column means stay as they were until all is seen."""
     strips = tl.load(entry_ptr + STRIPS).to(tl.int32)
-    first = local // strips * HEIGHT * strips + local % strips
-    blocks = tl.minimum(tl.cdiv(tl.cdiv(size, BLOCK) - first, strips), HEIGHT).to(tl.int32)
+    first = local // strips * S.HEIGHT * strips + local % strips
+    blocks = tl.minimum(tl.cdiv(tl.cdiv(size, BLOCK) - first, strips), S.HEIGHT).to(tl.int32)
     mask_sum, numerator, denominator, skipped = 0.0, 0.0, 0.0, local * 0
     if blocks > 0:
-        counts = tiles.counts_of(size, first, strips, blocks, WIDTH)
-        v_col_ptr = address(entry_ptr, V_COL, tl.float32) + local * WIDTH
-        r_col_ptr = address(entry_ptr, R_COL, tl.float32) + local * WIDTH
-        v_scale = tiles.scale_of(v_col_ptr, counts, WIDTH)
+        counts = tiles.counts_of(size, first, strips, blocks, S.WIDTH)
+        v_col_ptr = address(entry_ptr, V_COL, tl.float32) + local * S.WIDTH
+        r_col_ptr = address(entry_ptr, R_COL, tl.float32) + local * S.WIDTH
+        v_scale = tiles.scale_of(v_col_ptr, counts, S.WIDTH)
         r_scale = v_scale
-        if CAME:
-            r_scale = tiles.scale_of(r_col_ptr, counts, WIDTH)
+        if S.CAME:
+            r_scale = tiles.scale_of(r_col_ptr, counts, S.WIDTH)
         tile = (v_col_ptr, r_col_ptr, v_scale, r_scale)
         v_sums, r_sums = tl.zeros((BLOCK,), dtype=tl.float32), tl.zeros((BLOCK,), dtype=tl.float32)
         done = local * 0
         while done < blocks:
             w, a, b, skips, v_sums, r_sums = _span(
                 entry_ptr, numbers, first + done * strips, strips, tl.minimum(blocks - done, BLOCKS), tile, v_sums,
-                r_sums, size, grad_address, clip, rule, P, G, WIDE, EIGHT, WIDTH, SPATIAL, EVEN, EDGES, TORQUE_ON, CAME,
-                CAUTIOUS, BACKGROUND, AWARE, WARM, AUTO, SCALED, ECC, STOCHASTIC,
+                r_sums, size, grad_address, clip, rule, S,
             )  # fmt: skip
             mask_sum += w
             numerator += a
@@ -229,9 +224,9 @@ def _tile(
             skipped += skips
             done += BLOCKS
         if skipped.to(tl.float32) < tl.sum(counts, 0):  # a tile in which all was skipped keeps its very means
-            tiles.move_columns(v_col_ptr, v_sums, counts, rule[1], rule[4], WIDTH)  # β2, 1 - β2
-            if CAME:
-                tiles.move_columns(r_col_ptr, r_sums, counts, rule[2], rule[5], WIDTH)  # β3, 1 - β3
+            tiles.move_columns(v_col_ptr, v_sums, counts, rule.beta2, rule.gain2, S.WIDTH)
+            if S.CAME:
+                tiles.move_columns(r_col_ptr, r_sums, counts, rule.beta3, rule.gain3, S.WIDTH)
     return mask_sum, numerator, denominator
 
 
@@ -239,11 +234,7 @@ def _tile(
 def step_kernel(
     table_ptr, numbers_ptr, grads_ptr, owners_ptr, partials_ptr, book1_ptr, book2_ptr, cells_ptr, clips_ptr,
     beta1, beta2, beta3, gain1, gain2, gain3, eps1, eps2, clip_threshold, frequency, edge_penalty, edge_threshold,
-    detail,
-    P: tl.constexpr, G: tl.constexpr, WIDE: tl.constexpr, BLOCKS: tl.constexpr, EIGHT: tl.constexpr,
-    WIDTH: tl.constexpr, HEIGHT: tl.constexpr, SPATIAL: tl.constexpr, EVEN: tl.constexpr, EDGES: tl.constexpr,
-    TORQUE_ON: tl.constexpr, CAME: tl.constexpr, CAUTIOUS: tl.constexpr, BACKGROUND: tl.constexpr, AWARE: tl.constexpr,
-    WARM: tl.constexpr, AUTO: tl.constexpr, SCALED: tl.constexpr, ECC: tl.constexpr, STOCHASTIC: tl.constexpr,
+    detail, S,
 ):  # fmt: skip
     """Update every tensor of a bucket.
 
@@ -254,6 +245,7 @@ def step_kernel(
         owners_ptr: int32 [programs], the tensor each program works on.
         gain1: 1 - beta1, and so on; in float32 1 - 0.999 would be off by 1.3e-5 of it.
         partials_ptr: float32 [programs, 3] out: sums of 2^(k/16) and of auto_lr over the program's blocks.
+        S: `tables.Switches`, a compile-time constant each.
     """
     program = tl.program_id(0)
     row = tl.load(owners_ptr + program)
@@ -264,7 +256,7 @@ def step_kernel(
         local = program - tl.load(entry_ptr + FIRST_PROGRAM).to(tl.int32)
         numbers_ptr += row * _NUMBERS
         clip = 1.0
-        if SCALED:
+        if S.SCALED:
             clip = tl.load(clips_ptr + row)
         threads = tl.arange(0, 32)
         cells = (
@@ -272,31 +264,26 @@ def step_kernel(
             codec.held_cells(cells_ptr + 96),
         )  # fmt: skip
         unit = tl.load(numbers_ptr + N_RATE) * codec.reciprocal(tl.load(address(entry_ptr, STATS, tl.float32, 4)))
-        if AUTO:
+        if S.AUTO:
             unit = unit * tl.load(address(entry_ptr, RATE, tl.float32, 4))
-        # -32 <= k < 32: else the bounds are out of reach
-        bounded = (0.25 * unit < tl.load(numbers_ptr + N_LOW)) | (4.0 * unit > tl.load(numbers_ptr + N_HIGH))
+        bounded = unit * LEAST_FACTOR < tl.load(numbers_ptr + N_LOW)  # else min_lr and max_lr are out of reach
+        bounded = bounded | (unit * BEYOND_FACTOR > tl.load(numbers_ptr + N_HIGH))
         key = tl.load(numbers_ptr + N_KEY).to(tl.uint32, bitcast=True)
         numbers = tl.load(numbers_ptr + threads, mask=threads < _NUMBERS, other=0.0)
         numbers = tl.where(threads == N_RATE, unit, numbers)
-        rule = (
+        rule = one_block.Rule(
             beta1, beta2, beta3, gain1, gain2, gain3, eps1, eps2, clip_threshold, frequency, edge_penalty,
             edge_threshold, detail, book1_ptr, book2_ptr, cells, key, bounded.to(tl.int32),
         )  # fmt: skip
-        if WIDTH:
-            mask_sum, numerator, denominator = _tile(
-                entry_ptr, numbers, local, size, grad_address, clip, rule, P, G, WIDE, BLOCKS, EIGHT, WIDTH, HEIGHT,
-                SPATIAL, EVEN, EDGES, TORQUE_ON, CAME, CAUTIOUS, BACKGROUND, AWARE, WARM, AUTO, SCALED, ECC, STOCHASTIC,
-            )  # fmt: skip
+        if S.WIDTH:
+            mask_sum, numerator, denominator = _tile(entry_ptr, numbers, local, size, grad_address, clip, rule, S)
         else:
             first = local * BLOCKS
             blocks = tl.minimum(tl.cdiv(size, BLOCK) - first, BLOCKS).to(tl.int32)
             mask_sum, numerator, denominator, _skipped, _v, _r = _span(
-                entry_ptr, numbers, first, 1, blocks, (), 0.0, 0.0, size, grad_address, clip, rule, P, G, WIDE,
-                EIGHT, WIDTH, SPATIAL, EVEN, EDGES, TORQUE_ON, CAME, CAUTIOUS, BACKGROUND, AWARE, WARM, AUTO, SCALED,
-                ECC, STOCHASTIC,
-            )  # fmt: skip
-        if WARM or AUTO:
+                entry_ptr, numbers, first, 1, blocks, (), 0.0, 0.0, size, grad_address, clip, rule, S
+            )
+        if S.WARM or S.AUTO:
             tl.store(partials_ptr + program * 3, mask_sum)
             tl.store(partials_ptr + program * 3 + 1, numerator)
             tl.store(partials_ptr + program * 3 + 2, denominator)
@@ -310,9 +297,11 @@ _MAX_REGISTERS = {
 Measured: benchmarks/NOTES.md."""
 
 
-def _compiler_options(spec: Spec, warm: bool) -> dict[str, Any]:
-    on_nvidia = spec.device.type == "cuda" and torch.version.hip is None
-    return {"maxnreg": _MAX_REGISTERS[spec.storage, warm]} if on_nvidia else {}
+def _compiler_options(device: torch.device, switches: Switches) -> dict[str, Any]:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return {}
+    storage = "factored" if switches.WIDTH else "8bit" if switches.EIGHT else "32bit"
+    return {"maxnreg": _MAX_REGISTERS[storage, switches.WARM]}
 
 
 def launch(bucket: Bucket, grads: np.ndarray, sources: list[dict[str, Any]]) -> None:
@@ -322,16 +311,16 @@ def launch(bucket: Bucket, grads: np.ndarray, sources: list[dict[str, Any]]) -> 
         grads: int64, the address of each member's gradient, 0 for none; contiguous, in the bucket's gradient dtype.
         sources: the effective options by `Member.source`.
     """
-    spec = bucket.spec
+    device = bucket.spec.device
     addresses, numbers, warm = bucket.upload_step(grads, sources)
     shared = shared_numbers(sources[bucket.members[0].source])
     betas, eps, clip_threshold, frequency, edge_penalty, edge_threshold, detail = shared
-    aligned = bucket.aligned and not (grads & 15).any()
+    switches, constants = bucket.switches[warm, bucket.aligned and not (grads & 15).any()]
     clips = numbers
-    if spec.scaled:
-        clips = statistics.clip_factors(bucket, addresses, numbers, codec.DTYPES[spec.grad_dtype], aligned)
-    book1, book2 = bnb.code_book(True, spec.device), bnb.code_book(False, spec.device)
-    partials = torch.empty(3 * bucket.programs if warm or spec.auto else 0, device=spec.device)
+    if switches.SCALED:
+        clips = statistics.clip_factors(bucket, addresses, numbers, switches)
+    book1, book2 = bnb.code_book(True, device), bnb.code_book(False, device)
+    partials = torch.empty(3 * bucket.programs if warm or switches.AUTO else 0, device=device)
     step_kernel[(bucket.programs,)](
         table_ptr=bucket.table,
         numbers_ptr=numbers,
@@ -340,7 +329,7 @@ def launch(bucket: Bucket, grads: np.ndarray, sources: list[dict[str, Any]]) -> 
         partials_ptr=partials,
         book1_ptr=book1,
         book2_ptr=book2,
-        cells_ptr=codec.cells(spec.device),
+        cells_ptr=codec.cells(device),
         clips_ptr=clips,
         beta1=betas[0],
         beta2=betas[1],
@@ -351,33 +340,14 @@ def launch(bucket: Bucket, grads: np.ndarray, sources: list[dict[str, Any]]) -> 
         eps1=max(eps[0], reference.LEAST_EPS1),
         eps2=eps[1],
         clip_threshold=clip_threshold,
-        frequency=frequency / 8,
+        frequency=frequency / reference.LAPLACIAN_RANGE,
         edge_penalty=edge_penalty,
         edge_threshold=edge_threshold,
         detail=detail,
-        P=codec.DTYPES[spec.theta_dtype],
-        G=codec.DTYPES[spec.grad_dtype],
-        WIDE=16 if aligned else 2,
-        BLOCKS=BLOCKS_PER_PROGRAM,
-        EIGHT=spec.storage != "32bit",
-        WIDTH=spec.width,
-        HEIGHT=tile_height(spec.width),
-        SPATIAL=spec.spatial,
-        EVEN=spec.even,
-        EDGES=spec.edges,
-        TORQUE_ON=spec.torque,
-        CAME=spec.came,
-        CAUTIOUS=spec.cautious,
-        BACKGROUND=spec.background,
-        AWARE=spec.aware,
-        WARM=warm,
-        AUTO=spec.auto,
-        SCALED=spec.scaled,
-        ECC=spec.residual,
-        STOCHASTIC=spec.stochastic,
+        S=constants,
         num_warps=1,
-        **_compiler_options(spec, warm),
+        **_compiler_options(device, switches),
     )
-    if warm or spec.auto:
-        statistics.finalise(bucket, addresses, numbers, partials, betas[1], warm)
+    if warm or switches.AUTO:
+        statistics.finalise(bucket, addresses, numbers, partials, betas[1], switches)
     bucket.count()  # while the device works

@@ -1,85 +1,39 @@
 """Pointer tables: many tensors, one launch.
 
 Parameters that share dtypes, storage and switches form a bucket. A bucket keeps a table of addresses on the device,
-written once, and uploads each step one small row a tensor: the gradient's address and the step's scalars. Nothing here
-imports Triton.
+written once, and uploads each step one small row a tensor: the gradient's address and the step's scalars.
 """
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from automagic_bnb import quantization as q
-from automagic_bnb import reference
+from automagic_bnb import reference, scalars
 from automagic_bnb import state as st
-from automagic_bnb.factored import Tiling
+from automagic_bnb.factored import Tiling, tile_height
 from automagic_bnb.paged import is_paged
+from automagic_bnb.state import KEYS
 
-
-class Column(IntEnum):
-    """What the table of a bucket holds of each tensor: addresses, then sizes."""
-
-    THETA = 0
-    M = 1
-    V = 2
-    R = 3
-    K = 4
-    POLARITY = 5
-    ABSMAX1 = 6  # from here to SIGMA what is kept of each block: the kernel loads these addresses together
-    ABSMAX2 = 7
-    ABSMAX3 = 8
-    TORQUE = 9
-    EDGE = 10
-    SIGMA = 11
-    STATS = 12
-    PROBE_START = 13
-    PROBE_SUM = 14
-    RATE = 15
-    NORMS = 16
-    V_ROW = 17
-    V_COL = 18
-    R_ROW = 19
-    R_COL = 20
-    RESIDUAL = 21
-    SIZE = 22
-    ROWS = 23
-    COLS = 24
-    STRIPS = 25
-    FIRST_PROGRAM = 26
-    PROGRAMS = 27
-    PROBE_SHIFT = 28  # auto_lr watches one of 2^this blocks
-
-
-STATE_COLUMNS = {
-    Column.M: "state1",
-    Column.V: "state2",
-    Column.R: "state3",
-    Column.K: "lr_mask",
-    Column.POLARITY: "last_polarity",
-    Column.ABSMAX1: "absmax1",
-    Column.ABSMAX2: "absmax2",
-    Column.ABSMAX3: "absmax3",
-    Column.TORQUE: "torque",
-    Column.EDGE: "edge_history",
-    Column.SIGMA: "spatial_variance",
-    Column.STATS: "tensor_stats",
-    Column.PROBE_START: "probe_start",
-    Column.PROBE_SUM: "probe_sum",
-    Column.NORMS: "gnorm_vec",
-    Column.V_ROW: "exp_avg_sq_row",
-    Column.V_COL: "exp_avg_sq_col",
-    Column.R_ROW: "exp_avg_res_row",
-    Column.R_COL: "exp_avg_res_col",
-    Column.RESIDUAL: "master_residual",
-}
+BLOCK_STATISTICS = [name for name, key in KEYS.items() if key.kind == "block"]
+"""What is kept of each block. Their columns follow one another: the kernel loads these addresses together, and then
+each thread of a warp holds one of them, by its place here."""
+STATE_COLUMNS = [name for name, key in KEYS.items() if key.kind not in ("block", "book")] + BLOCK_STATISTICS
+"""The tensors of a state of which the table has the addresses; the code books are the launch's."""
+SIZES = ["RATE", "SIZE", "ROWS", "COLS", "STRIPS", "FIRST_PROGRAM", "PROGRAMS", "PROBE_SHIFT"]
+"""The last columns: where auto_lr's d is, and what is no address. auto_lr watches one of 2^PROBE_SHIFT blocks."""
+Column: Any = IntEnum("Column", ["THETA", *map(str.upper, STATE_COLUMNS), *SIZES], start=0)
+"""What the table of a bucket holds of each tensor."""
 
 
 class Number(IntEnum):
@@ -121,6 +75,8 @@ def shared_numbers(options: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(options[name] for name in SHARED_NUMBERS)
 
 
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
 BLOCKS_PER_PROGRAM = 16
 """What a program works through, or with factored moments a part of the tile that it does."""
 PAGED_PART = 2**26
@@ -129,35 +85,51 @@ FETCHED_BYTES = 2**20
 """A smaller paged tensor comes when it is used: a call to the driver takes longer than that."""
 
 
+class Switches(NamedTuple):
+    """What a step kernel is compiled for: of a bucket, but for the last two, which are of a launch."""
+
+    P: tl.dtype
+    """θ's dtype."""
+    G: tl.dtype
+    """The gradient's."""
+    EIGHT: bool
+    """m, k and π are bytes, and v and r too where they are not factored."""
+    WIDTH: int
+    """Columns of a tile of factored moments; 0 in other storage."""
+    HEIGHT: int
+    """Blocks of such a tile, at most."""
+    SPATIAL: bool
+    EVEN: bool
+    """Matrices whose rows are multiples of 8 long."""
+    EDGES: bool
+    TORQUE: bool
+    CAME: bool
+    CAUTIOUS: bool
+    BACKGROUND: bool
+    AWARE: bool
+    AUTO: bool
+    SCALED: bool
+    """percentile_clipping multiplies the gradients."""
+    ECC: bool
+    """8 more bits of θ are in the state."""
+    STOCHASTIC: bool
+    ALIGN: int
+    """What addresses of θ and the gradient are multiples of, in bytes. 16 where sizes are multiples of 8, so that eight
+    elements are one access; a launch whose tensors lie otherwise has 2."""
+    WARM: bool
+    """Some mask still moves."""
+
+
 @dataclass(frozen=True)
 class Spec:
-    """What the tensors of a bucket have in common: the compile-time switches and the launch's numbers."""
+    """What the tensors of a bucket have in common."""
 
     device: torch.device
-    theta_dtype: torch.dtype
     grad_dtype: torch.dtype
-    storage: str
-    width: int
-    """Columns of a tile of factored moments; 0 in other storage."""
-    spatial: bool
-    wide: bool
-    """Sizes are multiples of 8: eight elements are one access."""
-    even: bool
-    """Matrices whose rows are multiples of 8 long."""
-    edges: bool
-    torque: bool
-    came: bool
-    cautious: bool
-    background: bool
-    aware: bool
-    auto: bool
-    scaled: bool
-    residual: bool
-    """8 more bits of θ are in the state."""
+    switches: Switches
     paged: int
     """Which part of the paged states: each has a launch of its own, and is fetched while the one before is updated. -1
     for what is not paged."""
-    stochastic: bool
     numbers: tuple[Any, ...]
     """What they were when the bucket was filled; each launch takes them as they are."""
 
@@ -165,28 +137,29 @@ class Spec:
 def spec_of(member: Member, grad_dtype: torch.dtype, options: dict[str, Any], paged: int = -1) -> Spec:
     theta, state = member.theta, member.state
     spatial, storage = reference.is_spatial(theta, options), st.storage_held(state)
-    return Spec(
-        device=theta.device,
-        theta_dtype=theta.dtype,
-        grad_dtype=grad_dtype,
-        storage=storage,
-        width=Tiling.of(theta).width if storage == "factored" else 0,
-        spatial=spatial,
-        wide=theta.numel() % 8 == 0,
-        even=spatial and theta.dim() == 2 and theta.shape[-1] % 8 == 0,
-        edges=spatial and options["edge_suppression"],
-        torque=options["torque"],
-        came=options["came"],
-        cautious=options["cautious"],
-        background=options["background_regularization"],
-        aware=options["spatial_awareness"],
-        auto=options["auto_lr"],
-        scaled=options["percentile_clipping"] < 100,
-        residual=st.keeps_residual(theta, options),
-        paged=paged,
-        stochastic=st.rounds_stochastically(theta, options),
-        numbers=shared_numbers(options),
+    width = Tiling.of(theta).width if storage == "factored" else 0
+    switches = Switches(
+        P=DTYPES[theta.dtype],
+        G=DTYPES[grad_dtype],
+        EIGHT=storage != "32bit",
+        WIDTH=width,
+        HEIGHT=tile_height(width),
+        SPATIAL=spatial,
+        EVEN=spatial and theta.dim() == 2 and theta.shape[-1] % 8 == 0,
+        EDGES=spatial and options["edge_suppression"],
+        TORQUE=options["torque"],
+        CAME=options["came"],
+        CAUTIOUS=options["cautious"],
+        BACKGROUND=options["background_regularization"],
+        AWARE=options["spatial_awareness"],
+        AUTO=options["auto_lr"],
+        SCALED=options["percentile_clipping"] < 100,
+        ECC=st.keeps_residual(theta, options),
+        STOCHASTIC=st.rounds_stochastically(theta, options),
+        ALIGN=16 if theta.numel() % 8 == 0 else 2,
+        WARM=False,
     )
+    return Spec(theta.device, grad_dtype, switches, paged, shared_numbers(options))
 
 
 @dataclass
@@ -236,7 +209,7 @@ class Bucket:
         self.owners = upload(np.repeat(np.arange(len(members), dtype=np.int32), owners), self.spec.device)
         self.parameters = [m.p for m in members]
         self.states = [m.state for m in members]
-        held = [name for name in STATE_COLUMNS.values() if all(name in m.state for m in members)]
+        held = [name for name in STATE_COLUMNS if all(name in m.state for m in members)]
         self.tensors_of = operator.itemgetter(*held)
         self.tensors = list(map(self.tensors_of, self.states))
         states = [x for state in self.states for x in state.values() if is_paged(x)]
@@ -247,11 +220,15 @@ class Bucket:
         self.sizes = [m.theta.numel() for m in members]
         self.first_address = self.tensors[0][0].data_ptr()
         self.short = [row for row, m in enumerate(members) if m.theta.numel() <= q.BLOCK]
-        self.aligned = all(m.theta.data_ptr() % 16 == 0 for m in members) and self.spec.wide
+        self.aligned = self.spec.switches.ALIGN == 16 and all(m.theta.data_ptr() % 16 == 0 for m in members)
+        launches = itertools.product((False, True), repeat=2)
+        self.switches = {(warm, aligned): self._switches(warm, aligned) for warm, aligned in launches}
+        """Those of a launch, and the same as the kernel takes them, by whether some mask moves and all is aligned. To
+        make them takes 5 µs."""
         self.sources: dict[int, np.ndarray] = {}
         for source in {m.source for m in members}:
             self.sources[source] = np.array([row for row, m in enumerate(members) if m.source == source])
-        self.keys = np.array([q.parameter_key(m.seed, m.ordinal, reference.STEP_STREAM) for m in members], np.uint64)
+        self.keys = np.array([q.parameter_key(m.seed, m.ordinal, q.STEP_STREAM) for m in members], np.uint64)
         self.lora = np.array([m.is_lora for m in members])
         self.rank_rows = [
             row for row, m in enumerate(members) if m.is_lora and m.theta.dim() == 2 and m.theta.shape == m.p.shape
@@ -263,8 +240,12 @@ class Bucket:
         self.steps = np.zeros(len(members), dtype=np.int64)
         """t of what the last launch updated, 0 of the others."""
 
+    def _switches(self, warm: bool, aligned: bool) -> tuple[Switches, Switches]:
+        switches = self.spec.switches._replace(WARM=warm, ALIGN=16 if aligned else 2)
+        return switches, Switches._make(map(tl.constexpr, switches))
+
     def _programs(self, theta: Tensor) -> int:
-        if self.spec.width:
+        if self.spec.switches.WIDTH:
             return Tiling.of(theta).tiles
         return -(-st.block_count(theta) // BLOCKS_PER_PROGRAM)
 
@@ -273,11 +254,11 @@ class Bucket:
         row = np.zeros(len(Column), dtype=np.int64)
         theta, state = member.theta, member.state
         row[Column.THETA] = theta.data_ptr()
-        for column, name in STATE_COLUMNS.items():
+        for name in STATE_COLUMNS:
             if name in state:
                 if state[name].data_ptr() % 16:  # a view that someone put there; the kernels load 16 bytes at once
                     state[name] = state[name].clone()
-                row[column] = state[name].data_ptr()
+                row[Column[name.upper()]] = state[name].data_ptr()
         row[Column.RATE] = 0 if member.rate is None else member.rate.data_ptr()
         row[Column.SIZE] = theta.numel()
         row[Column.ROWS] = theta.shape[-2] if theta.dim() >= 2 else 1
@@ -390,11 +371,11 @@ class Bucket:
             options = sources[source]
             of_source = steps[rows]
             for t in {*of_source.tolist()}:
-                s = reference.step_scalars(options, max(t, 1), False, 0)
+                s = scalars.step_scalars(options, max(t, 1), False, 0)
                 numbers[rows[of_source == t]] = _number_row(s, options, t)
                 warm |= s.learn_polarity
             numbers[rows[self.lora[rows]], Number.KAPPA] = options["low_rank_emphasis"]
-        if self.spec.auto:
+        if self.spec.switches.AUTO:
             numbers[:, Number.PROBE_WEIGHT] *= self.probe_scale
         keys = q.mix_in(self.keys, steps.astype(np.uint64))
         numbers[:, Number.KEY] = keys.astype(np.uint32).view(np.float32)
@@ -407,7 +388,7 @@ def upload(host: np.ndarray, device: torch.device) -> Tensor:
     return (staged.pin_memory() if device.type == "cuda" else staged).to(device, non_blocking=True)
 
 
-def _number_row(s: reference.Scalars, options: dict[str, Any], t: int) -> list[float]:
+def _number_row(s: scalars.Scalars, options: dict[str, Any], t: int) -> list[float]:
     row = [0.0] * len(Number)
     row[Number.RATE] = s.rate
     if s.rate > 0:  # else 0 · ∞

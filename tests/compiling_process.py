@@ -14,7 +14,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from automagic_bnb.kernels import step
+from automagic_bnb.kernels import step, tables
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -22,31 +22,50 @@ from automagic_bnb.factored import tile_height
 
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {"table_ptr": "*i64", "grads_ptr": "*i64", "owners_ptr": "*i32"}
-ON = ("EIGHT", "SPATIAL", "EVEN", "EDGES", "TORQUE_ON", "CAME", "CAUTIOUS", "BACKGROUND", "AWARE", "STOCHASTIC")
-OFF = ("WARM", "AUTO", "SCALED", "ECC")
-SWITCHES: dict[str, Any] = {"P": tl.bfloat16, "G": tl.bfloat16, "WIDE": 16, "BLOCKS": 16, "WIDTH": 0}
-SWITCHES |= dict.fromkeys(ON, True) | dict.fromkeys(OFF, False)
+SWITCHES = tables.Switches(
+    P=tl.bfloat16,
+    G=tl.bfloat16,
+    EIGHT=True,
+    WIDTH=0,
+    HEIGHT=0,
+    SPATIAL=True,
+    EVEN=True,
+    EDGES=True,
+    TORQUE=True,
+    CAME=True,
+    CAUTIOUS=True,
+    BACKGROUND=True,
+    AWARE=True,
+    AUTO=False,
+    SCALED=False,
+    ECC=False,
+    STOCHASTIC=True,
+    ALIGN=16,
+    WARM=False,
+)
 VARIANTS: dict[str, dict[str, Any]] = {
     "mask frozen": {},
     "warm-up": {"WARM": True},
     "no spatial options": {"SPATIAL": False, "EVEN": False, "EDGES": False},
-    "factored, odd rows, float16": {"P": tl.float16, "WIDTH": 256, "EVEN": False, "WARM": True, "AUTO": True},
-}
+    "factored, odd rows, float16": {
+        "P": tl.float16, "WIDTH": 256, "HEIGHT": tile_height(256), "EVEN": False, "WARM": True, "AUTO": True,
+    },
+}  # fmt: skip
 
 
 def compiled(changes: dict[str, Any]) -> dict[str, str]:
-    switches = {**SWITCHES, **changes}
-    switches["HEIGHT"] = tile_height(switches["WIDTH"])
-    signature, attributes = {}, {}
+    switches = SWITCHES._replace(**changes)
+    signature, constants, attributes = {}, {}, {}
     for index, name in enumerate(step.step_kernel.arg_names):
-        if name in switches:
-            signature[name] = "constexpr"
+        if name == "S":
+            signature[name] = tables.Switches(*["constexpr"] * len(switches))
+            constants = {(index, i): switch for i, switch in enumerate(switches)}
         elif name.endswith("_ptr"):
             signature[name] = POINTERS.get(name, "*fp32")
             attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32"
-    source = ASTSource(step.step_kernel, signature, switches, attributes)
+    source = ASTSource(step.step_kernel, signature, constants, attributes)
     return triton.compile(source, target=HOPPER, options={"num_warps": 1}).asm
 
 

@@ -24,7 +24,7 @@ if not torch.cuda.is_available():
     # Triton reads it when it is imported, which bitsandbytes does: the kernels then run, interpreted, on CPU tensors.
     os.environ["TRITON_INTERPRET"] = "1"
 
-from automagic_bnb import bnb, notices
+from automagic_bnb import Automagic8bit, bnb, notices
 
 sys.path.append(str(Path(__file__).parent))  # importlib mode does not: for `import rule_in_float64`
 
@@ -130,6 +130,12 @@ class Tools:
 def tools() -> type[Tools]:
     """The class `Tools`."""
     return Tools
+
+
+@pytest.fixture
+def optimizer(tools: type[Tools]) -> Automagic8bit:
+    """An optimizer of a matrix and a vector that has not been stepped."""
+    return Automagic8bit(tools.parameters((64, 96), (32,)), lr=1e-3)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""One of two processes that `test_compatibility` starts: RANK STORE OUT. Writes what it has seen to OUT/RANK.pt."""
+"""One of two processes that `test_distributed` starts: RANK STORE OUT. Writes what it has seen to OUT/RANK.pt."""
 
 from __future__ import annotations
 

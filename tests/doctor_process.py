@@ -37,6 +37,6 @@ if how != "whole":
 if how == "missing":
     metadata.version = version_of
 
-from automagic_bnb.cli import main  # noqa: E402
+from automagic_bnb.command.cli import main  # noqa: E402
 
 sys.exit(main())

@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from automagic_bnb import reference
 from automagic_bnb import state as st
+from automagic_bnb import stored
 from automagic_bnb.optimizer import Automagic
 from automagic_bnb.quantization import join_master
 
@@ -251,7 +251,7 @@ class Differences:
             self._take_floats(name, ours, theirs)
 
     def _take_floats(self, name: str, ours: Tensor, theirs: Tensor, scale: float = 0.0) -> None:
-        blocks = reference.Blocks(ours)
+        blocks = stored.Blocks(ours)
         error = blocks.cut(_error(ours, theirs)) / (_largest(theirs, blocks)[:, None] if scale == 0 else scale)
         # Numbers of which a block of elements has one each count for themselves.
         error = blocks.join(error) if name in ONE_TO_A_BLOCK else error.amax(dim=1)
@@ -259,13 +259,13 @@ class Differences:
 
     @staticmethod
     def _spacings(p: Tensor, q: Tensor, eps: float | None = None) -> Tensor:
-        blocks = reference.Blocks(p)
+        blocks = stored.Blocks(p)
         spacing = (torch.finfo(p.dtype).eps if eps is None else eps) * _largest(q, blocks)
         return (blocks.cut(_error(p, q)) / spacing[:, None]).float().cpu()
 
     def _take_codes(self, name: str, ours: Tensor, theirs: Tensor) -> None:
         distance = (ours.int() - theirs.int()).abs()
-        self.codes.setdefault(name, []).append(reference.Blocks(ours).cut(distance).float().cpu())
+        self.codes.setdefault(name, []).append(stored.Blocks(ours).cut(distance).float().cpu())
 
     def violations(self, tolerance: Tolerance) -> list[str]:
         """What exceeds the tolerance, in words; empty where all is well.
@@ -305,7 +305,7 @@ def _error(ours: Tensor, theirs: Tensor) -> Tensor:
     return torch.where(equal, 0.0, (ours.double() - theirs.double()).abs().nan_to_num(math.inf, math.inf))
 
 
-def _largest(x: Tensor, blocks: reference.Blocks) -> Tensor:
+def _largest(x: Tensor, blocks: stored.Blocks) -> Tensor:
     """The largest finite magnitude of each block, float64 [blocks], not quite 0."""
     return blocks.cut(x.double().abs().nan_to_num(0.0, 0.0)).amax(dim=1).clamp_min(1e-37)
 

@@ -11,7 +11,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from automagic_bnb import Automagic8bit, bnb, cli, demo, demo_model, demo_pictures, plots
+from automagic_bnb import Automagic8bit, bnb
+from automagic_bnb.command import cli, demo, demo_model, demo_pictures
+from automagic_bnb.watch import plots
 
 CPU = torch.device("cpu")
 PICTURES = ["effective_rank.png", "learning_rates.png", "loss.png", "samples.png"]

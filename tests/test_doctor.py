@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from automagic_bnb import bnb, cli, doctor, fused, reference
+from automagic_bnb import bnb, fused, reference
+from automagic_bnb.command import cli, doctor
 
 HERE = Path(__file__).parent
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as some
 from rule_in_float64 import TileMeans
 from torch import Tensor
 
-from automagic_bnb import reference
 from automagic_bnb import state as st
+from automagic_bnb import stored
 from automagic_bnb.factored import Tiling
 
 SHAPES = some.one_of(
@@ -28,7 +28,7 @@ def values(shape: tuple[int, ...], seed: int = 0) -> Tensor:
 
 
 def means_of(x: Tensor) -> tuple[Tiling, Tensor, Tensor]:
-    tiling, blocks = Tiling.of(x), reference.Blocks(x)
+    tiling, blocks = Tiling.of(x), stored.Blocks(x)
     return tiling, tiling.row_means(blocks.cut(x)), tiling.column_means(blocks.cut(x))
 
 
@@ -44,7 +44,7 @@ def test_means_and_estimate_agree_with_indices_of_every_element(shape: tuple[int
     assert (tiling.rows, tiling.tiles * tiling.width) == (oracle.row.size, oracle.col.size)
     np.testing.assert_allclose(row, oracle.row, ROUNDING)
     np.testing.assert_allclose(col.view(-1), oracle.col, ROUNDING)
-    estimate = reference.Blocks(x).join(tiling.expand(row, col))
+    estimate = stored.Blocks(x).join(tiling.expand(row, col))
     np.testing.assert_allclose(estimate, oracle.held(), 4 * ROUNDING)
 
 
@@ -52,7 +52,7 @@ def test_means_and_estimate_agree_with_indices_of_every_element(shape: tuple[int
 def test_a_product_of_rows_and_columns_comes_back(shape: tuple[int, int]) -> None:
     """What has rank one is kept; the control, which has not, is not."""
     x = torch.outer(values((shape[0],), 1), values((shape[1],), 2))
-    blocks = reference.Blocks(x)
+    blocks = stored.Blocks(x)
     if 256 % shape[1] and shape[1] % 256:
         x[:] = values((shape[1],), 2)  # blocks that span parts of two rows: of rank one only where all rows are alike
     back = blocks.join((lambda t, row, col: t.expand(row, col))(*means_of(x))).view(shape)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from automagic_bnb import reference
 from automagic_bnb import state as st
+from automagic_bnb import stored
 from automagic_bnb.config import RULES, AutomagicConfig
 from automagic_bnb.optimizer import Automagic, Automagic8bit, Automagic32bit
 
@@ -74,7 +74,7 @@ def train(
 def snapshot(p: torch.nn.Parameter, opt: Automagic) -> Snapshot:
     """θ and all state under the rule's symbols; k and π unpacked."""
     state = opt.state[p]
-    k, polarity = reference.read_mask(state, reference.Blocks(p))
+    k, polarity = stored.read_mask(state, stored.Blocks(p))
     found = {"θ": p.detach(), "k": k, "π": polarity, "W": state["tensor_stats"][st.MASK_MEAN]}
     for symbol, names in SYMBOLS.items():
         held = [state[n].view(-1).double() for n in names if n in state]

@@ -254,7 +254,7 @@ def test_the_parts_do_not_show(
     opt, (p,) = trained(tools, made, [shape], lr=1e-3, **options)
     p.grad[1] = math.nan
     whole = opt.get_metrics()
-    monkeypatch.setattr(metrics, "CHUNK", 512)
+    monkeypatch.setattr(st, "CHUNK", 512)
     subject = metrics.subject_of(opt, opt.param_groups[0], p)
     assert subject is not None
     in_one_piece = factored(opt) and shape != (300, 512)  # no more than one tile below the other
@@ -410,7 +410,7 @@ def test_it_waits_for_nothing_on_the_way_and_stays_small(
     made: Any, tools: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No value is asked for before the one copy; no tensor made is near the parameter's size."""
-    monkeypatch.setattr(metrics, "CHUNK", 4096)
+    monkeypatch.setattr(st, "CHUNK", 4096)
     opt, (p,) = trained(tools, made, [(1024, 1024)], steps=1, lr=1e-3, percentile_clipping=50)
     held = [p, p.grad, *(x for x in opt.state[p].values() if isinstance(x, Tensor))]
     with Watch(held) as watch:

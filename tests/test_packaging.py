@@ -21,6 +21,8 @@ import automagic_bnb
 from automagic_bnb import Automagic8bit, Automagic32bit
 
 ROOT = Path(__file__).parents[1]
+ROOMS = ("automagic_bnb", "automagic_bnb/command", "automagic_bnb/watch")
+"""The folders of Python code that pyproject.toml lists by name, beside `kernels`."""
 
 
 def run(*command: str, cwd: Path, **environment: str) -> str:
@@ -56,7 +58,7 @@ def modules_of(folder: str) -> set[str]:
 
 def package_files() -> set[str]:
     """Every module, where it must lie once installed."""
-    package = {f"automagic_bnb/{name}" for name in modules_of("automagic_bnb")}
+    package = {f"{room}/{name}" for room in ROOMS for name in modules_of(room)}
     return package | {f"automagic_bnb/kernels/{name}" for name in modules_of("kernels")}
 
 
@@ -72,10 +74,11 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
     assert zipfile.ZipFile(wheel).read(f"{metadata}/top_level.txt").decode().split() == ["automagic_bnb"]
 
 
-def test_no_source_folder_has_subfolders() -> None:
-    """The list of packages in pyproject.toml is complete as long as there are none."""
-    for folder in ("automagic_bnb", "kernels"):
-        assert not [p for p in (ROOT / folder).iterdir() if p.is_dir() and p.name != "__pycache__"]
+def test_no_source_folder_has_other_subfolders() -> None:
+    """The list of packages in pyproject.toml is complete as long as these are all."""
+    for folder in (*ROOMS, "kernels"):
+        held = {f"{folder}/{p.name}" for p in (ROOT / folder).iterdir() if p.is_dir() and p.name != "__pycache__"}
+        assert held <= set(ROOMS)
 
 
 def test_the_wheel_says_what_it_needs(built: Path) -> None:
@@ -92,7 +95,7 @@ def test_the_wheel_says_what_it_needs(built: Path) -> None:
     assert any(line.startswith("bitsandbytes") and ">=0.50" in line and "<0.51" in line for line in needs)
     assert any(line.startswith("torch>=2.4") for line in needs)
     assert any(line.startswith("triton") and "Linux" in line for line in needs)
-    assert "automagic-bnb = automagic_bnb.cli:main" in entries
+    assert "automagic-bnb = automagic_bnb.command.cli:main" in entries
 
 
 def test_the_sdist_builds_without_the_checkout(built: Path) -> None:
@@ -164,7 +167,7 @@ def test_importing_has_no_side_effect(tmp_path: Path) -> None:
         "kernels": True,
     }
     assert {name.split(".")[0] for name in modules} <= {"automagic_bnb"} | {m for m in modules if "editable" in m}
-    heavy = ("automagic_bnb.kernels", "automagic_bnb.demo", "automagic_bnb.cli")
+    heavy = ("automagic_bnb.kernels", "automagic_bnb.command.demo", "automagic_bnb.command.cli")
     assert not [name for name in modules if name.startswith(heavy)]
 
 

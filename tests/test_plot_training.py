@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from automagic_bnb import Automagic8bit, RunLog, plot_training, read_run, training_metrics
-from automagic_bnb.panels import PANELS
-from automagic_bnb.plots import running_median
+from automagic_bnb.watch.panels import PANELS
+from automagic_bnb.watch.plots import running_median
 
 TITLES = [panel.title for panel in PANELS]
 

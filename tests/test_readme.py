@@ -1,7 +1,6 @@
-"""The READMEs do what they say: their code runs, their tables are the code's, their commands are the ones CI runs.
+"""The READMEs' tables are the code's, their commands are the ones CI runs, and the two of them agree.
 
-There are two, in English and in Traditional Chinese, with the same code. Where a test says "the README" it is the
-English one; what could differ between the two is tested of both.
+Where a test says "the README" it is the English one; what could differ between the two is tested of both.
 """
 
 from __future__ import annotations
@@ -12,198 +11,16 @@ import os
 import re
 import shutil
 import subprocess
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from readme_texts import CHANGELOG, CHINESE, CI, README, READMES, ROOT, both, code_blocks, section, without_code
 
 import automagic_bnb
-from automagic_bnb import AutomagicConfig, cli, hardware, metrics, monitoring, state
-
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-CHINESE = (ROOT / "README.zh-TW.md").read_text(encoding="utf-8")
-READMES = {"README.md": README, "README.zh-TW.md": CHINESE}
-both = pytest.mark.parametrize("text", READMES.values(), ids=READMES)
-CHANGELOG = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-CI = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-
-
-def code_blocks(language: str, text: str = README) -> list[tuple[int, str]]:
-    """Line number and text of each fenced block of a language."""
-    found = re.finditer(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    return [(text.count("\n", 0, match.start(1)) + 1, match[1]) for match in found]
-
-
-def section(title: str, text: str = README) -> str:
-    """The text under a heading of the second or third level, which there must be one of, up to the next such."""
-    (found,) = re.findall(rf"^###? {re.escape(title)}\n(.*?)(?=^###? |\Z)", text, re.MULTILINE | re.DOTALL)
-    return found
-
-
-def without_code(text: str) -> str:
-    """The text without its fenced blocks, in which a line may begin as a heading or a table does."""
-    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
-
-
-# ------------------------------------------------------------------------------------------------------------ examples
-
-PYTHON = code_blocks("python")
-EXAMPLES = [(name, line, code) for name, text in READMES.items() for line, code in code_blocks("python", text)]
-NEEDED = {
-    "transformers": "transformers",
-    "Trainer(": "accelerate",
-    "TensorBoardLogger": "tensorboard",
-    "plot_": "matplotlib",
-    "write_dashboard": "plotly",
-    "bitsandbytes": "bitsandbytes",
-}
-"""What an example with this text needs besides the package's own requirements."""
-
-
-@both
-def test_there_is_code(text: str) -> None:
-    """Every opened fence is closed, and the examples are found."""
-    assert len(re.findall(r"^```", text, re.MULTILINE)) % 2 == 0
-    assert len(code_blocks("python", text)) >= 15
-
-
-def need_packages(code: str) -> None:
-    """Skip where an example's optional packages are missing."""
-    for words, package in NEEDED.items():
-        if words in code:
-            pytest.importorskip(package)
-
-
-@pytest.mark.parametrize(("name", "line", "code"), EXAMPLES, ids=[f"{name} line {line}" for name, line, _ in EXAMPLES])
-def test_python_code_runs_as_written(
-    name: str, line: int, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By itself, in an empty folder, on the CPU, with finite weights at its end and without a warning of ours."""
-    need_packages(code)
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(line)
-    names: dict[str, Any] = {"__name__": "__main__"}
-    with warnings.catch_warnings():
-        # A trainer warns of what it pleases: here, of memory to be pinned for a GPU that is missing.
-        warnings.simplefilter("ignore" if re.search("transformers|lightning.pytorch", code) else "error")
-        exec(compile("\n" * (line - 1) + code, name, "exec"), names)
-    tensors = [p for x in names.values() if isinstance(x, torch.nn.Module) for p in x.parameters()]
-    tensors += [x for x in names.values() if isinstance(x, torch.Tensor)]
-    assert tensors or "weights" in names
-    assert all(torch.isfinite(x).all() for x in tensors)
-
-
-def bare(language: str, code: str) -> str:
-    """Code without its comments."""
-    if language == "python":
-        return ast.unparse(ast.parse(code))
-    return code
-
-
-def test_both_have_the_same_code() -> None:
-    """Block by block, in the same order; comments are in the reader's language, the development part in English."""
-    fence = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-    english, chinese = (
-        [(language, bare(language, code)) for language, code in fence.findall(text)]
-        for text in (README.partition("\n## Development\n")[0], CHINESE)
-    )
-    assert [language for language, _ in english] == [language for language, _ in chinese]
-    for one, other in zip(english, chinese, strict=True):
-        assert one == other
-
-
-def run(line_with: str) -> dict[str, Any]:
-    """The names that the one example with this text leaves behind."""
-    ((line, code),) = [(line, code) for line, code in PYTHON if line_with in code]
-    need_packages(code)
-    torch.manual_seed(line)
-    names: dict[str, Any] = {"__name__": "__main__"}
-    exec(compile(code, "README.md", "exec"), names)
-    return names
-
-
-def test_the_first_example_learns() -> None:
-    """Its LoRA leaves zero, and the rate printed is one that was found."""
-    names = run("frozen")
-    assert names["lora_B"].abs().max() > 0
-    assert float(names["optimizer"].get_avg_learning_rate()) > 1e-6
-
-
-def test_the_fused_backward_steps() -> None:
-    """No gradient is left, and every weight has a state."""
-    names = run("step_and_drop")
-    assert all(p.grad is None for p in names["model"].parameters())
-    assert all(names["optimizer"].state[p]["step"] == 1 for p in names["model"].parameters())
-
-
-def test_the_overrides_hold() -> None:
-    """The embedding's rate is the one given, the second group's options are its own."""
-    names = run("override_config")
-    optimizer, embedding = names["optimizer"], names["embedding"].weight
-    options = optimizer.effective_options(optimizer.param_groups[0], embedding)
-    assert (options["optim_bits"], options["lr"]) == (32, 1e-5)
-    assert [group["cautious"] for group in optimizer.param_groups] == [True, False]
-    assert [group["lr"] for group in optimizer.param_groups] == [1e-4, 3e-4]
-
-
-def test_the_checkpoint_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both optimizers hold the same."""
-    monkeypatch.chdir(tmp_path)
-    names = run("checkpoint.pt")
-    pairs = zip(names["model"].parameters(), names["resumed"].parameters(), strict=True)
-    for old, new in pairs:
-        a, b = names["optimizer"].state[old], names["resumed_optimizer"].state[new]
-        assert torch.equal(old, new)
-        assert torch.equal(a["state1"], b["state1"])
-        assert a["step"] == b["step"] == 1
-
-
-def test_the_storage_changes_as_the_schedule_says() -> None:
-    """32 bits, then 8, then factored; and by hand back to 32, one parameter excepted."""
-    names = run("ProgressiveQuantization")
-    first, _, second = names["model"]
-    held = [state.storage_held(names["optimizer"].state[p]) for p in (first.weight, second.weight)]
-    assert held == ["factored", "32bit"]
-    assert names["schedule"].options() == {"optim_bits": 8, "min_8bit_size": 0, "factored": True}
-
-
-def test_the_memory_report_is_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
-    """Before the first step, and printed twice."""
-    names = run("analyze_memory_usage")
-    assert names["report"]["basis"] == "planned"
-    assert names["report"]["factored_parameters"] == 1024 * 1024
-    assert f"{names['report']['bytes_per_parameter']:.2f} bytes" in capsys.readouterr().out
-
-
-def test_the_run_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten times, in both places, and drawn."""
-    monkeypatch.chdir(tmp_path)
-    names = run("TensorBoardLogger")
-    assert names["run"].series["loss"].steps.tolist() == list(range(0, 100, 10))
-    assert {"lr/mean", "state_bytes"} <= names["run"].series.keys()
-    assert (tmp_path / "training.png").stat().st_size > 10_000
-    assert list((tmp_path / "tensorboard").iterdir())
-
-
-def test_the_monitor_has_looked() -> None:
-    """At every loss."""
-    names = run("AdaptiveTrainingMonitor")
-    assert len(names["losses"]) == 200
-    assert names["report"]["status"] in ("healthy", "warning")
-
-
-def test_the_other_optimizer_is_taken_over() -> None:
-    """Its options, and its step."""
-    names = run("migrate_options")
-    optimizer, model = names["optimizer"], names["model"]
-    assert optimizer.state[model.weight]["step"] == 2
-    assert optimizer.param_groups[0]["lr"] == 2e-4
-    assert optimizer.param_groups[0]["weight_decay"] == 0.01
-
+from automagic_bnb import AutomagicConfig, hardware, metrics, state
+from automagic_bnb.command import cli
+from automagic_bnb.watch import monitoring
 
 # -------------------------------------------------------------------------------------------------------------- tables
 
@@ -333,7 +150,7 @@ def test_the_probes_cost_what_the_table_says() -> None:
 def test_every_state_tensor_is_in_the_changelog() -> None:
     """A new one changes the format, and the changelog marks that."""
     text = CHANGELOG.partition("### State format")[2]
-    assert {key for key in state.TENSOR_KEYS if f"`{key}`" not in text} == set()
+    assert {key for key in state.KEYS if f"`{key}`" not in text} == set()
     assert f"## [{automagic_bnb.__version__}]" in CHANGELOG
 
 
@@ -452,57 +269,3 @@ def test_the_measured_table_has_its_place(title: str, text: str) -> None:
     assert re.search(f"{marks[0]}.*{marks[1]}", section(title, text), re.DOTALL)
     measured = [re.findall(r"\d+(?:\.\d+)? ms(?: \(\d+\.\d+×\))?", section(*of)) for of in SPEED]
     assert measured[0] == measured[1]
-
-
-# --------------------------------------------------------------------------------------------------------- local names
-
-SOURCES = ("pyproject.toml", "README.md", "README.zh-TW.md", "CHANGELOG.md", "LICENSE", ".gitignore")
-FOLDERS = (".ci", "automagic_bnb", "kernels", "tests", "benchmarks")
-LOCAL_PATH = re.compile(
-    r"(?<![\w.~*)\]}-])/(?:home|root|work|opt|tmp|mnt|srv|var|Users)(?:/[\w.]|\b(?![/\w]))"
-    r"|\b[A-Z]:\\{1,2}\w|file:/{3}|~/[\w.]"
-)
-REGISTRY = re.compile(
-    r"\b(?:pypi|pythonhosted|anaconda|npmjs|crates)\.(?:org|com|io)|download\.pytorch|/simple\b/"
-    r"|index[-_]url|find[-_]links|trusted[-_]host",
-    re.IGNORECASE,
-)
-
-
-def source_files() -> Iterator[Path]:
-    """The project's files of text, wherever the checkout lies."""
-    yield from (ROOT / name for name in SOURCES)
-    for folder in FOLDERS:
-        yield from (p for p in (ROOT / folder).rglob("*") if p.is_file() and p.suffix not in (".pyc", ".png"))
-
-
-def local_names(text: str) -> list[str]:
-    return [match[0] for pattern in (LOCAL_PATH, REGISTRY) for match in pattern.finditer(text)]
-
-
-def test_no_file_names_a_local_path_or_a_registry() -> None:
-    """They mean nothing on another machine."""
-    paths = list(source_files())
-    assert len(paths) > 30
-    found = {str(p.relative_to(ROOT)): local_names(p.read_text(encoding="utf-8", errors="replace")) for p in paths}
-    assert {name: names for name, names in found.items() if names} == {}
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("", "home", "someone", "model"),
-        ("cd ", "work", "main"),
-        ("'", "tmp'"),
-        ("C:\\", "Users"),
-        ("file:/", "", "checkout"),
-        ("~", "checkout"),
-        ("https:/", "py" + "pi.org", "project"),
-        ("--index" + "-url https:/", "mirror"),
-    ],
-)
-def test_the_search_finds_such_names(words: tuple[str, ...]) -> None:
-    """The negative control; put together here, so that this file does not contain them."""
-    joined = "".join(words) if words[0].startswith("C:") else "/".join(words)
-    assert local_names(joined)
-    assert not local_names("benchmarks/results, a/opt/b, automagic_bnb.kernels, tmp_path / 'store', and/or")

@@ -15,8 +15,8 @@ import torch
 from rule_in_float64 import RuleInFloat64
 from torch import Tensor
 
+from automagic_bnb import auto_lr, low_rank, optimizer, reference, scalars, stored
 from automagic_bnb import quantization as q
-from automagic_bnb import reference
 from automagic_bnb import state as st
 from automagic_bnb.optimizer import Automagic32bit
 
@@ -142,7 +142,7 @@ class Pair:
             found["norms"] = relative(state["gnorm_vec"][: o.t], np.array(o.norms))
         if o.options["auto_lr"]:
             d = self.opt.param_groups[0]["auto_lr_rate"]
-            reference.find_rate(d, [stats], o.options["min_lr"], o.options["max_lr"])
+            auto_lr.find_rate(d, [stats], o.options["min_lr"], o.options["max_lr"])
             found["d"] = abs(d.item() / o.d - 1)
             total = sum(np.abs(z).sum() for z in o.z.values())
             found["sums"] = max(
@@ -309,7 +309,7 @@ def test_comparison_sees_a_constant_that_is_slightly_off(
     name: str, constant: str, value: float, seen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Negative control: each constant of the rule is decisive in the scenario that is meant to test it."""
-    monkeypatch.setattr(reference, constant, value)
+    monkeypatch.setattr(low_rank if constant.startswith("LOW_RANK") else reference, constant, value)
     assert seen in violations(run_scenario(name, (16, 32)).errors())
 
 
@@ -319,13 +319,13 @@ def test_comparison_sees_a_scalar_that_is_slightly_off(
     field: str, factored: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Negative control: each number worked out per step reaches θ, in both storages."""
-    right = reference.step_scalars
+    right = scalars.step_scalars
 
-    def wrong(*args: Any) -> reference.Scalars:
+    def wrong(*args: Any) -> scalars.Scalars:
         scalars = right(*args)
         return dataclasses.replace(scalars, **{field: getattr(scalars, field) * 1.001})
 
-    monkeypatch.setattr(reference, "step_scalars", wrong)
+    monkeypatch.setattr(optimizer, "step_scalars", wrong)
     options = {"lora": True, "min_lr": 9.5e-3, "max_lr": 1.1e-2}
     assert "theta" in violations(Pair((16, 32), factored, **options).run().errors())
 
@@ -347,7 +347,7 @@ def test_comparison_sees_a_short_block_taken_for_a_full_one(
     shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Negative control: means of the last block run over its real elements."""
-    monkeypatch.setattr(reference.Blocks, "mean", lambda self, x: x.sum(dim=1, keepdim=True) / q.BLOCK)
+    monkeypatch.setattr(stored.Blocks, "mean", lambda self, x: x.sum(dim=1, keepdim=True) / q.BLOCK)
     assert {"sigma", "theta"} <= violations(run_scenario("defaults", shape).errors()).keys()
 
 

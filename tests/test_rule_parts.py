@@ -15,7 +15,7 @@ from hypothesis import strategies as some
 from torch import Tensor
 
 from automagic_bnb import quantization as q
-from automagic_bnb import reference
+from automagic_bnb import reference, stored
 from automagic_bnb import state as st
 from automagic_bnb.optimizer import Automagic, Automagic8bit, Automagic32bit
 
@@ -89,7 +89,7 @@ def test_frequency_filter_has_the_stated_gain(shape: tuple[int, int], penalty: f
     g = torch.from_numpy(scipy.fft.idctn(spectrum, norm="ortho").astype(np.float32))
     p, x = np.mgrid[:rows, :columns]
     gain = 1 - penalty / 8 * (4 * np.sin(np.pi * p / (2 * rows)) ** 2 + 4 * np.sin(np.pi * x / (2 * columns)) ** 2)
-    blocks = reference.Blocks(g)
+    blocks = stored.Blocks(g)
     options = {"frequency_penalty": penalty, "edge_suppression": False}
     cut, lap = blocks.cut(g), blocks.cut(reference.laplacian(g))
     filtered = blocks.join(reference.spatial_filter(cut, lap, torch.zeros(blocks.blocks, 1), blocks, options))
@@ -218,7 +218,7 @@ def decoded(state: st.State, number: int) -> Tensor:
     values = state[f"state{number}"]
     if values.dtype == torch.float32:
         return values.clone()
-    blocks = reference.Blocks(values)
+    blocks = stored.Blocks(values)
     book = state["qmap1" if number == 1 else "qmap2"]
     return blocks.join(q.decode(blocks.cut(values), state[f"absmax{number}"], book)).view(values.shape)
 
@@ -267,7 +267,7 @@ def test_mask_stops_at_its_limits(storage: str) -> None:
     for t in range(50):
         g = noise(SHAPE, t).abs() + 0.1
         step(opt, p, torch.where(alternating & (t % 2 == 1), -g, g))
-    k = reference.read_mask(opt.state[p], reference.Blocks(p))[0].view(-1)[: p.numel()].view(SHAPE)
+    k = stored.read_mask(opt.state[p], stored.Blocks(p))[0].view(-1)[: p.numel()].view(SHAPE)
     assert (k[alternating] == -32).all()
     assert (k[~alternating] == 31).all()
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as some
 from torch import Tensor
 
 from automagic_bnb import AutomagicConfig, Spectrum, plot_spectrum, spectrum
-from automagic_bnb.spectrum import dct2
+from automagic_bnb.watch.spectrum import dct2
 
 FLOAT64 = 1e-12
 """Relative to the largest coefficient: an FFT in double precision loses a few bits of 53."""
@@ -139,7 +139,7 @@ def test_many_slices_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     x = normal(50, 4, 5)
     whole = spectrum(x)
     # The package's attribute of that name is the function.
-    monkeypatch.setattr(sys.modules["automagic_bnb.spectrum"], "PIECE", 60)
+    monkeypatch.setattr(sys.modules["automagic_bnb.watch.spectrum"], "PIECE", 60)
     assert spectrum(x).energy_after == pytest.approx(whole.energy_after, rel=1e-12)
 
 

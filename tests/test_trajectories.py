@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from automagic_bnb import bnb, reference
+from automagic_bnb import bnb, stored
 from automagic_bnb import quantization as q
 from automagic_bnb import state as st
-from automagic_bnb.moments import Moments, moments_of
 from automagic_bnb.optimizer import Automagic8bit
+from automagic_bnb.stored import Moments, moments_of
 
 STEPS = 500
 STORAGES: dict[str, dict[str, Any]] = {
@@ -193,7 +193,7 @@ def v_after_a_drop(storage: str) -> Tensor:
         p.grad = normal(q.BLOCK, seed=t) * (1.0 if t < 20 else 0.1)
         opt.step()
     keep = torch.ones(1, q.BLOCK, dtype=torch.bool)
-    return moments_of(opt.state[p], reference.Blocks(p), keep).read(2)
+    return moments_of(opt.state[p], stored.Blocks(p), keep).read(2)
 
 
 def test_optimizer_follows_a_falling_gradient(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,136 @@
+"""The command `automagic-bnb`.
+
+A subcommand is one `add_…` function, which declares its options and sets `run`: parsed options in, exit status out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+PROFILES = ("memory_optimized", "balanced", "quality_optimized")
+INTERRUPTED = 130
+"""The exit status that shells expect after Ctrl-C."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status; wrong usage exits with status 2 and a message."""
+    parser = argparse.ArgumentParser(prog="automagic-bnb", description="Tools around the Automagic optimizers.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    add_demo(commands)
+    add_doctor(commands)
+    add_dashboard(commands)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return INTERRUPTED
+
+
+def add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare `demo`; its defaults are those of `DemoOptions`."""
+    from automagic_bnb.command.demo import DemoOptions
+
+    parser = commands.add_parser(
+        "demo",
+        help="train a small image generator with Automagic8bit and with AdamW8bit, and compare",
+        description="Adapt a small generator of handwritten digits to new classes by a LoRA, with Automagic8bit and "
+        "with AdamW8bit; print a comparison and write pictures. Takes about two minutes on two CPU cores.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--steps", type=positive_int, help="LoRA steps for each optimizer")
+    parser.add_argument("--base-steps", type=positive_int, help="training steps of the base model")
+    parser.add_argument("--seed", type=natural_number, help="fixes the split, the weights, the batches and the noise")
+    parser.add_argument("--out", type=Path, help="folder for the pictures")
+    parser.add_argument("--profile", choices=PROFILES, help="profile of Automagic8bit")
+    parser.add_argument("--lr", type=positive_float, help="rate for Automagic8bit (None: it finds its own)")
+    parser.add_argument("--adamw-lr", type=positive_float, help="rate for AdamW8bit")
+    parser.add_argument("--rank", type=positive_int, help="rank of the LoRA; below 8 its states stay in 32 bits")
+    parser.add_argument("--device", help="torch device (None: a GPU if there is one)")
+    parser.set_defaults(run=run_demo, **vars(DemoOptions()))
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    """`automagic-bnb demo`."""
+    from automagic_bnb.command import demo
+
+    options = {name: value for name, value in vars(args).items() if name != "run"}
+    try:
+        runs = demo.run_demo(demo.DemoOptions(**options))
+    except demo.DemoError as e:
+        sys.stderr.write(f"automagic-bnb demo: error: {e}\n")
+        return 1
+    return 0 if demo.is_complete(runs) else INTERRUPTED
+
+
+def add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare `doctor`."""
+    parser = commands.add_parser(
+        "doctor",
+        help="check the installation, and test a step on every device",
+        description="Print the versions of all that takes part, say how the optimizer runs here, and test a step on "
+        "every device. Exits with status 1 where something is wrong, and says what to do.",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, for a bug report")
+    parser.set_defaults(run=run_doctor)
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    """`automagic-bnb doctor`."""
+    from automagic_bnb.command import doctor
+
+    return doctor.run_doctor(args.json)
+
+
+def add_dashboard(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare `dashboard`."""
+    parser = commands.add_parser(
+        "dashboard",
+        help="write a page that compares training runs",
+        description="Write one HTML file that compares all runs logged in a folder and below it. It opens in a browser "
+        "without a network.",
+    )
+    parser.add_argument("logdir", metavar="LOGDIR", type=Path, help="folder with run logs")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="file to write (default: LOGDIR/dashboard.html)")
+    parser.set_defaults(run=run_dashboard)
+
+
+def run_dashboard(args: argparse.Namespace) -> int:
+    """`automagic-bnb dashboard`."""
+    from automagic_bnb.watch import dashboard
+
+    try:
+        path = dashboard.write_dashboard(args.logdir, args.out)
+    except (ImportError, OSError, ValueError) as e:
+        sys.stderr.write(f"automagic-bnb dashboard: error: {e}\n")
+        return 1
+    sys.stdout.write(f"{path}\n")
+    return 0
+
+
+def natural_number(text: str) -> int:
+    """A whole number from 0, as argparse wants it: ValueError for anything else."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative: {text}")
+    return number
+
+
+def positive_int(text: str) -> int:
+    """A whole number from 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1: {text}")
+    return number
+
+
+def positive_float(text: str) -> float:
+    """A finite number above 0."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a finite number above 0: {text}")
+    return number

@@ -1,0 +1,428 @@
+"""The demo: a small image generator that knows the digits 0-4 learns 5-9 through a LoRA, with two optimizers.
+
+The data are scikit-learn's bundled handwritten digits (8×8 pixels). A class-conditional flow-matching model is trained
+once on 0-4 with `torch.optim.AdamW`. A LoRA then adapts it to 5-9: once with `Automagic8bit` and once with
+bitsandbytes' `AdamW8bit`, from the same base weights, the same LoRA initialisation and the same batches. The
+validation loss is taken on held-out images with noise and times drawn once, so its values are comparable.
+
+`Automagic8bit` is given no learning rate unless the user passes one. `AdamW8bit` needs one: see `ADAMW_LR`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import Parameter
+from torch.optim.optimizer import Optimizer
+
+from automagic_bnb.command.demo_model import (
+    PIXELS,
+    FlowBatch,
+    VelocityModel,
+    flow_matching_loss,
+    lora_matrices,
+    make_base,
+    random_stream,
+    sample,
+    trainable,
+    with_lora,
+)
+from automagic_bnb.watch import singular
+
+BASE_CLASSES = range(5)
+LORA_CLASSES = range(5, 10)
+BATCH = 128
+BASE_LR = 1e-3
+ADAMW_LR = 2e-3
+"""AdamW8bit's default rate: its best of 5e-4, 1e-3, 2e-3, 3e-3, 5e-3 and 1e-2 by validation loss after 400 steps at
+seed 0, and of the four rates from 1e-3 to 5e-3 by the mean over the seeds 0, 1 and 2."""
+VALIDATION_INTERVAL = 25
+SAMPLES_PER_CLASS = 8
+
+
+class DemoError(RuntimeError):
+    """The demo cannot run here; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """What the command line sets; rates are per step, `lr=None` lets `Automagic8bit` find its own."""
+
+    steps: int = 400
+    base_steps: int = 800
+    seed: int = 0
+    out: Path = Path("automagic_demo")
+    profile: str = "balanced"
+    lr: float | None = None
+    adamw_lr: float = ADAMW_LR
+    rank: int = 8
+    device: str | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+class Examples(NamedTuple):
+    """Images, float32 [n, 64] with pixels from -1 (paper) to 1 (ink), and labels, int64 [n]."""
+
+    images: Tensor
+    labels: Tensor
+
+
+def load_digits(classes: range, seed: int) -> tuple[Examples, Examples]:
+    """The digits of these classes, shuffled, as a training part (80 %) and a validation part (20 %)."""
+    bundled = optional_import("sklearn.datasets").load_digits()
+    images = torch.tensor(bundled.data, dtype=torch.float32) / 8 - 1  # pixels are stored as 0…16
+    labels = torch.tensor(bundled.target, dtype=torch.int64)
+    order = torch.randperm(len(labels), generator=random_stream(seed, "split"))
+    order = order[torch.isin(labels[order], torch.tensor(classes))]
+    held_out, kept = order.tensor_split([len(order) // 5])
+    return Examples(images[kept], labels[kept]), Examples(images[held_out], labels[held_out])
+
+
+def draw_batch(examples: Examples, generator: torch.Generator, device: torch.device) -> FlowBatch:
+    """A random training batch. It is drawn on the CPU, so that every device sees the same one."""
+    chosen = torch.randint(len(examples.labels), (BATCH,), generator=generator)
+    noise = torch.randn(BATCH, PIXELS, generator=generator)
+    times = torch.rand(BATCH, generator=generator)
+    batch = FlowBatch(examples.images[chosen], noise, times, examples.labels[chosen])
+    return FlowBatch(*(x.to(device) for x in batch))
+
+
+def validation_batch(examples: Examples, seed: int, device: torch.device, draws: int = 8) -> FlowBatch:
+    """Every held-out image `draws` times, with fixed noise and with times spread evenly over 0…1."""
+    generator = random_stream(seed, "validation")
+    images, labels = examples.images.repeat(draws, 1), examples.labels.repeat(draws)
+    noise = torch.randn(images.shape, generator=generator)
+    times = (torch.randperm(len(labels), generator=generator) + 0.5) / len(labels)
+    return FlowBatch(*(x.to(device) for x in (images, noise, times, labels)))
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+@dataclass
+class History:
+    """What a training run records: one entry a step, or one a validation, every `VALIDATION_INTERVAL` steps if any."""
+
+    train_loss: list[float] = field(default_factory=list)
+    learning_rate: list[float] = field(default_factory=list)
+    step_ms: list[float] = field(default_factory=list)
+    validation_step: list[int] = field(default_factory=list)
+    validation_loss: list[float] = field(default_factory=list)
+    effective_rank: list[float] = field(default_factory=list)
+    """Of what the LoRA adds to a weight, B·A, at each validation: the mean over the layers."""
+    interrupted: bool = False
+
+    def validate(self, model: VelocityModel, batch: FlowBatch | None) -> None:
+        """Append loss and ranks, if there is a validation batch and this step has none yet."""
+        taken = len(self.train_loss)
+        if batch is not None and taken not in self.validation_step:
+            with torch.no_grad():
+                loss = flow_matching_loss(model, batch).item()
+            self.validation_step.append(taken)
+            self.validation_loss.append(loss)
+            self.effective_rank.append(statistics.fmean(map(singular.effective_rank, lora_products(model))))
+
+
+def train(
+    model: VelocityModel,
+    optimizer: Optimizer,
+    examples: Examples,
+    *,
+    steps: int,
+    seed: int,
+    title: str,
+    validation: FlowBatch | None = None,
+) -> History:
+    """Train in place, behind a progress bar. Ctrl-C ends it early and is recorded."""
+    device = model.class_codes.device
+    generator = random_stream(seed, "batches")
+    history = History()
+    with optional_import("tqdm").tqdm(total=steps, desc=title, mininterval=0.2) as bar:
+        try:
+            for step in range(steps):
+                if step % VALIDATION_INTERVAL == 0:
+                    history.validate(model, validation)
+                train_step(model, optimizer, draw_batch(examples, generator, device), history)
+                rate = f"{history.learning_rate[-1]:.2e}"
+                bar.set_postfix(loss=f"{history.train_loss[-1]:.3f}", lr=rate, refresh=False)
+                bar.update()
+        except KeyboardInterrupt:
+            history.interrupted = True
+        history.validate(model, validation)
+    return history
+
+
+@torch.no_grad()
+def lora_products(model: VelocityModel) -> list[Tensor]:
+    """What the LoRA adds to each layer's weight, B·A: A and B alone are known but for a factor between them."""
+    matrices = lora_matrices(model)
+    return [b @ a for a, b in zip(matrices["lora_A"], matrices["lora_B"], strict=True)]
+
+
+def train_step(model: nn.Module, optimizer: Optimizer, batch: FlowBatch, history: History) -> None:
+    """One gradient step; only the optimizer's own part is timed."""
+    loss = flow_matching_loss(model, batch)
+    optimizer.zero_grad()
+    loss.backward()
+    synchronize(batch.images.device)
+    start = time.perf_counter()
+    optimizer.step()
+    synchronize(batch.images.device)
+    history.step_ms.append(1000 * (time.perf_counter() - start))
+    history.learning_rate.append(learning_rate(optimizer))
+    history.train_loss.append(loss.item())
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the GPU, which works asynchronously; nothing to do on the CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def learning_rate(optimizer: Any) -> float:
+    """The rate in force: Automagic's mean, which it may have found itself, or another optimizer's `lr`."""
+    if hasattr(optimizer, "get_avg_learning_rate"):
+        return float(optimizer.get_avg_learning_rate())
+    return float(optimizer.param_groups[0]["lr"])
+
+
+# ---------------------------------------------------------------------------------------------------------- comparison
+
+
+@dataclass
+class Run:
+    """One optimizer's LoRA training, finished or interrupted."""
+
+    label: str
+    model: VelocityModel
+    optimizer: Optimizer
+    history: History
+    rate_origin: str
+    """Whether the learning rate was "found" by the optimizer or "given" to it."""
+
+
+def contestants(options: DemoOptions) -> dict[str, Callable[[list[Parameter]], Optimizer]]:
+    """The two optimizers by label. Without bitsandbytes both keep their state in 32 bits, and the labels say so."""
+    from automagic_bnb import Automagic8bit
+    from automagic_bnb.bnb import BITSANDBYTES_AVAILABLE
+
+    def automagic(parameters: list[Parameter]) -> Optimizer:
+        rate: dict[str, Any] = {} if options.lr is None else {"lr": options.lr}
+        return Automagic8bit(parameters, profile=options.profile, seed=options.seed, **rate)
+
+    def adamw(parameters: list[Parameter]) -> Optimizer:
+        if not BITSANDBYTES_AVAILABLE:
+            return torch.optim.AdamW(parameters, lr=options.adamw_lr)
+        return optional_import("bitsandbytes").optim.AdamW8bit(parameters, lr=options.adamw_lr)
+
+    if BITSANDBYTES_AVAILABLE:
+        return {"Automagic8bit": automagic, "AdamW8bit": adamw}
+    return {"Automagic, 32-bit state": automagic, "torch AdamW, 32-bit state": adamw}
+
+
+def train_base(base: VelocityModel, options: DemoOptions) -> bool:
+    """Teach the model the digits 0-4, in place. Returns whether it ran to the end."""
+    examples, _ = load_digits(BASE_CLASSES, options.seed)
+    adamw = torch.optim.AdamW(base.parameters(), lr=BASE_LR)
+    title = "base model, digits 0-4"
+    history = train(base, adamw, examples, steps=options.base_steps, seed=options.seed, title=title)
+    return not history.interrupted
+
+
+def compare(base: VelocityModel, options: DemoOptions) -> list[Run]:
+    """Train one LoRA per optimizer from the same start on the same batches; stops after an interrupted one."""
+    runs: list[Run] = []
+    steps, seed = options.steps, options.seed
+    examples, held_out = load_digits(LORA_CLASSES, seed)
+    validation = validation_batch(held_out, seed, base.class_codes.device)
+    for label, make_optimizer in contestants(options).items():
+        model = with_lora(base, options.rank, seed)
+        optimizer = make_optimizer(trainable(model))
+        history = train(model, optimizer, examples, steps=steps, seed=seed, title=label, validation=validation)
+        found = options.lr is None and hasattr(optimizer, "get_avg_learning_rate")
+        runs.append(Run(label, model, optimizer, history, "found" if found else "given"))
+        if history.interrupted:
+            break
+    return runs
+
+
+def state_bytes_per_parameter(optimizer: Optimizer) -> float:
+    """Bytes of the optimizer's state tensors per element trained; a storage that several share counts once."""
+    tensors = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    elements = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    return sum(storages.values()) / elements
+
+
+def learned_rates(run: Run) -> dict[str, Tensor]:
+    """The rate of every single weight, float32 [n] on the CPU, by kind of LoRA matrix: empty for AdamW."""
+    optimizer: Any = run.optimizer
+    if not hasattr(optimizer, "element_learning_rates"):
+        return {}
+    return {
+        kind: torch.cat([optimizer.element_learning_rates(p).flatten().cpu() for p in matrices])
+        for kind, matrices in lora_matrices(run.model).items()
+    }
+
+
+def mean_rate(run: Run) -> float:
+    """The learning rate after the last step, as the mean over all weights where they differ."""
+    rates = learned_rates(run)
+    return torch.cat(list(rates.values())).mean().item() if rates else learning_rate(run.optimizer)
+
+
+def result_table(runs: list[Run]) -> Any:
+    """The figures as a `rich.table.Table`: a row per figure, a column per optimizer."""
+    on_cpu = runs[0].model.class_codes.device.type == "cpu"
+    caption = "On the CPU Automagic runs as plain PyTorch; its one-pass kernel needs a GPU." if on_cpu else None
+    table = optional_import("rich.table").Table(title="LoRA onto the digits 5-9", caption=caption)
+    table.add_column("")
+    for run in runs:
+        table.add_column(run.label, justify="right")
+
+    def add_row(title: str, cell: Callable[[Run], str]) -> None:
+        table.add_row(title, *map(cell, runs))
+
+    add_row("validation loss before LoRA", lambda run: f"{run.history.validation_loss[0]:.4f}")
+    add_row("validation loss after", lambda run: f"{run.history.validation_loss[-1]:.4f}")
+    add_row("steps taken", lambda run: f"{len(run.history.train_loss)}")
+    add_row("state, bytes per parameter", lambda run: f"{state_bytes_per_parameter(run.optimizer):.2f}")
+    add_row("optimizer step, ms (median)", lambda run: f"{statistics.median(run.history.step_ms):.2f}")
+    add_row("learning rate, mean", lambda run: f"{mean_rate(run):.2e} {run.rate_origin}")
+    return table
+
+
+# ------------------------------------------------------------------------------------------------------------- command
+
+
+def optional_import(name: str) -> Any:
+    """A module that only the demo needs.
+
+    Raises:
+        DemoError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as e:
+        raise DemoError(f'the demo needs {name.split(".")[0]}: pip install "automagic-bnb[demo]"') from e
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name; a GPU if there is one where no name is given.
+
+    Raises:
+        DemoError: torch does not know it, or it is not there.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as e:  # what torch raises for unusable devices
+        raise DemoError(f"cannot use the device {name!r}: {str(e).splitlines()[0]}") from e
+
+
+def prepare_folder(folder: Path) -> Path:
+    """The absolute path of the folder for the pictures, made and tried out before anything is computed.
+
+    Raises:
+        DemoError: it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as e:
+        raise DemoError(f"cannot write to the folder {folder}: {e.strerror}; choose another with --out") from e
+    return folder.resolve()
+
+
+def save_pictures(folder: Path, base: VelocityModel, runs: list[Run], seed: int) -> None:
+    """Write samples.png, loss.png, learning_rates.png and effective_rank.png."""
+    from automagic_bnb.command import demo_pictures
+
+    labels = torch.tensor(LORA_CLASSES).repeat_interleave(SAMPLES_PER_CLASS)
+    _, held_out = load_digits(LORA_CLASSES, seed)
+    real = [held_out.images[held_out.labels == digit][:SAMPLES_PER_CLASS] for digit in LORA_CLASSES]
+    panels = {"real digits, held out": torch.cat(real), "samples before the LoRA": sample(base, labels, seed)}
+    panels |= {f"samples, {run.label}": sample(run.model, labels, seed) for run in runs}
+    images = {title: images.cpu().numpy() for title, images in panels.items()}
+    demo_pictures.save_samples(folder / "samples.png", images, list(LORA_CLASSES))
+
+    demo_pictures.save_curves(folder / "loss.png", {run.label: run.history for run in runs})
+
+    learned = {f"{runs[0].label}, {kind}": rates.numpy() for kind, rates in learned_rates(runs[0]).items()}
+    marks = {"mean": mean_rate(runs[0]), "upper bound (max_lr)": runs[0].optimizer.param_groups[0]["max_lr"]}
+    marks |= {f"{run.label}, all weights": mean_rate(run) for run in runs[1:]}
+    demo_pictures.save_learning_rates(folder / "learning_rates.png", learned, marks)
+    save_ranks(folder / "effective_rank.png", runs)
+
+
+def save_ranks(path: Path, runs: list[Run]) -> None:
+    """Write the singular values of what the LoRAs end by adding, and their effective rank on the way there."""
+    from automagic_bnb.watch import plots
+
+    values, ranks = {}, {}
+    for run in runs:
+        matrices = [p for of_kind in lora_matrices(run.model).values() for p in of_kind]
+        rank = min(min(p.shape) for p in matrices)  # a product has no more values that are not 0
+        of_layers = [singular.singular_values(product)[:rank] for product in lora_products(run.model)]
+        values[run.label] = torch.stack(of_layers).mean(dim=0)
+        ranks[run.label] = dict(zip(run.history.validation_step, run.history.effective_rank, strict=True))
+    title = "What the LoRA adds, B·A: singular values after the last step, and effective rank\n(means over the layers)"
+    plots.plot_singular_values(values, ranks, path, title=title)
+
+
+@contextlib.contextmanager
+def one_cpu_thread() -> Iterator[None]:
+    """Hold torch to one CPU thread.
+
+    Matrices this small gain little from more, lose a lot where other programs keep the cores busy, and with one thread
+    the sums, and so the losses, do not depend on the number of cores.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def run_demo(options: DemoOptions) -> list[Run]:
+    """Train, compare, print the table and write the pictures. After Ctrl-C, with the runs that took a step.
+
+    Raises:
+        DemoError: a package is missing, or the device or the folder cannot be used; before any training.
+    """
+    device = choose_device(options.device)
+    for name in ("sklearn.datasets", "tqdm", "matplotlib.figure", "rich.console"):
+        optional_import(name)
+    folder = prepare_folder(options.out)  # which makes it, so only when all else is there
+    console = optional_import("rich.console").Console()
+    with one_cpu_thread():
+        base = make_base(options.seed, device)
+        runs = compare(base, options) if train_base(base, options) else []
+        runs = [run for run in runs if run.history.step_ms]
+        if not runs:
+            console.print("Stopped before the first LoRA step: there is nothing to compare.")
+            return []
+        console.print(result_table(runs))
+        save_pictures(folder, base, runs, options.seed)
+    console.print(f"Pictures: {folder}", soft_wrap=True, highlight=False)
+    return runs
+
+
+def is_complete(runs: list[Run]) -> bool:
+    """Whether both optimizers ran to the end."""
+    return len(runs) == 2 and not any(run.history.interrupted for run in runs)

@@ -1,0 +1,117 @@
+"""The demo's own pictures; what they share with others is in `plots`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from automagic_bnb.watch.plots import COLOURS, new_figure, saved
+
+if TYPE_CHECKING:
+    from automagic_bnb.command.demo import History
+
+SHADES = ("#56b4e9", "#0072b2")
+MARK_STYLES = (("black", "-"), ("black", ":"), (COLOURS[1], "--"))
+SMOOTHING = 25
+"""Steps of the trailing mean over the training loss, whose batches are far noisier than the differences shown."""
+BINS_PER_OCTAVE = 8
+"""Histogram bins per factor of two in the learning rate."""
+CELL = 10
+"""Side of a picture with its rim, in pixels."""
+
+
+def save_samples(path: Path, images: Mapping[str, np.ndarray], digits: Sequence[int]) -> None:
+    """Four panels at most, two in a row: in each a row per digit.
+
+    Args:
+        path: the PNG to write.
+        images: by title of the panel, float [len(digits) * columns, 64], digit by digit; -1 is paper, 1 is ink.
+        digits: the classes of the rows.
+    """
+    rows = -(-len(images) // 2)
+    title = "Digits 5-9 before and after the LoRA\n(8×8 pixels, smoothly enlarged; all samples from the same noise)"
+    figure = new_figure(title, height=0.8 + 2.8 * rows)
+    panels = figure.subplots(rows, 2).flat
+    for axes, (title, pictures) in zip(panels, images.items(), strict=False):
+        axes.imshow(tile(pictures, len(digits)), cmap="gray_r", vmin=-1, vmax=1, interpolation="bicubic")
+        axes.set_title(title, fontsize=12)
+        axes.set_yticks([CELL * (row + 0.5) - 0.5 for row in range(len(digits))], [str(digit) for digit in digits])
+        axes.set_xticks([])
+        axes.tick_params(labelsize=12, length=0)
+        axes.set_ylabel("class")
+        axes.spines[:].set_color("lightgrey")
+    for axes in list(figure.axes)[len(images) :]:
+        axes.set_axis_off()
+    saved(figure, path)
+
+
+def tile(pictures: np.ndarray, rows: int) -> np.ndarray:
+    """8×8 pictures [n, 64] as one image of `rows` rows, each picture amid a blank rim one pixel wide."""
+    columns = len(pictures) // rows
+    cells = np.full((rows, columns, CELL, CELL), -1.0)
+    cells[:, :, 1:-1, 1:-1] = pictures.reshape(rows, columns, CELL - 2, CELL - 2)
+    return cells.clip(-1, 1).transpose(0, 2, 1, 3).reshape(rows * CELL, columns * CELL)
+
+
+def save_curves(path: Path, histories: Mapping[str, History]) -> None:
+    """Losses over steps, and below them the mean learning rate, by label of the optimizer.
+
+    That is the rate before the bounds hold single weights back, so it may lie above the mean of `learned_rates`.
+    """
+    figure = new_figure("LoRA onto the digits 5-9", height=7.5)
+    losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(5, 3))
+    for colour, (label, history) in zip(COLOURS, histories.items(), strict=False):
+        steps = np.arange(1, len(history.train_loss) + 1)
+        smooth = trailing_mean(history.train_loss, SMOOTHING)
+        losses.plot(steps, smooth, color=colour, alpha=0.4, lw=1.5, label=f"{label}, training")
+        validation = history.validation_loss
+        title = f"{label}, validation, last {validation[-1]:.4f}"
+        losses.plot(history.validation_step, validation, color=colour, lw=2, marker="o", ms=4, label=title)
+        rates.plot(steps, history.learning_rate, color=colour, lw=2, label=label)
+    losses.set_ylabel("flow-matching loss\n(mean squared error per pixel)")
+    losses.legend(title=f"training: mean of the last {SMOOTHING} steps")
+    rates.set_yscale("log")
+    rates.set_ylabel("mean learning rate,\nbefore bounds")
+    rates.set_xlabel("step")
+    rates.legend()
+    for axes in (losses, rates):
+        axes.grid(alpha=0.3)
+    saved(figure, path)
+
+
+def trailing_mean(values: Sequence[float], window: int) -> np.ndarray:
+    """Mean of the last `window` values at each position, of fewer at the start; float64 [len(values)]."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - window, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def save_learning_rates(path: Path, learned: Mapping[str, np.ndarray], marks: Mapping[str, float]) -> None:
+    """Histogram of the learning rates that single weights ended up with.
+
+    Args:
+        path: the PNG to write.
+        learned: by kind of matrix, the rates of its weights, float [n], above 0.
+        marks: rates to draw as vertical lines, by label.
+    """
+    figure = new_figure("Learning rates of single weights after the last step")
+    axes = figure.subplots()
+    octaves = np.log2(np.concatenate(list(learned.values())))
+    # The top bin ends where the rates do, so that rates held at their bound share one bin.
+    count = int((octaves.max() - octaves.min()) * BINS_PER_OCTAVE) + 1
+    edges = 2 ** (octaves.max() - np.arange(count, -1, -1) / BINS_PER_OCTAVE)
+    edges[-1] *= 1 + 1e-6  # float32 rates against float64 edges
+    colours = SHADES[: len(learned)]
+    axes.hist(list(learned.values()), bins=edges, stacked=True, label=list(learned), color=colours)
+    for (label, rate), (colour, style) in zip(marks.items(), MARK_STYLES, strict=False):
+        axes.axvline(rate, color=colour, ls=style, lw=2, label=f"{label}, {rate:.2e}")
+    axes.set_xscale("log")
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("weights per bin of 1/8 octave")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    saved(figure, path)

@@ -1,0 +1,326 @@
+"""Parameter groups in, checked options out: what is known of each parameter, and its state made and completed.
+
+The ground that the step, checkpoints, conversion and reports stand on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from automagic_bnb import bnb, config, paged
+from automagic_bnb import quantization as q
+from automagic_bnb import state as st
+from automagic_bnb.notices import warn_once
+from automagic_bnb.state import local_tensor
+
+logger = logging.getLogger("automagic_bnb")
+
+LORA_NAME_PARTS = ("lora_A", "lora_B", "lora_up", "lora_down", "lora_embedding", "lokr_", "hada_")
+EMBEDDING_NAME_PARTS = ("embed", "emb.", "wte", "wpe")
+PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FOREIGN_OVERRIDES = ("alpha", "t_alpha", "t_beta3", "max_unorm", "skip_zeros")
+"""Keys that bitsandbytes' own optimizers read from an override and that say nothing to this one."""
+
+Group = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a parameter for as long as it is optimized."""
+
+    ordinal: int
+    """Its place among all parameters: part of the key of its random bits."""
+    is_lora: bool
+    is_embedding: bool
+    name: str
+    probe_stride: int = st.PROBE_STRIDE
+    """Of how many blocks auto_lr watches one, by the size of the parameter's group when it came."""
+
+    def counts_as_lora(self, options: dict[str, Any]) -> bool:
+        """Whether the parameter is treated as LoRA's: as its group says, else as its mark or name do."""
+        return self.is_lora if options["lora"] is None else options["lora"]
+
+
+class ParameterGroups(bnb.Optimizer2State):
+    """bitsandbytes' base class with this optimizer's options in its groups; it cannot step."""
+
+    _class_options: ClassVar[dict[str, Any]] = {"optim_bits": 32}
+    _fixed_options: tuple[str, ...] = ()
+    """Those of the class options that the class's name promises."""
+
+    def __init__(self, params: Iterable[Any], lr: float | None = None, **options: Any) -> None:
+        named = options.get("profile") is not None  # then only what the class's name promises stands above it
+        defaults = {k: v for k, v in self._class_options.items() if k in self._fixed_options or not named}
+        self.config = config.make_config(**{**defaults, "lr": lr, **options})
+        c = self.config
+        for name in self._fixed_options:
+            value, promised = getattr(c, name), self._class_options[name]
+            if value != promised:
+                raise ValueError(
+                    f"option {name}={value!r}: {type(self).__name__} has {name}={promised!r} by its name; "
+                    f"leave it out, set it to {promised!r} (in a config too), or use Automagic, which promises nothing"
+                )
+        if not bnb.BITSANDBYTES_AVAILABLE and c.optim_bits == 8:
+            warn_once(bnb.MISSING_WARNING)
+        self._facts: dict[Tensor, Facts] = {}
+        self._overrides: dict[Tensor, dict[str, Any]] = {}
+        """Options of single parameters that `requantize` was given; they stand over `GlobalOptimManager`'s."""
+        super().__init__(
+            "automagic",
+            params,
+            lr=config.START_LR if c.lr is None else c.lr,
+            betas=c.betas,
+            eps=c.eps[0],
+            weight_decay=c.weight_decay,
+            optim_bits=c.optim_bits,
+            min_8bit_size=c.min_8bit_size,
+            is_paged=c.is_paged,
+        )
+        self.state = defaultdict(st.WatchedState)
+        self.defaults = {name: getattr(c, name) for name in config.GROUP_OPTIONS}
+        self.non_castable_tensor_keys = set(st.KEYS)
+        self.check_embeddings()
+
+    # --- groups -------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group; any option of the optimizer may stand in it, other keys are kept untouched.
+
+        Raises:
+            TypeError, ValueError: as the constructor.
+        """
+        count, defaults = len(self.param_groups), self.defaults
+        group = self._with_options(dict(param_group), where=f" in parameter group {count}")
+        # bitsandbytes' base constructor sets defaults of other optimizers (alpha, t_alpha); a group takes none of them.
+        self.defaults = {}
+        try:
+            super().add_param_group(group)
+            for p in self.param_groups[-1]["params"]:
+                self._check_parameter(p)
+        except (TypeError, ValueError):
+            del self.param_groups[count:]
+            raise
+        finally:
+            self.defaults = defaults
+        self._index_parameters(count)
+
+    def _with_options(self, group: Group, where: str) -> Group:
+        """The group with every option checked and filled in from the config, and the rates resolved."""
+        options = {name: getattr(self.config, name) for name in config.GROUP_OPTIONS}
+        for name, value in group.items():
+            if name in config.RULES:
+                options[name] = config.check_parameter_option(name, value, where)
+            elif meant := config.near_miss(name):
+                warn_once(f"the key {name!r}{where} is no option and has no effect; did you mean {meant!r}?")
+        if "lr" in group and "auto_lr" not in group and self.config.auto_lr is None:
+            options["auto_lr"] = None  # a group with a rate of its own keeps it
+        options = config.respelled(options)
+        config.check_rates(options, where)
+        if {"force_8bit", "factored"} & set(group):  # what a group has from the constructor it may make an exception of
+            config.check_storage(options, where)
+        config.resolve_rates(options)
+        if not options["auto_lr"] and 0 < options["lr"] < options["min_lr"]:
+            warn_once(
+                f"option lr={options['lr']!r}{where}: lies below min_lr={options['min_lr']!r}, which raises it; "
+                "pass a lower min_lr"
+            )
+        group.update(options)
+        group.setdefault("base_lr", options["lr"])
+        if options["auto_lr"]:
+            group.setdefault("auto_lr_step", 0)
+        return group
+
+    @staticmethod
+    def _check_parameter(p: Tensor) -> None:
+        if p.dtype not in PARAMETER_DTYPES:
+            raise TypeError(
+                f"a parameter of shape {tuple(p.shape)} has dtype {p.dtype}; "
+                "supported are float32, bfloat16 and float16: convert it, or leave it out"
+            )
+
+    def _index_parameters(self, first: int = 0) -> None:
+        """Note each parameter's ordinal, name and kind, from this group on; facts already known stay as they were."""
+        known, self._facts = self._facts, self._facts if first else {}
+        ordinal = sum(len(group["params"]) for group in self.param_groups[:first])
+        for group in self.param_groups[first:]:
+            names = group.get("param_names") or [""] * len(group["params"])
+            stride = st.probe_stride(sum(local_tensor(p).numel() for p in group["params"] if not is_lazy(p)))
+            for p, name in zip(group["params"], names, strict=True):
+                marked = getattr(p, "_is_lora_layer", False) or any(part in name for part in LORA_NAME_PARTS)
+                embedding = getattr(p, "_is_embedding", False) or any(x in name for x in EMBEDDING_NAME_PARTS)
+                self._facts[p] = known.get(p, Facts(ordinal, bool(marked), bool(embedding), name, stride))
+                ordinal += 1
+
+    def check_embeddings(self) -> None:
+        """Warn where stable_emb was asked for and nothing tells which parameters are embeddings."""
+        groups = [g for g in self.param_groups if g["stable_emb"] and g["optim_bits"] == 8]
+        parameters = [p for g in groups for p in g["params"]]
+        bnb.adopt_module_overrides({id(p) for p in parameters})
+        told = any(
+            self._facts[p].name or self._facts[p].is_embedding or bnb.overrides_of(p).get("optim_bits") == 32
+            for p in parameters
+        )
+        if parameters and not told:
+            warn_once(
+                "stable_emb=True has no effect: no parameter can be told to be an embedding. Pass "
+                "model.named_parameters() in place of model.parameters(), or set _is_embedding = True on the weights"
+            )
+
+    def log_plan(self) -> None:
+        """Say how each group finds its rate and keeps its states."""
+        if not logger.handlers and not logging.getLogger().handlers:
+            logger.addHandler(logging.StreamHandler())
+        logger.setLevel(logging.INFO)
+        for index, group in enumerate(self.param_groups):
+            kinds: dict[str, int] = {}
+            for p in group["params"]:
+                facts = self.facts_of(p)
+                kind = st.storage_of(local_tensor(p), self.effective_options(group, p), facts.is_embedding)
+                kinds[kind] = kinds.get(kind, 0) + p.numel()
+            rate = "found during training" if group["auto_lr"] else f"{group['lr']:g}"
+            logger.info("group %d: lr %s; elements by storage: %s", index, rate, kinds)
+
+    def states_of(self, group: Group) -> list[st.State]:
+        """Those of a group's parameters that have been stepped."""
+        return [self.state[p] for p in group["params"] if p in self.state]
+
+    def facts_of(self, p: Tensor) -> Facts:
+        if p not in self._facts:  # a wrapper has put another tensor into the group
+            self._index_parameters()
+        return self._facts[p]
+
+    def effective_options(self, group: Group, p: Tensor) -> dict[str, Any]:
+        """The options in force for one parameter: its group's, under its `GlobalOptimManager` override.
+
+        Raises:
+            TypeError, ValueError: the override holds an unknown option or an illegal value.
+        """
+        config.complete_betas(group)
+        override = bnb.overrides_of(p)
+        if self._overrides and p in self._overrides:
+            override = {**override, **self._overrides[p]}
+        if not override:
+            return group
+        where = " in a GlobalOptimManager override"
+        ours = {name: value for name, value in override.items() if name not in FOREIGN_OVERRIDES}
+        checked = config.respelled({k: config.check_parameter_option(k, value, where) for k, value in ours.items()})
+        options = {**group, **checked}
+        if "lr" in checked:  # bitsandbytes' meaning: this rate, whatever the group's
+            options["auto_lr"] = checked.get("auto_lr")
+            unset = self.config.max_lr is config.DEFAULT_MAX_LR
+            if unset and options["max_lr"] == max(config.DEFAULT_MAX_LR, 10 * group["base_lr"]):
+                options["max_lr"] = config.DEFAULT_MAX_LR  # it follows this rate
+        config.check_rates({**options, "lr": checked.get("lr")}, where)
+        if checked.get("force_8bit"):
+            config.check_storage(options, where)
+        if "lr" in checked:
+            config.resolve_rates(options)
+            options["base_lr"] = options["initial_lr"] = options["lr"]
+        return options
+
+    def adopt_overrides(self) -> None:
+        if not self.initialized:
+            bnb.adopt_module_overrides({id(p) for p in self._facts})
+            self.initialized = True
+
+    def get_config(self, gindex: int, pindex: int, group: Group) -> dict[str, Any]:
+        """bitsandbytes' name for `effective_options`."""
+        return self.effective_options(group, self.param_groups[gindex]["params"][pindex])
+
+    # --- state --------------------------------------------------------------------------------------------------
+
+    def init_state(self, group: Group, p: Tensor, gindex: int = 0, pindex: int = 0) -> None:
+        """Make the state of one parameter, or add what newly switched-on options need."""
+        options = self.effective_options(group, p)
+        state, local = self.state[p], local_tensor(p)
+        if "state1" in state:
+            storage = st.storage_held(state)
+        else:
+            storage = st.storage_of(local, options, self.facts_of(p).is_embedding)
+        if self.is_paged and not paged.exists_on(local.device):
+            warn_once("paged optimizer states exist on CUDA only; elsewhere they are ordinary memory")
+        self.completed(p, state, storage, options)
+        if (shard := st.shard_of(p)) is not None:
+            state["shard"] = shard  # lets a checkpoint of another process's part be told
+
+    def completed(self, p: Tensor, state: st.State, storage: str, options: dict[str, Any]) -> st.State:
+        """`state.complete` for a state of p that may be under way, where confidence was switched on or was not saved.
+
+        r then starts where its bias-corrected value is 1, about that of a settled run: at 0 it would count as full
+        confidence and make the steps ten times too large.
+        """
+        joins = options["came"] and not {"state3", "exp_avg_res_row"} & state.keys()
+        stride = self.facts_of(p).probe_stride
+        st.complete(state, st.local_tensor(p), storage, options, self.is_paged, stride)
+        if joins and state["step"] > 0:
+            value = 1 - options["betas"][2] ** state["step"]
+            if storage == "factored":
+                state["exp_avg_res_row"].fill_(value)
+                state["exp_avg_res_col"].fill_(value)
+            elif storage == "8bit":
+                state["state3"].fill_(q.LAST_CODE)
+                state["absmax3"].fill_(value / float(state["qmap2"][q.LAST_CODE]))
+            else:
+                state["state3"].fill_(value)
+        return state
+
+    def prepared_state(self, group: Group, p: Tensor, options: dict[str, Any]) -> st.State:
+        """The state of one parameter, with all that these options need."""
+        state, local = self.state[p], local_tensor(p)
+        if not st.is_complete(state, local, options):
+            self.init_state(group, p)
+        if options is not group:  # an override may have come when the state was there already
+            held, wanted = st.storage_held(state), st.storage_of(local, options, self.facts_of(p).is_embedding)
+            if held != wanted:
+                warn_once(
+                    f"the state of a parameter of shape {tuple(p.shape)} is kept in {held}, its options say {wanted} "
+                    "now; call optimizer.requantize() to convert it"
+                )
+        return state
+
+    # --- copies -------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.adopt_overrides()
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        return {
+            **super().__getstate__(),
+            "config": self.config,
+            "is_paged": self.is_paged,
+            "optimizer_name": self.optimizer_name,
+            "args": getattr(self, "args", None),
+            "facts": [self.facts_of(p) for p in parameters],
+            # Both are told by the very parameter, of which a copy gets a copy.
+            "overrides": [(bnb.overrides_of(p), self._overrides.get(p, {})) for p in parameters],
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        facts, overrides = state.pop("facts", None), state.pop("overrides", None)
+        super().__setstate__(state)
+        if facts is None:
+            return
+        self.non_castable_tensor_keys = set(st.KEYS)
+        self.name2qmap, self.initialized = {}, False
+        bnb.restore_managers(self)
+        self.state = defaultdict(st.WatchedState, {p: st.WatchedState(held) for p, held in self.state.items()})
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        self._facts = dict(zip(parameters, facts, strict=True))
+        overrides = overrides or [({}, {})] * len(parameters)
+        self._overrides = {p: dict(own) for p, (_, own) in zip(parameters, overrides, strict=True) if own}
+        for p, (shared, _) in zip(parameters, overrides, strict=True):
+            bnb.override(p, shared)
+        for p, values in self.state.items():
+            if "state1" not in values:
+                continue
+            st.link_code_books(values, local_tensor(p).device)
+            if self.is_paged:  # a copy is in ordinary memory, for which there must be room
+                for name in st.ELEMENT_KEYS & values.keys():
+                    values[name] = st.empty_element_state(local_tensor(p), values[name].dtype, True).copy_(values[name])

@@ -1,0 +1,1 @@
+"""What watches an optimizer and shows it: logs, callbacks, monitor, plots. Nothing below imports from here."""

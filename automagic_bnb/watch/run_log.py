@@ -1,0 +1,241 @@
+"""The metrics of a training run as lines of JSON in a folder: written a line at a time, read back as series.
+
+A line is `{"step": 10, "metrics": {"loss": 0.5, "lr/mean": 1e-4}}`, or `{"resumed": true}` where a run was taken up
+again. NaN and infinities are written as Python's json module spells them.
+"""
+
+from __future__ import annotations
+
+import json
+import numbers
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, SupportsIndex
+
+import numpy as np
+
+from automagic_bnb import config
+
+FILE_NAME = "metrics.jsonl"
+
+
+class RunLog:
+    """Writes a run's metrics to `directory/metrics.jsonl`; a run that is there already is continued.
+
+    When `log` returns, the line is on the disk: a process that dies later loses nothing, and one that dies while
+    writing leaves half a line, which readers leave out. Let one process write, as trainers do with their own logs.
+
+    Args:
+        directory: made where it is missing.
+
+    Raises:
+        NotADirectoryError: there is a file of that name.
+
+    Example:
+        >>> with RunLog("runs/first") as log:
+        ...     log.log(10, {"loss": loss, **optimizer.get_metrics()})
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        if self.directory.exists() and not self.directory.is_dir():
+            raise NotADirectoryError(f"directory={str(directory)!r}: is a file; a run log needs a folder of its own")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        path = self.directory / FILE_NAME
+        last = _last_byte(path)
+        self._file = path.open("ab")
+        if last:
+            # What is there may end in half a line; and what follows may begin at an earlier step, a checkpoint's.
+            self._write((b"" if last == b"\n" else b"\n") + b'{"resumed": true}\n')
+
+    def log(self, step: SupportsIndex, metrics: Mapping[str, Any]) -> None:
+        """Add the metrics of a step. Several calls for one step add up; a name given twice keeps its last value.
+
+        Args:
+            step: a whole number >= 0. After a resume, what had been logged from the first new step on is superseded.
+            metrics: numbers by name; tensors and numpy values of no dimensions count as numbers.
+
+        Raises:
+            TypeError: a value is no number, or the step is not whole.
+            ValueError: the step is negative, or the log is closed.
+        """
+        record = {"step": _checked_step(step), "metrics": {name: as_number(name, x) for name, x in metrics.items()}}
+        self._write(json.dumps(record).encode() + b"\n")
+
+    def _write(self, line: bytes) -> None:
+        if self._file.closed:
+            raise ValueError(f"the run log in {self.directory} is closed; open a new RunLog to continue the run")
+        self._file.write(line)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file; what was logged is safe without it."""
+        self._file.close()
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Series(NamedTuple):
+    """One metric over the steps at which it was logged, in ascending order."""
+
+    steps: np.ndarray
+    """int64 [n]."""
+    values: np.ndarray
+    """float64 [n]; NaN and infinities as they were logged."""
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What was logged of a run."""
+
+    name: str
+    series: dict[str, Series]
+    """By the metric's name; only metrics that were logged at all."""
+    broken_lines: int = 0
+    """Lines that could not be read, as an interrupted write leaves them."""
+
+
+def read_run(directory: str | Path) -> Run:
+    """What `RunLog` wrote to this folder, also while the run goes on.
+
+    Raises:
+        FileNotFoundError: the folder holds no run.
+    """
+    folder = Path(directory)
+    path = folder / FILE_NAME
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no run: there is no {FILE_NAME} in it; RunLog({str(folder)!r}) makes one"
+        )
+    rows: dict[int, dict[str, float]] = {}
+    broken, resumed = 0, False
+    for record in _records(path):
+        if record is None:
+            broken += 1
+        elif "resumed" in record:
+            resumed = True
+        else:
+            step, metrics = record["step"], record["metrics"]
+            if resumed:
+                rows = {at: row for at, row in rows.items() if at < step}
+                resumed = False
+            rows.setdefault(step, {}).update(metrics)
+    return Run(folder.resolve().name, _series(rows), broken)
+
+
+def find_runs(directory: str | Path) -> list[Path]:
+    """The folders that hold a run: this one and all below it, by name.
+
+    Raises:
+        NotADirectoryError: there is no such folder.
+        FileNotFoundError: no run is in it.
+    """
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is no folder")
+    found = sorted(path.parent for path in folder.rglob(FILE_NAME))
+    if not found:
+        raise FileNotFoundError(
+            f"{folder} holds no run: no {FILE_NAME} is in it or in a folder below. "
+            "Log one by RunLog, or by trainer_callback or lightning_callback with directory=…"
+        )
+    return found
+
+
+def as_run(source: Run | str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Run:
+    """A run from whatever holds one.
+
+    Args:
+        source: a run; the folder of one; records with a "step" each, as Hugging Face's `trainer.state.log_history`; or
+            sequences by name, over the steps under "step", or else counted from 0.
+
+    Raises:
+        FileNotFoundError: the folder holds no run.
+        TypeError, ValueError: a value that is no number, a record without a step, sequences of different lengths.
+    """
+    if isinstance(source, Run):
+        return source
+    if isinstance(source, (str, Path)):
+        return read_run(source)
+    if isinstance(source, Mapping):
+        source = _as_records(source)
+    rows: dict[int, dict[str, float]] = {}
+    for record in source:
+        if not isinstance(record, Mapping) or "step" not in record:
+            raise ValueError(f"a record of a history is a mapping with a 'step', not {record!r}")
+        row = rows.setdefault(_checked_step(record["step"]), {})
+        row.update({name: as_number(name, value) for name, value in record.items() if name != "step"})
+    return Run("history", _series(rows))
+
+
+def as_number(name: str, value: Any) -> float:
+    """The value of a metric as a float.
+
+    Raises:
+        TypeError: it is no real number.
+    """
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if not isinstance(value, numbers.Real):
+        shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else f" {value!r}"
+        raise TypeError(f"metric {name!r} is a {type(value).__name__}{shape}: must be a number, or a tensor of one")
+    return float(value)
+
+
+def _checked_step(step: Any) -> int:
+    return config.check_whole("step", step, 0)
+
+
+def _as_records(history: Mapping[str, Any]) -> list[dict[str, Any]]:
+    lengths = {name: len(values) for name, values in history.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"the sequences of a history must be of one length, not {lengths}")
+    columns = {"step": range(next(iter(lengths.values()), 0)), **history}
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _records(path: Path) -> Iterator[dict[str, Any] | None]:
+    """Each line as it was written; None for one that is broken."""
+    with path.open("rb") as lines:
+        for line in lines:
+            try:
+                record = json.loads(line)
+                if record != {"resumed": True}:
+                    record = {"step": _checked_step(record["step"]), "metrics": _floats(record["metrics"])}
+            except (ValueError, TypeError, KeyError):
+                yield None
+            else:
+                yield record
+
+
+def _floats(metrics: dict[str, Any]) -> dict[str, float]:
+    return {name: as_number(name, value) for name, value in dict(metrics).items()}
+
+
+def _series(rows: dict[int, dict[str, float]]) -> dict[str, Series]:
+    collected: dict[str, tuple[list[int], list[float]]] = {}
+    for step in sorted(rows):
+        for name, value in rows[step].items():
+            steps, values = collected.setdefault(name, ([], []))
+            steps.append(step)
+            values.append(value)
+    return {
+        name: Series(np.array(steps, dtype=np.int64), np.array(values, dtype=np.float64))
+        for name, (steps, values) in collected.items()
+    }
+
+
+def _last_byte(path: Path) -> bytes:
+    """b"" where there is nothing."""
+    if not path.exists() or path.stat().st_size == 0:
+        return b""
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1)
