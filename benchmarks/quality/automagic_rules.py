@@ -40,7 +40,7 @@ def _subtract(p: Tensor, change: Tensor) -> None:
 
 
 class AutomagicV1(torch.optim.Optimizer):
-    """A rate for every weight: `bump` more while its update keeps its sign, `bump` less when it turns; kept in 8 bits."""
+    """A rate for every weight: `bump` more while the update's sign stays, `bump` less when it turns; 8 bits."""
 
     def __init__(
         self,

@@ -35,11 +35,15 @@ WATCHED = (0.1, 0.25, 0.5, 1.0)
 """Where in a run the rate found is read."""
 
 
+def _no_wait(device: torch.device | None = None) -> None:
+    pass
+
+
 @contextlib.contextmanager
 def unsynchronised() -> Iterator[None]:
     """bitsandbytes waits for the device after every parameter. The numbers are the same without, and where several
     processes share a GPU each wait would cost a turn."""
-    with mock.patch.object(torch.cuda, "synchronize"):
+    with mock.patch.object(torch.cuda, "synchronize", _no_wait):
         yield
 
 
@@ -50,21 +54,15 @@ class Trainer:
         self.task, self.cache, self.device, self.tiny = task, cache, device, tiny
         self.model = task.build(0, cache, tiny).to(device)
         self.named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        self.source, held_out = data.sources(task.family, task.source, cache, device)
+        self.source, self.held_out = data.sources(task.family, task.source, cache, device)
         self.begun: dict[int, list[Tensor]] = {}
         batch, columns = task.batch, len(self.source.limits)
         self.drawn = torch.zeros(task.steps, batch, columns, dtype=torch.int64, device=device)
         self.counter = torch.zeros(1, dtype=torch.int64, device=device)
         self.losses = torch.zeros(task.steps, device=device)
-        questions = held_out.draw(*((1, 4) if tiny else VALIDATION), seed=1).to(device)
-        self.validation_losses = torch.zeros(len(questions), device=device)
-
-        @torch.no_grad()
-        def validate() -> None:
-            for i, drawn in enumerate(questions):
-                self.validation_losses[i].copy_(held_out.loss(self.model, drawn))
-
-        self.learn, self.validate = self._captured(self._learn), self._captured(validate)
+        self.questions = self.held_out.draw(*((1, 4) if tiny else VALIDATION), seed=1).to(device)
+        self.validation_losses = torch.zeros(len(self.questions), device=device)
+        self.learn, self.validate = self._captured(self._learn), self._captured(self._validate)
 
     def _learn(self) -> None:
         """Gradients of the batch that the counter points at; its loss is noted and the counter moved on."""
@@ -76,7 +74,13 @@ class Trainer:
         self.losses.index_copy_(0, self.counter, loss.detach().view(1))
         self.counter.add_(1)
 
+    @torch.no_grad()
+    def _validate(self) -> None:
+        for i, drawn in enumerate(self.questions):
+            self.validation_losses[i].copy_(self.held_out.loss(self.model, drawn))
+
     def _captured(self, work: Callable[[], None]) -> Callable[[], None]:
+        """The same as a graph. Whatever tensors it reads or writes have to live as long as the trainer."""
         if self.device.type != "cuda":
             return work
         stream = torch.cuda.Stream()
