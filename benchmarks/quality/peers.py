@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,9 +125,9 @@ def _schedule_free(named: Named, lr: float | None, task: Task) -> Optimizers:
 def _flash_adamw(named: Named, lr: float | None, task: Task) -> Optimizers:
     from flashoptim import FlashAdamW
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return FlashAdamW(_weights(named), lr=lr or 0.0, weight_decay=WEIGHT_DECAY)
+    # Its default for 16-bit weights, 24 bits of each; it refuses that for float32 ones.
+    bits = None if named[0][1].dtype == torch.float32 else 24
+    return FlashAdamW(_weights(named), lr=lr or 0.0, weight_decay=WEIGHT_DECAY, master_weight_bits=bits)
 
 
 def _muon(named: Named, lr: float | None, task: Task) -> Optimizers:
@@ -190,16 +189,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """Ours with each part of the rule off in turn."""
 BASELINES = ("adamw8bit", "adamw8bit-b99")
 
-_ALL = [
+
+def _ours(suffixes: Sequence[str]) -> list[Peer]:
+    given = [Peer(f"ours{suffix}", automagic(**VARIANTS[suffix]), 0.5) for suffix in suffixes]
+    return given + [Peer(f"ours-found{suffix}", automagic(**VARIANTS[suffix]), None) for suffix in suffixes]
+
+
+_MAIN = ("", "-factored")
+_ALL = [  # in the order in which they are run
     Peer("adamw8bit", _bnb("AdamW8bit")),
     Peer("adamw8bit-b99", _bnb("AdamW8bit", betas=(0.9, 0.99))),
+    *_ours(_MAIN),
+    Peer("prodigy", _prodigy, None),
     Peer("adamw", _adamw, note="states in the weights' dtype"),
     # Below 4,096 elements in 32 bits: its stacked 8-bit states are read wrongly unless a multiple of 256.
     Peer("ademamix8bit", _bnb("AdEMAMix8bit", min_8bit_size=4096), 0.4),
     Peer("lion8bit", _bnb("Lion8bit"), 0.1),
     Peer("came", _came, 0.5),
     Peer("adafactor", _adafactor, 0.5),
-    Peer("prodigy", _prodigy, None),
     Peer("prodigy-d_coef", _prodigy, None, fixed=(0.3, 1.0, 3.0)),
     Peer("schedule-free", _schedule_free, 2.0, scheduled=False),
     Peer("flash-adamw", _flash_adamw),
@@ -208,8 +215,7 @@ _ALL = [
     Peer("automagic-v1-untuned", _automagic_v1, None, scheduled=False),
     Peer("automagic-v3", _automagic_v3, 0.1, scheduled=False),
     Peer("automagic-v3-untuned", _automagic_v3, None, scheduled=False),
-    *[Peer(f"ours{suffix}", automagic(**options), 0.5) for suffix, options in VARIANTS.items()],
-    *[Peer(f"ours-found{suffix}", automagic(**options), None) for suffix, options in VARIANTS.items()],
+    *_ours([suffix for suffix in VARIANTS if suffix not in _MAIN]),
 ]
 PEERS: dict[str, Peer] = {peer.name: peer for peer in _ALL}
 

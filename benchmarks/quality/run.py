@@ -39,7 +39,7 @@ from peers import Peer
 from search import Job, Result, Results, wanted
 from tasks import Task
 from tqdm import tqdm
-from training import Trainer, prepare_base
+from training import Trainer, measure, prepare_base
 
 HERE = Path(__file__).parent
 Context = multiprocessing.get_context("spawn")
@@ -100,6 +100,9 @@ def start_worker(args: argparse.Namespace, gpu: int, device: str) -> Worker:
 def shared_gpus(wish: bool) -> Iterator[str]:
     """NVIDIA's multi-process service, where its daemon is there and works: kernels of all processes then run side by
     side, where they would take turns. Nothing of the device's settings is changed."""
+    if "CUDA_MPS_PIPE_DIRECTORY" in os.environ:
+        yield "GPUs shared through MPS, which was running"
+        return
     daemon = shutil.which("nvidia-cuda-mps-control")
     if not wish or daemon is None:
         yield "GPUs shared by turns"
@@ -135,13 +138,15 @@ class Queue:
         for pair in self.pairs:
             self._want(pair)
 
-    def _want(self, pair: tuple[str, str]) -> int:
+    def _want(self, pair: tuple[str, str], first: bool = False) -> int:
         task, peer = self.pairs[pair]
         args = self.args
         decades = args.decades if any(fnmatch.fnmatch(peer.name, x) for x in args.wide) else 0.0
         jobs = wanted(task, peer, self.results, args.seeds, args.neighbours, decades)
-        new = [job for job in jobs if job not in self.running and job not in self.pending[task.name]]
-        self.pending[task.name].update(dict.fromkeys(new))
+        waiting = self.pending[task.name]
+        new = [job for job in jobs if job not in self.running and job not in waiting]
+        # What a result brought comes first: one optimizer's search ends before the next one's begins.
+        self.pending[task.name] = {**dict.fromkeys(new), **waiting} if first else {**waiting, **dict.fromkeys(new)}
         return len(new)
 
     def __len__(self) -> int:
@@ -163,7 +168,7 @@ class Queue:
         """Note it; returns how many more runs are wanted for it."""
         self.results.add(result)
         self.running.discard(job)
-        return self._want((job.task, job.optimizer))
+        return self._want((job.task, job.optimizer), first=True)
 
 
 def sweep(args: argparse.Namespace) -> int:
@@ -178,6 +183,8 @@ def sweep(args: argparse.Namespace) -> int:
     with shared_gpus(args.mps and args.device == "cuda") as how, args.out.open("a") as file:
         print(f"{len(queue)} runs to begin with, {gpus} × {args.workers} processes, {how}", flush=True)
         run_all(queue, file, args, gpus)
+        environment = measure.environment(torch.device(args.device))  # last: nothing of ours may hold a GPU before
+        file.write(json.dumps({"environment": environment, "command": measure.command(), "sharing": how}) + "\n")
     return 0
 
 

@@ -33,9 +33,13 @@ class Results:
 
     def __init__(self, path: Path | None = None) -> None:
         self.by_job: dict[Job, Result] = {}
+        self.environments: list[dict[str, Any]] = []
         if path is not None and path.exists():
-            for line in path.read_text().splitlines():
-                self.add(json.loads(line))
+            for line in map(json.loads, path.read_text().splitlines()):
+                if "environment" in line:
+                    self.environments.append(line)
+                else:
+                    self.add(line)
 
     def add(self, result: Result) -> None:
         self.by_job[Job(result["task"], result["optimizer"], result["lr"], result["seed"])] = result
@@ -44,6 +48,10 @@ class Results:
         """Every rate that was tried, ascending."""
         found = {job.lr for job in self.by_job if (job.task, job.optimizer) == (task, optimizer)}
         return sorted(found, key=lambda lr: lr or 0.0)
+
+    def seeds(self, task: str, optimizer: str, lr: float | None) -> list[int]:
+        """Every seed that this rate was tried with."""
+        return sorted(job.seed for job in self.by_job if (job.task, job.optimizer, job.lr) == (task, optimizer, lr))
 
     def loss(self, task: str, optimizer: str, lr: float | None, seed: int) -> float:
         """The validation loss; infinite where the run diverged or failed, NaN where there is none yet."""
