@@ -304,7 +304,8 @@ def plot_rates(comparison: Comparison, split: str, shown: Sequence[str], found: 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=HERE / "results" / "runs.jsonl", help="what run.py wrote")
+    runs = [HERE / "results" / "runs.jsonl"]
+    parser.add_argument("--runs", nargs="+", type=Path, default=runs, help="what run.py wrote; later files win")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for the tables and plots")
     parser.add_argument("--optimizers", nargs="+", default=["*"], help="names, patterns, !patterns of those in tables")
     shown = ["ours-found", "ours", "prodigy", "schedule-free", "muon"]
@@ -313,7 +314,7 @@ def main() -> int:
     parser.add_argument("--found", default="ours-found", help="whose found rate is marked there")
     parser.add_argument("--no-plots", action="store_true")
     args = parser.parse_args()
-    comparison = Comparison(Results(args.runs), args.optimizers)
+    comparison = Comparison(Results(*args.runs), args.optimizers)
     text = markdown(comparison)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "quality.md").write_text(text + "\n")

@@ -29,13 +29,13 @@ class Job:
 
 
 class Results:
-    """The lines of a results file by job; an error counts as a result, so that it is not tried for ever."""
+    """The lines of results files by job; an error counts as a result, so that it is not tried for ever."""
 
-    def __init__(self, path: Path | None = None) -> None:
+    def __init__(self, *paths: Path) -> None:
         self.by_job: dict[Job, Result] = {}
         self.environments: list[dict[str, Any]] = []
-        if path is not None and path.exists():
-            for line in map(json.loads, path.read_text().splitlines()):
+        for path in paths:
+            for line in map(json.loads, path.read_text().splitlines() if path.exists() else []):
                 if "environment" in line:
                     self.environments.append(line)
                 else:
