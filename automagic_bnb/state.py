@@ -439,5 +439,5 @@ def stretches(p: Tensor, factored: bool) -> list[tuple[int, int]]:
     unit = period * (tiling.height if factored else 1)
     stride = unit * max(1, CHUNK // unit)
     # A rest shorter than a period has fewer strips, so its tiles would be numbered otherwise: it joins the part before.
-    starts = [start for start in range(0, n, stride) if start == 0 or n - start >= period]
+    starts = [start for start in range(0, n, stride) if not factored or start == 0 or n - start >= period]
     return list(zip(starts, [*starts[1:], n], strict=True))

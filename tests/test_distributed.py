@@ -100,9 +100,10 @@ def test_shards_are_saved_by_each_process(two_processes: list[dict[str, Any]]) -
 
 
 def test_a_gathered_checkpoint_of_shards_is_refused(two_processes: list[dict[str, Any]]) -> None:
-    """torch.distributed.checkpoint keeps one process's part: the other says so rather than train on it."""
-    assert two_processes[0]["gathered file"] == ""
-    assert "holds shard 0, here is 1" in two_processes[1]["gathered file"]
+    """torch.distributed.checkpoint keeps one process's part of each entry: who would train on another's is told so."""
+    refusals = [seen["gathered file"] for seen in two_processes if seen["gathered file"]]
+    assert refusals
+    assert all("the checkpoint holds shard" in refusal for refusal in refusals)
 
 
 @pytest.fixture

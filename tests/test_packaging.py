@@ -103,7 +103,7 @@ def test_the_sdist_builds_without_the_checkout(built: Path) -> None:
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    expected = {f"{folder}/{name}" for folder in ("automagic_bnb", "kernels") for name in modules_of(folder)}
+    expected = {f"{folder}/{name}" for folder in (*ROOMS, "kernels") for name in modules_of(folder)}
     assert expected | {"pyproject.toml"} <= names
     python = {name for name in names if name.endswith(".py") and not name.startswith("tests/")}
     assert python <= expected | {"setup.py"}

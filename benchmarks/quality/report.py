@@ -20,13 +20,12 @@ from typing import Any
 import peers
 import tasks
 from run import matches
+from scipy import stats
 from search import Results
 from tasks import Task
 from training import measure
 
 HERE = Path(__file__).parent
-STUDENT = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""The 97.5 % quantile by degrees of freedom."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,8 @@ class Estimate:
     def of(cls, values: Sequence[float]) -> Estimate:
         if len(values) < 2 or not all(map(math.isfinite, values)):
             return cls(statistics.fmean(values), math.nan)
-        degrees = min(len(values) - 1, len(STUDENT) - 1)
-        return cls(statistics.fmean(values), STUDENT[degrees] * statistics.stdev(values) / math.sqrt(len(values)))
+        quantile = float(stats.t.ppf(0.975, len(values) - 1))
+        return cls(statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(len(values)))
 
     def text(self, digits: int, sign: str = "") -> str:
         if not math.isfinite(self.mean):
