@@ -106,7 +106,7 @@ def test_the_report_takes_the_best_rate_and_compares_seeds_in_pairs(tmp_path):
     }
     # Two values 2 from their mean: their deviation over √2 is 2, and Student's quantile 12.706.
     assert rows["ours-found"][:5] == ["2.7700 ± 11.0544", "-7.00 ± 25.41", "none given", "–", "2"]
-    assert rows["adamw8bit"][:3] == ["3.0000 ± 12.7060", "+0.00 ± 0.00", "0.00251"]
+    assert rows["adamw8bit"][:3] == ["3.0000 ± 12.7062", "+0.00 ± 0.00", "0.00251"]
     assert rows["muon"][:3] == ["2.2000", "+10.00", "0.001 (end)"]
     assert rows["came"][0] == "diverged"
     summary = next(line for line in text.splitlines() if line.startswith("| ours-found"))
