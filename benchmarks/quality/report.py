@@ -244,7 +244,7 @@ def _figure(rows: int, columns: int, height: float) -> Any:
 
 
 def plot_regret(comparison: Comparison, split: str, shown: Sequence[str], path: Path, limit: float = 20.0) -> None:
-    """The excess of some optimizers by task; what lies beyond the limit stands at it."""
+    """The excess of some optimizers by task; what lies beyond the limit stands at it, with its value beside it."""
     chosen = comparison.of(split)
     figure, ((axis,),) = _figure(1, 1, 1.2 + 0.42 * len(chosen))
     for i, name in enumerate(shown):
@@ -254,11 +254,16 @@ def plot_regret(comparison: Comparison, split: str, shown: Sequence[str], path: 
             at = min(excess.mean, limit) if math.isfinite(excess.mean) else limit
             half = excess.half if math.isfinite(excess.half) and at < limit else 0.0
             style = {"color": COLOURS[i % 7], "marker": MARKERS[i % 7], "label": name if row == 0 else None}
-            axis.errorbar(at, row + 0.12 * (i - len(shown) / 2), xerr=half, markersize=5, linestyle="", **style)
+            height = row + 0.24 * (i - (len(shown) - 1) / 2)
+            axis.errorbar(at, height, xerr=half, markersize=5, linestyle="", **style)
+            if at == limit:
+                beyond = f"{excess.mean:+.0f}" if math.isfinite(excess.mean) else "diverged"
+                axis.annotate(f" {beyond} →", (at, height), va="center", fontsize=7, color=COLOURS[i % 7])
     axis.axvline(0, color="0.4", linewidth=1)
     axis.set_yticks(range(len(chosen)), [task.name for task in chosen])
     axis.invert_yaxis()
     axis.grid(axis="y", color="0.92")
+    axis.set_xlim(-limit, 1.25 * limit)
     axis.set_xlabel("loss over AdamW8bit at its best rate, %")
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
     figure.savefig(path, dpi=200)
