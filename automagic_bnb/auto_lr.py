@@ -1,171 +1,241 @@
-"""The rate found where none is given: what is watched, the estimate, and where the rate is shown; for both backends.
+"""The rate found where none is given: which groups search together, when, and where the rate is shown.
 
-Prodigy's estimate (Mishchenko and Defazio, arXiv 2306.06101) on the gradients of some blocks, for each group: d, the
-mean rate, is a 0-d tensor that lives in the group as `auto_lr_rate`. It is brought up to date when a step begins, from
-the sums that the last step left in each parameter's `tensor_stats`.
+A `Search` is one d (see `estimate`), of one group or of several whose given rates have to keep their ratios. The sums
+of a step wait in each parameter's `tensor_stats` and are taken from there when the next step begins, so nothing waits
+for the device.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from automagic_bnb import config, estimate
 from automagic_bnb import state as st
-from automagic_bnb.notices import warn_once
-from automagic_bnb.quantization import FLOAT_TINY
-from automagic_bnb.scalars import Scalars, relative_rate
+from automagic_bnb.scalars import relative_rate
 
 if TYPE_CHECKING:
-    from automagic_bnb.kernels.tables import Bucket
+    from automagic_bnb.groups import ParameterGroups
 
 Group = dict[str, Any]
 
-PEAK_TOLD = 4.0
-"""A found rate may be doubled by hand, twice; beyond that the schedule was made for a given rate."""
-GROUP_KEYS = ("auto_lr_rate", "auto_lr_step", "effective_lr")
-"""What a search keeps in its group."""
 SPREAD_WARNING = (
     "a group whose rate is being found lies on several devices: it is stepped in plain PyTorch, which is many times "
     "slower; give it an lr, or make a group for each device"
 )
+GROUP_KEYS = ("auto_lr_rate", "auto_lr_sums", "auto_lr_count", "auto_lr_peak", "effective_lr")
+"""What a search keeps in its groups: d of the group, (num, q) in the first of a search, the steps it has taken, the
+highest `lr` seen, and the rate in use."""
 
 
-# --- what is watched --------------------------------------------------------------------------------------------------
+@dataclass
+class Search:
+    """One rate that is found, and the groups that it is for; d is the first group's."""
+
+    groups: list[Group]
+    ratios: list[float]
+    """Of each group's rate to the first's."""
+    stepped: set[Tensor] = field(default_factory=set)
+    """In the step under way, which of the parameters that are stepped one at a time have been."""
+    places: tuple[Any, Any, Tensor] | None = None
+    """Where the sums lie and what each counts, and what that rests on; None: not known."""
+    shown: dict[int, tuple[Tensor, torch.cuda.Event]] = field(default_factory=dict)
+    """By number of the group, its d on the way to the host."""
+
+    @property
+    def leader(self) -> Group:
+        return self.groups[0]
+
+    def numbers(self) -> estimate.Estimate:
+        """Of the next estimate."""
+        group = self.leader
+        given = group.get("auto_lr_given")
+        factor = estimate.DISTANCE_FACTOR * (given if given is not None and given >= config.FACTOR_LR else 1.0)
+        error = estimate.sign_error(group.get("auto_lr_count", 1))
+        return estimate.Estimate(group["betas"][0], factor, error, *found_bounds(group))
+
+    def begins(self, p: Tensor | None) -> bool:
+        """Whether a new step begins now; p: the one parameter that is stepped, None for all of them.
+
+        One at a time, a step ends when a parameter comes for the second time.
+        """
+        begins = p is None or not self.stepped or p in self.stepped
+        if begins:
+            self.stepped.clear()
+        if p is not None:
+            self.stepped.add(p)
+        return begins
+
+    def has_started(self) -> bool:
+        """Whether a step has been taken; if not, what the search keeps in its groups is made."""
+        group = self.leader
+        if {"auto_lr_rate", "auto_lr_sums"} <= group.keys():
+            return True
+        d = rate_tensor(group, st.local_tensor(group["params"][0]).device)
+        group["auto_lr_sums"], group["auto_lr_count"] = torch.zeros(2, device=d.device), 0
+        return False
+
+    def count(self) -> bool:
+        """Count a step that begins; whether its estimate moves d."""
+        group = self.leader
+        group["auto_lr_count"] = group.get("auto_lr_count", 0) + 1
+        last = group["auto_lr_steps"]
+        return last is None or group["auto_lr_count"] <= last
+
+    def share(self) -> None:
+        """Give d to the other groups, times their ratios, and show each group's rate."""
+        d = self.leader["auto_lr_rate"]
+        for number, (group, ratio) in enumerate(zip(self.groups, self.ratios, strict=True)):
+            if number:
+                rate_tensor(group, d.device).copy_(d * ratio)
+            if group["auto_lr"]:
+                self._show(group, number)
+
+    def _show(self, group: Group, number: int) -> None:
+        """Put the rate found where trainers look for it.
+
+        `effective_lr` is the rate in use. `lr` itself shows it too (on CUDA that of a step before, for which nothing
+        waits), as long as nobody else writes there: a scheduler leaves `initial_lr` behind, and what is set by hand
+        counts as a share of what was shown.
+        """
+        rate = group["auto_lr_rate"]
+        if "initial_lr" in group:
+            group["auto_lr_peak"] = max(group.get("auto_lr_peak", 0.0), float(group["lr"]))
+        elif group["lr"] == group["base_lr"] and (found := self._on_host(rate, number)):
+            group["lr"] = group["base_lr"] = found
+        group["effective_lr"] = rate * relative_rate(group)
+
+    def _on_host(self, rate: Tensor, number: int) -> float | None:
+        """The rate as a number of seven digits; of a CUDA tensor one that has arrived meanwhile, if any."""
+        if rate.device.type != "cuda":
+            return float(f"{rate.item():.7g}")
+        value = None
+        if number in self.shown:
+            copy, event = self.shown[number]
+            if not event.query():
+                return None
+            value = float(f"{copy.item():.7g}")
+        else:
+            copy, event = torch.empty((), pin_memory=True), torch.cuda.Event()
+        copy.copy_(rate, non_blocking=True)
+        event.record(torch.cuda.current_stream(rate.device))
+        self.shown[number] = (copy, event)
+        return value
 
 
-def update_probes(theta: Tensor, grad: Tensor, state: st.State, s: Scalars, d: Tensor) -> None:
-    """The sums of one parameter: num ← √β2 num + ω Σ g (θ0 - θ), z ← √β2 z + ω g with ω = d² ρ / d0.
-
-    Where probes are further apart than 16 blocks each stands for as many more, and ω is larger by that.
-
-    Args:
-        theta: θ before the update, float32 [blocks, 256].
-        grad: g as [blocks, 256], skipped elements 0.
-    """
-    stats, z = state["tensor_stats"], state["probe_sum"]
-    stride = st.stride_held(len(theta), len(z))
-    decay = math.sqrt(s.beta2)
-    weight = d.square() * (s.probe_weight * stride / st.PROBE_STRIDE)
-    g = grad[::stride]
-    moved = state["probe_start"].float() - theta[::stride]
-    stats[st.LR_NUMERATOR] = decay * stats[st.LR_NUMERATOR] + weight * (g * moved).sum()
-    z.mul_(decay).add_(weight * g)
-    stats[st.LR_DENOMINATOR] = z.abs().sum()
+def searches(groups: list[Group]) -> list[Search]:
+    """The searches of these groups: those with a given `lr` share one and keep their ratios, each other has its own."""
+    found: list[Search] = []
+    tied: Search | None = None
+    for group in groups:
+        given = group.get("auto_lr_given")
+        if not given:
+            found.append(Search([group], [1.0]))
+        elif tied is None:
+            tied = Search([group], [1.0])
+            found.append(tied)
+        else:
+            tied.groups.append(group)
+            tied.ratios.append(given / tied.leader["auto_lr_given"])
+    return found
 
 
-# --- the estimate -----------------------------------------------------------------------------------------------------
+def found_bounds(group: Group) -> tuple[float, float]:
+    """Between which d stays; OneCycleLR puts a `max_lr` of its own into the group, which is none."""
+    high = math.inf if group["max_lr"] is None or "max_momentum" in group else group["max_lr"]
+    return min(group["min_lr"], high), high
 
 
-def find_rate(d: Tensor, stats: list[Tensor], low: float, high: float) -> None:
-    """In place: d ← clamp(max(d, Σ num / Σ|z|), low, high) over the `tensor_stats` of a group."""
-    if not stats:
-        return
-    sums = torch.stack(stats).sum(dim=0)
-    estimate = sums[st.LR_NUMERATOR] / sums[st.LR_DENOMINATOR].clamp_min(FLOAT_TINY)
-    d.copy_(torch.maximum(d, estimate).clamp(low, high))
+def start_rate(group: Group) -> float:
+    """Where the search for a group begins."""
+    given = group.get("auto_lr_given")
+    if given and given < config.FACTOR_LR:
+        return given
+    low, high = found_bounds(group)
+    return min(max((given or 1.0) * config.START_LR, low), high)
 
 
 def rate_tensor(group: Group, device: torch.device) -> Tensor:
     """d of a group, a 0-d float32 that lives in the group."""
     if "auto_lr_rate" not in group:
-        group["auto_lr_rate"] = torch.tensor(group["base_lr"], dtype=torch.float32, device=device)
+        group["auto_lr_rate"] = torch.tensor(start_rate(group), dtype=torch.float32, device=device)
     return group["auto_lr_rate"]
 
 
-def begins_step(group: Group, t: int) -> bool:
-    """Whether t is a step of the group that no parameter has reached before; notes it."""
-    if t <= group.get("auto_lr_step", 0):  # missing where only an override switches auto_lr on
-        return False
-    group["auto_lr_step"] = t
-    return True
+class RateFinder:
+    """The searches of an optimizer, brought up to date whenever a step begins."""
 
+    def __init__(self) -> None:
+        self._known: list[tuple[int, bool, float | None]] = []
+        self._searches: list[Search] = []
 
-def found_rate(group: Group, states: Iterable[st.State], t: int, device: torch.device) -> Tensor:
-    """d for step t of this group in plain PyTorch, brought up to date when a new step begins.
+    def forget_places(self) -> None:
+        """States have moved: look anew where the sums lie."""
+        for search in self._searches:
+            search.places = None
 
-    Args:
-        states: those of the group's parameters.
-    """
-    d = rate_tensor(group, device)
-    if begins_step(group, t):
-        sums = [state["tensor_stats"] for state in states if "probe_sum" in state]
-        find_rate(d, [x.to(d.device) for x in sums], group["min_lr"], group["max_lr"])
-        publish_rate(group)
-    return d.to(device)
-
-
-@dataclass
-class FoundRate:
-    """A group whose rate the kernels find, and where the `tensor_stats` of all its parameters lie."""
-
-    group: Group
-    rows: list[tuple[int, np.ndarray]]
-    """By number of the bucket, which of its members are the group's."""
-    is_whole: bool
-    """Whether all of the group's parameters are in the plan, which sees to it that their states stay where they are."""
-    addresses: list[int] = field(default_factory=list)
-    on_device: Tensor | None = None
-
-    def update(self, buckets: list[Bucket], grads: list[np.ndarray], states: Callable[[], list[st.State]]) -> None:
-        """Bring d up to date if a new step of the group begins; nothing waits.
+    def begin(self, optimizer: ParameterGroups, one: tuple[Group, Tensor] | None, with_kernels: bool) -> None:
+        """To be called before parameters are stepped: all that have gradients, or one alone, of this group.
 
         Args:
-            grads: of each bucket, the addresses of its members' gradients, 0 for none.
-            states: gives those of the group's parameters, which takes as long as a step where they are many.
+            with_kernels: let the device work on the sums in Triton, by their addresses, where all lie on one.
         """
-        from automagic_bnb.kernels import statistics
+        for search in self._of(optimizer.param_groups):
+            if one is not None and not any(one[0] is group for group in search.groups):
+                continue
+            if search.begins(None if one is None else one[1]):
+                if search.has_started() and search.count():
+                    self._estimate(search, optimizer, with_kernels)
+                search.share()
 
-        step = max(buckets[i].next_step(rows, grads[i]) for i, rows in self.rows)
-        if step and begins_step(self.group, step):
-            addresses = self._stats_addresses(states)
-            statistics.find_rate(self.group["auto_lr_rate"], addresses, self.group["min_lr"], self.group["max_lr"])
-            publish_rate(self.group)
+    def _of(self, groups: list[Group]) -> list[Search]:
+        # A group may also search for the sake of single parameters, whose overrides say so.
+        seeks = [(id(g), g["auto_lr"] or "auto_lr_rate" in g, g.get("auto_lr_given")) for g in groups if g["params"]]
+        if seeks != self._known:
+            self._known = seeks
+            filled = [group for group in groups if group["params"]]
+            self._searches = searches([group for group, seek in zip(filled, seeks, strict=True) if seek[1]])
+        return self._searches
 
-    def _stats_addresses(self, states: Callable[[], list[st.State]]) -> Tensor:
-        """Where the sums of all the group's parameters lie, those outside the plan too, as int64 on the device."""
-        if self.on_device is not None and self.is_whole:
-            return self.on_device
-        addresses = [state["tensor_stats"].data_ptr() for state in states() if "probe_sum" in state]
-        if self.on_device is None or addresses != self.addresses:
-            self.addresses = addresses
-            self.on_device = torch.tensor(addresses, dtype=torch.int64, device=self.group["auto_lr_rate"].device)
-        return self.on_device
+    @staticmethod
+    def _estimate(search: Search, optimizer: ParameterGroups, with_kernels: bool) -> None:
+        d, sums = search.leader["auto_lr_rate"], search.leader["auto_lr_sums"]
+        key = (st.WatchedState.changes, len(optimizer.state), with_kernels)
+        if search.places is None or search.places[0] != key:
+            held = [
+                (state["tensor_stats"], 1 / ratio)
+                for group, ratio in zip(search.groups, search.ratios, strict=True)
+                for state in optimizer.states_of(group)
+                if "probe_block" in state
+            ]
+            weights = torch.tensor([weight for _, weight in held], dtype=torch.float32).to(d.device)
+            stats: Any = [stats for stats, _ in held]
+            if with_kernels and all(x.device == d.device for x in stats):
+                stats = torch.tensor([x.data_ptr() for x in stats], dtype=torch.int64).to(d.device)
+            search.places = (key, stats, weights)
+        _, stats, weights = search.places
+        if isinstance(stats, Tensor):
+            from automagic_bnb.kernels import statistics
 
-
-def found_rates(buckets: list[Bucket]) -> list[FoundRate]:
-    """The groups among the members of these buckets whose rate is being found."""
-    groups = {id(m.group): m.group for bucket in buckets for m in bucket.members if m.rate is not None}
-    found = []
-    for group in groups.values():
-        rows = [np.array([i for i, m in enumerate(b.members) if m.group is group], dtype=np.int64) for b in buckets]
-        whole = sum(map(len, rows)) == len(group["params"])
-        found.append(FoundRate(group, [(i, x) for i, x in enumerate(rows) if len(x)], whole))
-    return found
-
-
-# --- where it is shown ------------------------------------------------------------------------------------------------
-
-
-def publish_rate(group: Group) -> None:
-    """Put the rate found where some trainers look for it, in place of `lr`; say if a schedule drives it far up."""
-    relative = relative_rate(group)
-    group["effective_lr"] = group["auto_lr_rate"] * relative
-    if relative > PEAK_TOLD:
-        warn_once(
-            f"a schedule has raised lr to more than {PEAK_TOLD:g} times its initial_lr, and with it the rate that "
-            "is being found, above max_lr. OneCycleLR and CyclicLR begin far below their peak: give the optimizer "
-            "an lr with them, or choose a schedule that begins at its peak"
-        )
+            with torch.cuda.device_of(d):  # Triton launches on the current device
+                statistics.find_rate(d, sums, stats, weights, search.numbers())
+        else:
+            estimate.find_rate(d, sums, stats, weights, search.numbers())
 
 
 def mean_rate(group: Group) -> float | Tensor:
     """The group's mean rate: its `lr`, or where it is being found a 0-d tensor (nothing synchronises)."""
-    if not group["auto_lr"] or "auto_lr_rate" not in group:
+    if not group["auto_lr"]:
         return group["lr"]
-    return group["auto_lr_rate"] * relative_rate(group)
+    return group.get("auto_lr_rate", start_rate(group)) * relative_rate(group)
+
+
+def upper_bound(group: Group) -> float:
+    """The most that a single element's rate may be at this point of the schedule; waits for a rate that is found."""
+    if group["max_lr"] is None:
+        return config.MAX_LR_RATIO * float(mean_rate(group))
+    return group["max_lr"] * relative_rate(group)

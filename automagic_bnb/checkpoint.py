@@ -106,6 +106,10 @@ def _parse_group(saved: dict[str, Any], group: dict[str, Any], index: int) -> di
         else:
             entries[name] = copy.deepcopy(value)
     entries = config.respelled(entries)
+    entries.pop("auto_lr_step", None)  # of version 0.2.0, as the next lines
+    if group["max_lr"] is None and "auto_lr_given" not in saved and "base_lr" in saved:
+        # Up to version 0.2.0 a bound that was not set was saved as what it came to.
+        entries |= {"max_lr": None} if entries.get("max_lr") == max(1e-3, 10 * saved["base_lr"]) else {}
     bounds = {name: entries.get(name, group[name]) for name in ("min_lr", "max_lr")}
     # The rates themselves are history: OneCycleLR has its own bounds in the group, below the rate it was built with.
     config.check_rates({**bounds, "lr": None}, f" in the checkpoint's group {index}")
@@ -118,7 +122,7 @@ def _parse_parameter(
     saved = {**saved, **saved.get(WRAPPED, {})}
     saved.pop(WRAPPED, None)
     local, shard = st.local_tensor(p), st.shard_of(p)
-    saved = _from_0_1_0(saved, local)
+    saved = _from_0_2_0(_from_0_1_0(saved, local))
     saved_shard = saved.pop("shard", shard)
     if saved_shard != shard:
         raise ValueError(f"{where}: the checkpoint holds shard {saved_shard}, here is {shard}; {SHARDED_WARNING}")
@@ -173,6 +177,19 @@ def _from_0_1_0(saved: dict[str, Any], p: Tensor) -> dict[str, Any]:
     return saved
 
 
+def _from_0_2_0(saved: dict[str, Any]) -> dict[str, Any]:
+    """A parameter's state as version 0.2.0 saved it, whose probes watched the first block of each span."""
+    if "probe_sum" not in saved:
+        return saved
+    saved = {**saved, "probe_block": torch.zeros(len(saved["probe_sum"]), dtype=torch.int32)}
+    del saved["probe_sum"]
+    if isinstance(saved.get("tensor_stats"), Tensor) and saved["tensor_stats"].numel() == len(st.STATS):
+        stats = saved["tensor_stats"].clone()
+        stats[[st.LR_NUMERATOR, st.LR_DENOMINATOR]] = 0
+        saved["tensor_stats"] = stats
+    return saved
+
+
 def _restored(name: str, value: Tensor, p: Tensor, paged: bool) -> Tensor:
     if name in st.ELEMENT_KEYS:
         return st.empty_element_state(p, value.dtype, paged).copy_(value)
@@ -191,8 +208,8 @@ def _check_storage(state: st.State, where: str) -> None:
         expected = st.KEYS[name].held.get(storage, (None,))[0] if name in st.KEYS else None
         if isinstance(value, Tensor) and expected is not None and value.dtype != expected:
             raise ValueError(f"{where}: the checkpoint's {name} is {value.dtype}; expected {expected}")
-    if {"probe_start", "probe_sum"} <= state.keys() and len(state["probe_start"]) != len(state["probe_sum"]):
-        raise ValueError(f"{where}: the checkpoint's probe_start and probe_sum do not belong together")
+    if {"probe_start", "probe_block"} <= state.keys() and len(state["probe_start"]) != len(state["probe_block"]):
+        raise ValueError(f"{where}: the checkpoint's probe_start and probe_block do not belong together")
     for number in (1, 2, 3):
         if held == torch.uint8 and f"state{number}" in state and f"absmax{number}" not in state:
             raise ValueError(f"{where}: the checkpoint's state{number} is in 8 bits but absmax{number} is missing")

@@ -19,11 +19,14 @@ from typing import Any
 from automagic_bnb import bnb
 from automagic_bnb.notices import warn_once
 
-# Compared by identity: a config that still holds this very object was given no max_lr by the user, and then a larger
-# rate raises the bound to 10 × lr. A literal 1e-3 is another object, and is kept.
-DEFAULT_MAX_LR = float("1e-3")
-START_LR = 1e-6
-"""Where the rate starts when none is given."""
+MAX_LR_RATIO = 10.0
+"""Where max_lr is not set, a single element's rate is at most so many times the mean."""
+START_LR = 1e-4
+"""Where the search starts when no rate is given."""
+NOMINAL_LR = 1e-3
+"""What a group's `lr` says, and a schedule is made for, until a rate has been found."""
+FACTOR_LR = 0.01
+"""With auto_lr=True an lr from here on is a factor of the rate found (Prodigy's lr=1), a lower one where it starts."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def _real_rule(legal: str, low: float, high: float = math.inf, *, open_low: bool
         number = _number(value)
         if number < low or number > high or (open_low and number == low):
             raise ValueError("out of range")
-        return float(number)  # float() hands a float back as it is: DEFAULT_MAX_LR keeps its identity
+        return float(number)
 
     return Rule(legal, parse)
 
@@ -190,11 +193,15 @@ class AutomagicConfig:
     Attributes may be edited; they are checked when the config is handed to an optimizer, as `**config.__dict__`.
     """
 
-    # Rates. `lr=None`: no rate given, so it starts at 1e-6 and finds its own.
+    # Rates. `lr=None`: no rate given, so it is found. With auto_lr=True a given `lr` is where the search starts, from
+    # FACTOR_LR on a factor of the rate found; groups with an `lr` keep their ratios. `min_lr` and `max_lr` bound single
+    # elements and move no mean rate, but a found one stays below a `max_lr` that is set; `max_lr=None`: ten times the
+    # mean. `auto_lr_steps`: the search ends after so many, None: never.
     lr: float | None = _opt(None, _or_none(_NON_NEGATIVE))
     min_lr: float = _opt(1e-7, _NON_NEGATIVE)
-    max_lr: float = _opt(DEFAULT_MAX_LR, _real_rule("a number > 0", 0, open_low=True))
+    max_lr: float | None = _opt(None, _or_none(_real_rule("a number > 0", 0, open_low=True)))
     auto_lr: bool | None = _opt(None, _or_none(_BOOL))
+    auto_lr_steps: int | None = _opt(None, _or_none(_integer_rule("a whole number >= 1", 1)))
     weight_decay: float = _opt(5e-4, _NON_NEGATIVE)
     warmup_steps: int = _opt(500, _integer_rule("a whole number >= 0", 0))
     # Moments.
@@ -238,13 +245,6 @@ class AutomagicConfig:
     backend: str | None = _opt(None, _or_none(_choice_rule("triton", "torch")))
     profile: str | None = _opt(None, _or_none(_choice_rule("memory_optimized", "balanced", "quality_optimized")))
     verbose: bool = _opt(False, _BOOL_ONCE)
-
-    # An unset max_lr is told by identity, which pickling would lose.
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if value is not DEFAULT_MAX_LR}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update({"max_lr": DEFAULT_MAX_LR, **state})
 
 
 RULES: dict[str, Rule] = {f.name: f.metadata["rule"] for f in dataclasses.fields(AutomagicConfig)}
@@ -314,6 +314,7 @@ def make_config(**options: Any) -> AutomagicConfig:
     config = dataclasses.replace(base, **respelled({k: check_option(k, v) for k, v in options.items()}))
     config.profile = profile
     check_rates(vars(config))
+    warn_of_factor(vars(config))
     check_storage(vars(config))
     return config
 
@@ -321,10 +322,22 @@ def make_config(**options: Any) -> AutomagicConfig:
 def check_rates(options: dict[str, Any], where: str = "") -> None:
     """Raise ValueError where the bounds contradict each other or the rate (shared by constructor and groups)."""
     low, high, lr = options["min_lr"], options["max_lr"], options["lr"]
+    if high is None:
+        return
     if low > high:
         raise ValueError(f"option min_lr={low!r}{where}: must not exceed max_lr={high!r}")
-    if lr is not None and lr > high and high is not DEFAULT_MAX_LR:
+    is_factor = lr is not None and lr >= FACTOR_LR and options["auto_lr"]
+    if lr is not None and lr > high and not is_factor:
         raise ValueError(f"option lr={lr!r}{where}: lies above max_lr={high!r}; raise max_lr or leave it out")
+
+
+def warn_of_factor(options: dict[str, Any]) -> None:
+    """Say that an `lr` this large is no rate where one is being found."""
+    if options["auto_lr"] and options["lr"] is not None and options["lr"] >= FACTOR_LR:
+        warn_once(
+            f"with auto_lr=True, lr={options['lr']!r} is taken as a factor of the rate that is found, as every lr from "
+            f"{FACTOR_LR:g} on is; a lower one is where the search starts"
+        )
 
 
 def check_storage(options: dict[str, Any], where: str = "") -> None:
@@ -350,13 +363,15 @@ def complete_betas(group: dict[str, Any]) -> None:
 
 
 def resolve_rates(options: dict[str, Any]) -> None:
-    """Fill in place what depends on whether a rate was given: `auto_lr`, `lr`, `max_lr`."""
+    """Fill in place what depends on whether a rate was given: `auto_lr`, `lr`; and what was, `auto_lr_given`.
+
+    That is kept where no rate is being found, too, since a search may be switched on later.
+    """
     if options["auto_lr"] is None:
         options["auto_lr"] = options["lr"] is None
+    options["auto_lr_given"] = options["lr"]
     if options["lr"] is None:
-        options["lr"] = START_LR
-    if options["max_lr"] is DEFAULT_MAX_LR:
-        options["max_lr"] = max(DEFAULT_MAX_LR, 10 * options["lr"])
+        options["lr"] = NOMINAL_LR
 
 
 class OptimizationProfiles:

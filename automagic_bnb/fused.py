@@ -6,10 +6,9 @@ state's memory, a gradient's dtype, an option, an override.
 
 from __future__ import annotations
 
-import functools
 import os
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from operator import is_
@@ -93,7 +92,6 @@ class Plan:
     sources: list[Source] = field(default_factory=list)
     matrices: list[Matrices] = field(default_factory=list)
     """Of each bucket, what step 9 works on."""
-    found_rates: list[auto_lr.FoundRate] = field(default_factory=list)
     idle: list[Tensor] = field(default_factory=list)
     """Parameters that had no gradient when the plan was made."""
     rest: list[tuple[dict[str, Any], Tensor]] = field(default_factory=list)
@@ -154,6 +152,7 @@ class FusedStep:
     def __init__(self, optimizer: ParameterGroups) -> None:
         self.optimizer: ParameterGroups = weakref.proxy(optimizer)
         """No owner of it: an optimizer that is dropped frees its states at once."""
+        self._rates = auto_lr.RateFinder()
         self._plan: Plan | None = None
         self._plans_of_one: dict[Tensor, Plan] = {}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -163,14 +162,17 @@ class FusedStep:
         """Drop what is known of where states lie; they have been replaced."""
         self._plan = None
         self._plans_of_one.clear()
+        self._rates.forget_places()
 
     def run(self) -> list[tuple[dict[str, Any], Tensor]]:
         """Step every parameter the kernels take; the others, with their groups, are returned."""
         if self.optimizer.config.backend == "torch":
             parameters = self._everything()
             self._check(parameters)
+            if any(p.grad is not None for _, p in parameters):
+                self._rates.begin(self.optimizer, None, with_kernels=False)
             return parameters
-        self._plan, rest = self._run(self._plan, self._everything)
+        self._plan, rest = self._run(self._plan, None)
         if self._plan.groups is None:
             self._plan.groups = [(group, list(group["params"])) for group in self.optimizer.param_groups]
         return rest
@@ -191,21 +193,24 @@ class FusedStep:
     def run_one(self, group: dict[str, Any], p: Tensor) -> bool:
         """Step one parameter, if the kernels take it."""
         if self.optimizer.config.backend == "torch":
+            self._check([(group, p)])
+            self._rates.begin(self.optimizer, (group, p), with_kernels=False)
             return False
         if p not in self._plans_of_one and len(self._plans_of_one) >= len(self.optimizer._facts):
             self._plans_of_one.clear()  # some are of parameters that are no longer here
         plan = self._plans_of_one.get(p)
         if plan is not None and any(source.group is not group for source in plan.sources):
             plan = None
-        self._plans_of_one[p], rest = self._run(plan, lambda: [(group, p)])
+        self._plans_of_one[p], rest = self._run(plan, (group, p))
         return not rest
 
     def _everything(self) -> list[tuple[dict[str, Any], Tensor]]:
         return [(group, p) for group in self.optimizer.param_groups for p in group["params"]]
 
     def _run(
-        self, plan: Plan | None, everything: Callable[[], list[tuple[dict[str, Any], Tensor]]]
+        self, plan: Plan | None, one: tuple[dict[str, Any], Tensor] | None
     ) -> tuple[Plan, list[tuple[dict[str, Any], Tensor]]]:
+        """Step one parameter, or all; returns the plan for it, and what the kernels do not take."""
         options: list[dict[str, Any]] = []
         grads = None
         if plan is not None:
@@ -213,11 +218,15 @@ class FusedStep:
             if plan.is_current(self.optimizer, options):
                 grads = self._gradients(plan)
         if plan is None or grads is None:
-            plan = self._make_plan(everything())
+            plan = self._make_plan(self._everything() if one is None else [one])
+            self._rates.forget_places()
             options = self._options(plan)
             grads = self._gradients(plan)
             assert grads is not None, "a plan just made fits its gradients"
         self._check(plan.rest)
+        # A step without gradients is none: trainers whose backward pass steps call it all the same.
+        if any(addresses.any() for addresses, _ in grads) or any(p.grad is not None for _, p in plan.rest):
+            self._rates.begin(self.optimizer, one, with_kernels=bool(plan.buckets))
         if plan.buckets:
             self._launch(plan, options, grads)
         return plan, plan.rest
@@ -227,7 +236,6 @@ class FusedStep:
     ) -> None:
         from automagic_bnb.kernels import step
 
-        self._find_rates(plan, [addresses for addresses, _ in grads])
         updates = zip(plan.buckets, plan.matrices, grads, strict=True)
         due = [(bucket, matrices, addresses) for bucket, matrices, (addresses, _) in updates if addresses.any()]
         tasks: list[low_rank.RankTask] = []
@@ -286,7 +294,6 @@ class FusedStep:
 
             plan.buckets = tables.fill_buckets(members)
             plan.matrices = [Matrices(bucket) for bucket in plan.buckets]
-            plan.found_rates = auto_lr.found_rates(plan.buckets)
         return plan
 
     def _member(self, group: dict[str, Any], p: Tensor, source: int, options: dict[str, Any]) -> Member:
@@ -317,12 +324,6 @@ class FusedStep:
                 return None
             found.append(gradients)
         return found
-
-    def _find_rates(self, plan: Plan, grads: list[np.ndarray]) -> None:
-        """auto_lr: bring d of each group that is about to step up to date."""
-        for found in plan.found_rates:
-            with on_device(found.group["auto_lr_rate"].device):
-                found.update(plan.buckets, grads, functools.partial(self.optimizer.states_of, found.group))
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:

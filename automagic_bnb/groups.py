@@ -76,7 +76,7 @@ class ParameterGroups(bnb.Optimizer2State):
         super().__init__(
             "automagic",
             params,
-            lr=config.START_LR if c.lr is None else c.lr,
+            lr=config.NOMINAL_LR if c.lr is None else c.lr,
             betas=c.betas,
             eps=c.eps[0],
             weight_decay=c.weight_decay,
@@ -86,6 +86,8 @@ class ParameterGroups(bnb.Optimizer2State):
         )
         self.state = defaultdict(st.WatchedState)
         self.defaults = {name: getattr(c, name) for name in config.GROUP_OPTIONS}
+        if c.lr is None:  # schedulers count with numbers
+            self.defaults["lr"] = config.NOMINAL_LR
         self.non_castable_tensor_keys = set(st.KEYS)
         self.check_embeddings()
 
@@ -98,7 +100,10 @@ class ParameterGroups(bnb.Optimizer2State):
             TypeError, ValueError: as the constructor.
         """
         count, defaults = len(self.param_groups), self.defaults
-        group = self._with_options(dict(param_group), where=f" in parameter group {count}")
+        where = f" in parameter group {count}"
+        group = self._with_options(dict(param_group), where)
+        if "lr" in param_group and self.state:
+            self._warn_of_ratio(group, where)
         # bitsandbytes' base constructor sets defaults of other optimizers (alpha, t_alpha); a group takes none of them.
         self.defaults = {}
         try:
@@ -126,17 +131,26 @@ class ParameterGroups(bnb.Optimizer2State):
         config.check_rates(options, where)
         if {"force_8bit", "factored"} & set(group):  # what a group has from the constructor it may make an exception of
             config.check_storage(options, where)
+        if "lr" in group:
+            config.warn_of_factor(options)
         config.resolve_rates(options)
         if not options["auto_lr"] and 0 < options["lr"] < options["min_lr"]:
             warn_once(
-                f"option lr={options['lr']!r}{where}: lies below min_lr={options['min_lr']!r}, which raises it; "
-                "pass a lower min_lr"
+                f"option lr={options['lr']!r}{where}: lies below min_lr={options['min_lr']!r}, which has no effect "
+                "then; pass a lower min_lr"
             )
         group.update(options)
         group.setdefault("base_lr", options["lr"])
-        if options["auto_lr"]:
-            group.setdefault("auto_lr_step", 0)
         return group
+
+    def _warn_of_ratio(self, group: Group, where: str) -> None:
+        """Say what an `lr` means that comes when the rates of other groups are under way to be found."""
+        first = next((g["auto_lr_given"] for g in self.param_groups if g["auto_lr"] and g.get("auto_lr_given")), None)
+        if group["auto_lr"] and group["auto_lr_given"] and first:
+            warn_once(
+                f"option lr={group['lr']!r}{where}: with auto_lr=True its ratio to the first group's lr={first!r} "
+                f"holds, so the rate here is {group['lr'] / first:g} times that one's; with auto_lr=False it is a rate"
+            )
 
     @staticmethod
     def _check_parameter(p: Tensor) -> None:
@@ -215,9 +229,6 @@ class ParameterGroups(bnb.Optimizer2State):
         options = {**group, **checked}
         if "lr" in checked:  # bitsandbytes' meaning: this rate, whatever the group's
             options["auto_lr"] = checked.get("auto_lr")
-            unset = self.config.max_lr is config.DEFAULT_MAX_LR
-            if unset and options["max_lr"] == max(config.DEFAULT_MAX_LR, 10 * group["base_lr"]):
-                options["max_lr"] = config.DEFAULT_MAX_LR  # it follows this rate
         config.check_rates({**options, "lr": checked.get("lr")}, where)
         if checked.get("force_8bit"):
             config.check_storage(options, where)

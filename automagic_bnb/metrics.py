@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from automagic_bnb import auto_lr, reference
 from automagic_bnb import quantization as q
-from automagic_bnb import reference
 from automagic_bnb import state as st
 from automagic_bnb.groups import ParameterGroups
 from automagic_bnb.scalars import Scalars, step_scalars
@@ -47,7 +47,7 @@ BINS = {torch.uint8: 1, torch.float32: 16}
 """Bins of the histogram per unit of k, by the dtype of `lr_mask`: k is whole in 8 bits, any float in 32."""
 SUMS = (
     *("rate", "at_min", "at_max", "torque", "damped", "edges", "agreeing", "background", "clip"),
-    *("smallest", "largest", "mask_mean", "d", "skipped"),
+    *("smallest", "largest", "mask_mean", "d", "mean", "low", "high", "skipped"),
 )
 """What stands behind the histogram; up to "clip" these add up over the parts of a parameter."""
 LANES = 32
@@ -101,10 +101,9 @@ class Row:
 
     def rates(self) -> np.ndarray:
         """The learning rate of each bin of the histogram, ascending."""
-        s, sums = self.subject.scalars, self.sums
+        sums = self.sums
         k = reference.K_MIN + np.arange(len(self.counts)) / self.subject.bins
-        factor = np.exp2(k / 16) / sums["mask_mean"]
-        rates = s.rate * np.clip(factor if self.subject.d is None else sums["d"] * factor, s.low, s.high)
+        rates = np.clip(sums["mean"] * np.exp2(k / 16) / sums["mask_mean"], sums["low"], sums["high"])
         return np.clip(rates, sums["smallest"], sums["largest"])  # rounding leads to no rate beyond those there are
 
 
@@ -190,7 +189,8 @@ def subject_of(optimizer: ParameterGroups, group: dict[str, Any], p: Tensor) -> 
     options, facts = optimizer.effective_options(group, p), optimizer.facts_of(p)
     d = None
     if options["auto_lr"]:  # perhaps only since the last step
-        d = group.get("auto_lr_rate", torch.full((), group["base_lr"], device=local.device)).to(local.device)
+        start = auto_lr.start_rate(group)
+        d = group.get("auto_lr_rate", torch.full((), start, device=local.device)).to(local.device)
     return Subject(
         p=local,
         grad=None if p.grad is None else st.checked_gradient(p),
@@ -206,17 +206,19 @@ def figures(subject: Subject) -> Tensor:
     device, stats, bins = subject.p.device, subject.state["tensor_stats"], subject.bins
     histogram = torch.zeros(int(reference.K_MAX - reference.K_MIN) * bins + 1, LANES, dtype=torch.int64, device=device)
     scale = percentile_scale(subject)
-    sums, bounds = [], []
+    sums, extremes = [], []
     for part in parts(subject):
         k = part.blocks.join(read_mask(part.state, part.blocks)[0])
         count(k, bins, histogram)
         rates, least_and_most = summed_rates(k, subject)
         added = rates + summed_statistics(part.state) + summed_gradient(part, subject, scale)
         sums.append(torch.stack([x.double() for x in added]))
-        bounds.append(least_and_most)
-    least, most = torch.stack(bounds).amax(dim=0).unbind()
+        extremes.append(least_and_most)
+    least, most = torch.stack(extremes).amax(dim=0).unbind()
     d = torch.zeros((), device=device) if subject.d is None else subject.d
-    rest = torch.stack([-least, most, stats[st.MASK_MEAN], d, stats[st.SKIPPED]]).double()
+    mean = reference.mean_rate(subject.scalars, subject.d, device)
+    bounds = reference.rate_bounds(mean, subject.scalars)
+    rest = torch.stack([-least, most, stats[st.MASK_MEAN], d, mean, *bounds, stats[st.SKIPPED]]).double()
     return torch.cat([histogram.sum(dim=1).double(), torch.stack(sums).sum(dim=0), rest])
 
 
@@ -247,9 +249,10 @@ def count(k: Tensor, bins: int, histogram: Tensor) -> None:
 def summed_rates(k: Tensor, subject: Subject) -> tuple[list[Tensor], Tensor]:
     """Σ rate and the numbers at either bound; and [-least rate, greatest rate]."""
     s, mask_mean = subject.scalars, subject.state["tensor_stats"][st.MASK_MEAN]
-    factor = reference.element_rates(k, mask_mean, dataclasses.replace(s, rate=1.0), subject.d)
-    rates = s.rate * factor
-    sums = [rates.sum(dtype=torch.float64), (factor <= s.low).sum(), (factor >= s.high).sum()]
+    rates = reference.element_rates(k, mask_mean, s, subject.d)
+    low, high = reference.rate_bounds(reference.mean_rate(s, subject.d, k.device), s)
+    moves = rates > 0  # where a schedule stands at 0, no bound holds anything
+    sums = [rates.sum(dtype=torch.float64), (moves & (rates <= low)).sum(), (moves & (rates >= high)).sum()]
     return sums, torch.stack([-rates.min(), rates.max()])
 
 

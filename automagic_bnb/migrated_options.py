@@ -80,19 +80,25 @@ def _dropped(note: str, *harmless: Any) -> Callable[[str, Any], Translated]:
     return translate
 
 
+LOW_START = 1e-6
+"""Of ai-toolkit: where the rates start when a higher one than 1e-3 was asked for."""
+
+
 def _start_rate(name: str, value: Any) -> Translated:
     """Where the weights' rates start: so it does here too, with auto_lr."""
     return {name: value, "auto_lr": True}, ""
 
 
 def _low_start_rate(name: str, value: Any) -> Translated:
-    """ai-toolkit starts at 1e-6 in place of a rate above 1e-3."""
+    """ai-toolkit starts at `LOW_START` in place of a rate above 1e-3."""
     if config.check_option("lr", value) is not None and float(value) > 1e-3:
-        return _start_rate(name, config.START_LR)[0], f"the rate starts at {config.START_LR}, as it does there"
+        return _start_rate(name, LOW_START)[0], f"the rate starts at {LOW_START}, as it does there"
     return _start_rate(name, value)
 
 
 def _noted_start_rate(name: str, value: Any) -> Translated:
+    if (start := config.check_option(name, value)) is not None and start >= config.FACTOR_LR:
+        return {"auto_lr": True}, f"is left out: the rate is found here, and no search starts at {config.FACTOR_LR:g}"
     note = "is where the rates start, there and here (auto_lr=True); for a fixed mean rate remove auto_lr"
     return _start_rate(name, value)[0], note
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from automagic_bnb import bnb
+from automagic_bnb import auto_lr, bnb
 from automagic_bnb import quantization as q
 from automagic_bnb import state as st
 from automagic_bnb.notices import warn_once
@@ -120,7 +120,8 @@ def group_entries(group: dict[str, Any], sums: list[tuple[Tensor, int]]) -> dict
     if not group["auto_lr"] or not count:
         return {}
     mean = sum(float(x) for x, _ in sums) / count
-    found = min(max(mean, group["min_lr"]), group["max_lr"])
+    low, high = auto_lr.found_bounds(group)
+    found = min(max(mean, low), high)
     return {"auto_lr_rate": torch.tensor(found, dtype=torch.float32, device=sums[0][0].device)}
 
 

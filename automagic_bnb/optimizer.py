@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from automagic_bnb import auto_lr, checkpoint, low_rank, memory, metrics, reference, requantization
+from automagic_bnb import auto_lr, checkpoint, estimate, low_rank, memory, metrics, reference, requantization
 from automagic_bnb import state as st
 from automagic_bnb.fused import FusedStep
 from automagic_bnb.groups import Facts, Group, ParameterGroups  # noqa: F401 (pickles of earlier versions name Facts here)
@@ -23,11 +23,13 @@ class Automagic(ParameterGroups):
     """Automagic with CAME's confidence, torque-aware momentum and spatial penalties, 32-bit state by default.
 
     Each element's rate adapts to how often its gradient keeps its sign; block-wise statistics on bitsandbytes' grid of
-    256 elements clip, damp and weigh the update. With no `lr` the rate starts at 1e-6 and finds its own.
+    256 elements clip, damp and weigh the update. With no `lr` the rate is found.
 
     Args:
         params: parameters, named parameters, or groups, as for any torch optimizer; float32, bfloat16 or float16.
-        lr: the mean learning rate. None: found during training (`auto_lr`).
+        lr: the mean learning rate. None: found during training (`auto_lr`); group["lr"] then says 1e-3 until a rate has
+            been found, and shows that as long as no scheduler drives the group. With `auto_lr=True` from 0.01 on a
+            factor of the rate found, below it where the search starts.
         options: any field of `AutomagicConfig`, which lists them with their defaults. All but `backend`, `is_paged`,
             `profile` and `verbose` may also stand in a parameter group or in a `GlobalOptimManager` override.
 
@@ -136,8 +138,8 @@ class Automagic(ParameterGroups):
         scalars = step_scalars(options, t, is_lora, facts.ordinal)
         d, watch = None, None
         if options["auto_lr"]:
-            d = auto_lr.found_rate(group, self.states_of(group), t, theta.device)
-            watch = functools.partial(auto_lr.update_probes, state=state, s=scalars, d=d)
+            d = auto_lr.rate_tensor(group, theta.device).to(theta.device)
+            watch = functools.partial(estimate.watch, state=state)
         flat = theta.contiguous()
         reference.update_parameter(flat, grad.contiguous(), state, options, scalars, d, watch)
         if flat is not theta:
@@ -192,7 +194,7 @@ class Automagic(ParameterGroups):
         k, _ = read_mask(state, blocks)
         d = None
         if options["auto_lr"]:  # not found yet where it was switched on just now
-            d = torch.as_tensor(group.get("auto_lr_rate", group["base_lr"]), device=local.device)
+            d = torch.as_tensor(group.get("auto_lr_rate", auto_lr.start_rate(group)), device=local.device)
         rates = reference.element_rates(k, state["tensor_stats"][st.MASK_MEAN], scalars, d)
         return blocks.join(rates).view(local.shape)
 

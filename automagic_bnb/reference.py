@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from automagic_bnb import config
 from automagic_bnb import quantization as q
 from automagic_bnb import state as st
 from automagic_bnb.scalars import Scalars
@@ -118,7 +119,7 @@ def update_parameter(
     options: dict[str, Any],
     s: Scalars,
     d: Tensor | None = None,
-    watch: Callable[[Tensor, Tensor], None] | None = None,
+    watch: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None,
 ) -> None:
     """One step of one parameter, in place: p and its state. `state["step"]` already counts this step.
 
@@ -126,7 +127,7 @@ def update_parameter(
         p: floating point, contiguous, any shape.
         grad: shaped like p, any floating dtype; NaN, infinite and absurdly large (2^50) elements are skipped.
         d: with auto_lr, the 0-d float32 rate found so far.
-        watch: called with θ before the update and g, both float32 [blocks, 256].
+        watch: called with θ before the update, u, m and g, each float32 [blocks, 256].
     """
     blocks = Blocks(p)
     stats = state["tensor_stats"]
@@ -167,7 +168,9 @@ def update_parameter(
     # 5. Cautious.
     if options["cautious"]:
         agrees = ((n > 0) & (g > 0)) | ((n < 0) & (g < 0))
-        n = n * agrees / blocks.mean(agrees.float()).clamp_min(MIN_CAUTIOUS_SHARE)
+        # Of the elements that have a gradient: in a block of which one row is in use, the others say nothing.
+        share = agrees.sum(1, keepdim=True) / (g != 0).sum(1, keepdim=True).clamp_min(1)
+        n = n * agrees / share.clamp_min(MIN_CAUTIOUS_SHARE)
 
     # 6. Background.
     if options["background_regularization"]:
@@ -181,12 +184,14 @@ def update_parameter(
     weights = Weights(p, state.get("master_residual"), st.rounds_stochastically(p, options))
     theta = blocks.cut(weights.read())
     if watch is not None:
-        watch(theta, g)
+        watch(theta, u, m, g)
     new_theta = theta - lr_i * (n + options["weight_decay"] * theta)
     weights.write(blocks.join(torch.where(keep, new_theta, theta)), blocks.join(bits), blocks.join(keep))
     moments.store(m, uniform)
     if s.adapt_mask:
-        stats[st.MASK_MEAN] = torch.exp2(blocks.join(read_mask(state, blocks)[0]) / OCTAVE).mean()
+        used, factor = g != 0, torch.exp2(read_mask(state, blocks)[0] / OCTAVE)
+        mean = torch.where(used, factor, 0.0).sum() / used.sum().clamp_min(1)
+        stats[st.MASK_MEAN] = torch.where(used.any(), mean, stats[st.MASK_MEAN])
 
 
 def torque_factor(m: Tensor, u: Tensor, torque: Tensor, kappa: float) -> Tensor:
@@ -214,12 +219,11 @@ def update_mask(
     # var(u) = mean(u²) - mean(u)², exact enough at |u| ~ 1 and never below 0 by more than rounding
     variance.lerp_((blocks.mean(u.square()) - blocks.mean(u).square()).clamp_min(0), 1 - STATISTIC_DECAY)
     positive = g > 0
+    keep = keep & (g != 0)  # 0 has no sign: an element without a gradient has learned nothing
     if s.adapt_mask:
-        f = (
-            (options["detail_preservation"] * variance).clamp(MIN_CHANGE, MAX_CHANGE)
-            if options["spatial_awareness"]
-            else 1.0
-        )
+        f: Tensor | float = 1.0
+        if options["spatial_awareness"]:
+            f = (options["detail_preservation"] * variance).clamp(MIN_CHANGE, MAX_CHANGE)
         moved = (k + torch.where(positive == polarity, f, -1.0 * f)).clamp(K_MIN, K_MAX)
         if state["lr_mask"].dtype == torch.uint8:
             # (k + U ≥ ⌊k⌋ + 1) rounds up with the probability of k's fraction.
@@ -231,9 +235,23 @@ def update_mask(
     return k
 
 
+def mean_rate(s: Scalars, d: Tensor | None, device: torch.device) -> Tensor:
+    """The rate of an element whose factor is 1, 0-d float32."""
+    return torch.full((), s.rate, dtype=torch.float32, device=device) * (1.0 if d is None else d)
+
+
+def rate_bounds(mean: Tensor, s: Scalars) -> tuple[Tensor, Tensor]:
+    """Between which an element's rate stays, 0-d float32; 0 and ∞ where there is no bound.
+
+    A bound is for single elements: where the mean rate itself lies beyond it, as a user or a schedule asked for or as
+    it was found, it does not hold.
+    """
+    low = torch.full_like(mean, s.low)
+    high = config.MAX_LR_RATIO * mean if s.high is None else torch.full_like(mean, s.high)
+    return torch.where(low <= mean, low, 0.0), torch.where(high >= mean, high, math.inf)
+
+
 def element_rates(k: Tensor, mask_mean: Tensor, s: Scalars, d: Tensor | None) -> Tensor:
     """lr_i of exponents k, given the mask's mean W of the previous step."""
-    factor = torch.exp2(k / OCTAVE) / mask_mean
-    if d is None:
-        return s.rate * factor.clamp(s.low, s.high)
-    return s.rate * (d * factor).clamp(s.low, s.high)
+    mean = mean_rate(s, d, k.device)
+    return (mean * (torch.exp2(k / OCTAVE) / mask_mean)).clamp(*rate_bounds(mean, s))

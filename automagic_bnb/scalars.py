@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,18 +19,30 @@ class Scalars:
     correction2: float
     correction3: float
     rate: float  # lr, or ρ = lr / base where auto_lr supplies d
-    low: float  # bounds of the per-element factor; where auto_lr supplies d, of d times that factor
-    high: float
+    low: float  # bounds of an element's rate; they hold where the mean rate lies between them
+    high: float | None  # None: MAX_LR_RATIO times the mean rate
     kappa: float
     adapt_mask: bool  # k moves
     learn_polarity: bool  # σ moves and π is recorded
     rounding_key: int
-    probe_weight: float  # ω of auto_lr over d²: ρ / d0
+
+
+PEAK_RATIO = 4.0
+"""A found rate may be doubled by hand, twice. A schedule that rises further began below its peak, which counts then."""
 
 
 def base_rate(options: dict[str, Any]) -> float:
-    """The rate a schedule starts from: its `initial_lr`, else the group's constructor lr."""
-    return float(options.get("initial_lr", options["base_lr"]))
+    """The rate that a schedule's rates are shares of: its `initial_lr`, else the group's constructor lr.
+
+    Where the rate is found, of a schedule that began far below its peak (OneCycleLR, CyclicLR) it is the peak: the one
+    that OneCycleLR names in the group, or the highest that has been seen.
+    """
+    base = float(options.get("initial_lr", options["base_lr"]))
+    if not options["auto_lr"]:
+        return base
+    named = options["max_lr"] if "initial_lr" in options and "max_momentum" in options else None
+    highest = max(float(options["lr"]), options.get("auto_lr_peak", 0.0), float(named or 0.0))
+    return highest if highest > PEAK_RATIO * base else base
 
 
 def relative_rate(options: dict[str, Any]) -> float:
@@ -48,11 +59,8 @@ def step_scalars(options: dict[str, Any], t: int, is_lora: bool, ordinal: int) -
             a scheduler set one, `initial_lr`.
     """
     beta1, beta2, beta3 = options["betas"]
-    base, relative = base_rate(options), relative_rate(options)
-    automatic = options["auto_lr"]
+    relative, automatic = relative_rate(options), options["auto_lr"]
     warm = t <= options["warmup_steps"]
-    # A constant rate is clamped relative to its base, so that a schedule scales every element alike.
-    bounded = base > 0 and not automatic
     return Scalars(
         beta1=beta1,
         beta2=beta2,
@@ -61,11 +69,11 @@ def step_scalars(options: dict[str, Any], t: int, is_lora: bool, ordinal: int) -
         correction2=1 - beta2**t,
         correction3=1 - beta3**t,
         rate=relative if automatic else float(options["lr"]),
-        low=options["min_lr"] / base if bounded else options["min_lr"] if automatic else 0.0,
-        high=options["max_lr"] / base if bounded else options["max_lr"] if automatic else math.inf,
+        # The schedule scales the bounds, too: so it scales every element alike.
+        low=options["min_lr"] * relative,
+        high=None if options["max_lr"] is None else options["max_lr"] * relative,
         kappa=options["low_rank_emphasis"] if is_lora else 1.0,
         adapt_mask=warm and t >= 2,
         learn_polarity=warm,
         rounding_key=q.mix_in(q.parameter_key(options["seed"], ordinal, q.STEP_STREAM), t),
-        probe_weight=relative / options["base_lr"] if automatic and options["base_lr"] > 0 else 0.0,
     )

@@ -58,12 +58,17 @@ set_uncounted = dict.__setitem__
 MASK_MEAN, LR_NUMERATOR, LR_DENOMINATOR, SKIPPED = range(4)
 STATS = (
     "W: mean of 2^(k/16) over the tensor",
-    "auto_lr's numerator",
-    "auto_lr's Σ|z|",
+    "auto_lr's s = Σ u (θ0 - θ) over the blocks watched, of the last step until the next begins",
+    "auto_lr's M over them, likewise",
     "elements skipped so far because their gradient was not finite",
 )
-PROBE_STRIDE = 16
-"""auto_lr watches every 16th block; in a large group each of the watched stands for more."""
+LEAST_STRIDE = 16
+"""Of earlier versions, whose checkpoints have a probe for every 16th block."""
+PROBE_STRIDE = 32
+"""auto_lr watches one of 32 blocks, in a large group one of more."""
+PROBE_FREE, PROBE_CLAIM, PROBE_TURN = 2**30, 2**28, 2**27
+"""`probe_block`: no block of the span is watched yet; one is claimed by the block whose place in the span comes on top,
+in a step with an even number, or with an odd one, by a turn more."""
 MAX_PROBED = 2**20
 """About how many elements of a group it watches at most; a tenth of them found no other rate (benchmarks/NOTES.md)."""
 NORM_WINDOW = 100
@@ -152,7 +157,7 @@ KEYS: dict[str, Key] = {
     "tensor_stats": Key("`STATS`", "stats", _in(_F32, start=(1.0, 0.0, 0.0, 0.0))),
     "gnorm_vec": Key("the last gradients' norms", "norms", _in(_F32), _clips_norms),
     "probe_start": Key("θ0 of auto_lr", "probe", _in(None), _finds_rate),
-    "probe_sum": Key("z of auto_lr", "probe", _in(_F32), _finds_rate),
+    "probe_block": Key("the place of each in its span", "span", _in(torch.int32, start=PROBE_FREE), _finds_rate),
 }  # fmt: skip
 """Every tensor that a parameter's state may hold."""
 
@@ -165,6 +170,7 @@ SHAPES: dict[str, Callable[[Tensor, int], tuple[int, ...]]] = {
     "stats": lambda p, stride: (len(STATS),),
     "norms": lambda p, stride: (NORM_WINDOW,),
     "probe": lambda p, stride: (probe_count(block_count(p), stride), BLOCK),
+    "span": lambda p, stride: (probe_count(block_count(p), stride),),
 }
 """By kind, the shape of a tensor of parameter p, of which auto_lr watches one of `stride` blocks."""
 
@@ -248,7 +254,7 @@ def block_count(p: Tensor) -> int:
 
 
 def probe_stride(elements: int) -> int:
-    """Of how many blocks auto_lr watches one, in a group of so many elements: 16, or a larger power of two."""
+    """Of how many blocks auto_lr watches one, in a group of so many elements: 32, or a larger power of two."""
     stride = PROBE_STRIDE
     while elements > stride * MAX_PROBED:
         stride *= 2
@@ -261,7 +267,7 @@ def probe_count(blocks: int, stride: int) -> int:
 
 def stride_held(blocks: int, probes: int) -> int:
     """The stride of a tensor's probes, told by their number: the smallest that gives no more."""
-    stride = PROBE_STRIDE
+    stride = LEAST_STRIDE
     while probes and probe_count(blocks, stride) > probes:
         stride *= 2
     return stride
@@ -326,8 +332,6 @@ def recipes(
 def _made(name: str, p: Tensor, storage: str, paged: bool, stride: int) -> Tensor:
     key = KEYS[name]
     dtype, start = key.held[storage]
-    if name == "probe_start":
-        return probe_blocks(p.detach().reshape(-1), stride).clone()
     if key.kind == "book":
         return bnb.code_book(name == "qmap1", p.device)
     if isinstance(start, tuple):
@@ -345,7 +349,7 @@ def complete(
     state: State, p: Tensor, storage: str, options: dict[str, Any], paged: bool = False, stride: int = PROBE_STRIDE
 ) -> State:
     """Add to a state what it lacks under these options, at its starting value; a new state starts from {}."""
-    for held in (state[name] for name in keys_of("probe") if name in state):
+    for held in (state[name] for name in keys_of("probe", "span") if name in state):
         stride = stride_held(block_count(p), len(held))  # if one is missing, it is made to fit the other
     for name, make in recipes(p, storage, options, paged, stride).items():
         if name not in state:
@@ -376,19 +380,6 @@ def link_code_books(state: State, device: torch.device) -> None:
         state["qmap2"] = bnb.code_book(False, device)
 
 
-def probe_blocks(flat: Tensor, stride: int) -> Tensor:
-    """Every `stride`-th block of a flat tensor, [probes, 256], zeros beyond its end."""
-    n = flat.numel()
-    span = BLOCK * stride
-    whole = n // span
-    blocks = flat[: whole * span].view(whole, span)[:, :BLOCK]
-    rest = flat[whole * span :][:BLOCK]
-    if rest.numel():
-        rest = torch.nn.functional.pad(rest, (0, BLOCK - rest.numel()))
-        blocks = torch.cat([blocks, rest[None]])
-    return blocks
-
-
 def state_bytes(state: State) -> int:
     """Bytes held for one parameter, the shared code books not counted."""
     return sum(v.nbytes for k, v in state.items() if isinstance(v, Tensor) and not k.startswith("qmap"))
@@ -401,7 +392,7 @@ def expected_shape(name: str, p: Tensor, length: int) -> tuple[int, ...]:
         length: that of the tensor there, which for probes may be one of several.
     """
     kind = KEYS[name].kind
-    return SHAPES[kind](p, stride_held(block_count(p), length) if kind == "probe" else PROBE_STRIDE)
+    return SHAPES[kind](p, stride_held(block_count(p), length) if kind in ("probe", "span") else PROBE_STRIDE)
 
 
 def between(state: State, p: Tensor, start: int, stop: int) -> State:

@@ -12,8 +12,9 @@ import triton.language as tl
 from automagic_bnb.kernels import codec, lanes, stencil, tiles
 from automagic_bnb.kernels.tables import BLOCK_STATISTICS, Column, Number
 
+from automagic_bnb import estimate, reference
 from automagic_bnb import quantization as q
-from automagic_bnb import reference
+from automagic_bnb import state as st
 
 BLOCK = tl.constexpr(q.BLOCK)
 # In products these stand on the right: to the interpreter a constant times a tensor is a constant.
@@ -26,10 +27,13 @@ BACKGROUND_FACTOR = tl.constexpr(reference.BACKGROUND_FACTOR)
 MIN_CHANGE, MAX_CHANGE = tl.constexpr(reference.MIN_CHANGE), tl.constexpr(reference.MAX_CHANGE)
 K_MIN, K_MAX = tl.constexpr(reference.K_MIN), tl.constexpr(reference.K_MAX)
 OCTAVES = tl.constexpr(1 / reference.OCTAVE)
+LEAST_MOMENTUM = tl.constexpr(estimate.LEAST_MOMENTUM)
 
 _C = {column.name: tl.constexpr(int(column)) for column in Column}
-POLARITY, RATE, PROBE_SHIFT = _C["LAST_POLARITY"], _C["RATE"], _C["PROBE_SHIFT"]
-PROBE_START, PROBE_SUM = _C["PROBE_START"], _C["PROBE_SUM"]
+POLARITY, PROBE_SHIFT = _C["LAST_POLARITY"], _C["PROBE_SHIFT"]
+PROBE_START, PROBE_BLOCK = _C["PROBE_START"], _C["PROBE_BLOCK"]
+PROBE_FREE, PROBE_CLAIM = tl.constexpr(st.PROBE_FREE), tl.constexpr(st.PROBE_CLAIM)
+PROBE_TURN = tl.constexpr(st.PROBE_TURN)
 V_ROW, R_ROW = _C["EXP_AVG_SQ_ROW"], _C["EXP_AVG_RES_ROW"]
 _LANES = {name: tl.constexpr(lane) for lane, name in enumerate(BLOCK_STATISTICS)}
 ABSMAX1, ABSMAX2, ABSMAX3 = _LANES["absmax1"], _LANES["absmax2"], _LANES["absmax3"]
@@ -39,7 +43,7 @@ TORQUE, EDGE_HISTORY, SPATIAL_VARIANCE = _LANES["torque"], _LANES["edge_history"
 _N = {number.name: tl.constexpr(int(number)) for number in Number}
 N_RATE, N_LOW, N_HIGH, N_DECAY, N_KAPPA = _N["RATE"], _N["LOW"], _N["HIGH"], _N["WEIGHT_DECAY"], _N["KAPPA"]
 N_CORRECTION1, N_CORRECTION2, N_CORRECTION3 = _N["CORRECTION1"], _N["CORRECTION2"], _N["CORRECTION3"]
-N_ADAPT, N_LEARN, N_PROBE = _N["ADAPT_MASK"], _N["LEARN_POLARITY"], _N["PROBE_WEIGHT"]
+N_ADAPT, N_LEARN = _N["ADAPT_MASK"], _N["LEARN_POLARITY"]
 
 
 class Rule(NamedTuple):
@@ -65,6 +69,7 @@ class Rule(NamedTuple):
     cells: Any  # four rows of `codec.held_cells`
     key: Any  # uint32, of the random bits
     bounded: Any  # int32: whether min_lr or max_lr may be reached
+    turn: Any  # int32: t modulo 2
 
 
 class Elements(NamedTuple):
@@ -114,7 +119,8 @@ def update(
     entry_ptr, numbers, rule, block, remaining, place, valid, pointers, loaded, g_raw, g, lap, sum_squares,
     S, CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """One block; returns Σ 2^(k/16) and auto_lr's two sums over it, and what factored v and r have seen.
+    """One block; returns the number of its elements with a gradient and Σ 2^(k/16) over these, auto_lr's two sums over
+    it, and what factored v and r have seen.
 
     Elements behind the end are held at g = m = v = r = 0, which leaves every sum alone. CAREFUL: some gradient of the
     block (g_raw) is not finite, and those elements keep what they have.
@@ -191,8 +197,9 @@ def update(
             _write_moment(pointers.r, statistics_ptr, ABSMAX3, r, at, bits, rule.cells, touched, S.EIGHT, False)
 
     # 5. Cautious, 6. background: both end in a factor of the block.
+    active = _count(g != 0)
     if S.CAUTIOUS:
-        n, share = _cautious(n, g, per)
+        n, share = _cautious(n, g, active)
         weight = weight * codec.reciprocal(share)
     if S.BACKGROUND:
         weight = tl.where(activity < BACKGROUND_ACTIVITY, weight * BACKGROUND_FACTOR, weight)
@@ -200,22 +207,18 @@ def update(
     # 7. Learning-rate mask.
     unit, k = lanes.of_lane(numbers, N_RATE), loaded.k
     if S.WARM:
-        k = _move_mask(entry_ptr, numbers, rule, at, pointers, loaded, g, u, energy, bits, S, CAREFUL)
-    rates, mask_sum = _rates(numbers, unit, k, valid, rule.bounded, S.EIGHT, S.WARM)
+        k = _move_mask(entry_ptr, numbers, rule, at, pointers, loaded, g, u, energy, bits, S)
+    rates, mask_sum = _rates(numbers, unit, k, g, rule.bounded, S.EIGHT, S.WARM)
 
     # 8. Update.
     theta = codec.join_master(loaded.theta, loaded.low) if S.ECC else codec.widen(loaded.theta)
     numerator, denominator = 0.0, 0.0
     if S.AUTO:
-        shift = tl.load(entry_ptr + PROBE_SHIFT).to(tl.int32)
-        if (block & ((1 << shift) - 1)) == 0:
-            numerator, denominator = _probe(
-                entry_ptr, numbers, block >> shift, valid, g, theta, tl.sqrt(rule.beta2), S.P
-            )
+        numerator, denominator = _watch(entry_ptr, rule, block, valid, active, g, u, m, theta, S.P)
     decay = lanes.over_block(lanes.of_lane(numbers, N_DECAY))
     theta = theta - rates * (n * lanes.over_block(weight) + decay * theta)
     _write_weights(theta, pointers, loaded, at, bits, S, CAREFUL)
-    return mask_sum, numerator, denominator, v_seen, r_seen
+    return active, mask_sum, numerator, denominator, v_seen, r_seen
 
 
 @triton.jit
@@ -311,17 +314,22 @@ def _move_rows(entry_ptr, COLUMN: tl.constexpr, seen, used, at, beta, gain, S, C
 
 
 @triton.jit
-def _cautious(n, g, per):
-    """Step 5: n where it and the gradient agree, 0 elsewhere; and by which share of the block that is to be divided."""
-    agrees = (n * g > 0).to(tl.float32)
-    n = n * agrees
-    # Whole numbers are summed over a warp in one instruction.
-    count = tl.sum(tl.sum(tl.reshape(agrees, (BLOCK // 8, 8)), 1).to(tl.int32), 0)
-    return n, tl.maximum(count.to(tl.float32) * per, MIN_CAUTIOUS_SHARE)
+def _count(which):
+    """How many of bool [256] are true, int32; whole numbers are summed over a warp in one instruction."""
+    return tl.sum(tl.sum(tl.reshape(which.to(tl.float32), (BLOCK // 8, 8)), 1).to(tl.int32), 0)
 
 
 @triton.jit
-def _move_mask(entry_ptr, numbers, rule, at, pointers, loaded, g, u, energy, random, S, CAREFUL: tl.constexpr):
+def _cautious(n, g, active):
+    """Step 5: n where it and the gradient agree, 0 elsewhere; and by what that is to be divided, its share of `active`,
+    the number of elements with a gradient."""
+    agrees = n * g > 0
+    share = _count(agrees).to(tl.float32) * codec.reciprocal(tl.maximum(active, 1).to(tl.float32))
+    return tl.where(agrees, n, 0.0), tl.maximum(share, MIN_CAUTIOUS_SHARE)
+
+
+@triton.jit
+def _move_mask(entry_ptr, numbers, rule, at, pointers, loaded, g, u, energy, random, S):
     """Step 7 during warm-up: σ, k and π are updated in place. Tensors past theirs leave all as it is.
 
     Returns k, or the byte of k and π where that is what is kept.
@@ -346,25 +354,23 @@ def _move_mask(entry_ptr, numbers, rule, at, pointers, loaded, g, u, energy, ran
         positive = (g > 0).to(tl.uint8)
         moved = tl.clamp(loaded.k + tl.where(positive == polarity, change, -change), K_MIN, K_MAX)
         positive = tl.where(learn, positive, polarity)
-        if CAREFUL:
-            positive = tl.where(at.usable, positive, polarity)
-        tl.store(polarity_ptr, positive, mask=at.valid)
-    if CAREFUL:
-        moved = tl.where(at.usable, moved, loaded.k)
+        tl.store(polarity_ptr, tl.where(g != 0, positive, polarity), mask=at.valid)
+    moved = tl.where(g != 0, moved, loaded.k)  # 0 has no sign: such an element, and one that is skipped, learns nothing
     tl.store(pointers.k + at.place, moved, mask=at.valid)
     return moved
 
 
 @triton.jit
-def _rates(numbers, unit, k, valid, bounded, EIGHT: tl.constexpr, WARM: tl.constexpr):
-    """Each element's rate, [256], and in warm-up Σ 2^(k/16), else 0; k is as `_move_mask` returns it.
+def _rates(numbers, unit, k, g, bounded, EIGHT: tl.constexpr, WARM: tl.constexpr):
+    """Each element's rate, [256], and in warm-up Σ 2^(k/16) over those with a gradient, else 0; k is as `_move_mask`
+    returns it.
 
     unit: float32 [32], the rate at k = 0.
     """
     mask_sum = 0.0
     if WARM:
         factor = tl.exp2(codec.mask_exponent(k, 0.0) if EIGHT else k * OCTAVES)
-        mask_sum = tl.sum(tl.where(valid, factor, 0.0), 0)
+        mask_sum = tl.sum(tl.where(g != 0, factor, 0.0), 0)
         rates = factor * lanes.over_block(unit)
     else:  # the scale goes into the exponent
         shift = lanes.over_block(codec.log2(unit))
@@ -398,13 +404,22 @@ def _write_weights(theta, pointers, loaded, at, bits, S, CAREFUL: tl.constexpr):
 
 
 @triton.jit
-def _probe(entry_ptr, numbers, number, valid, g, theta, decay, P: tl.constexpr):
-    """auto_lr's watch over the block that is probe `number`: ω Σ g (θ0 - θ), and Σ|z| with z updated."""
-    place = number.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    d = tl.load(address(entry_ptr, RATE, tl.float32, 4))
-    omega = lanes.over_block(d * d * lanes.of_lane(numbers, N_PROBE))
-    moved = tl.where(valid, tl.load(address(entry_ptr, PROBE_START, P) + place).to(tl.float32) - theta, 0.0)
-    sum_ptr = address(entry_ptr, PROBE_SUM, tl.float32) + place
-    z = decay * tl.load(sum_ptr) + omega * g
-    tl.store(sum_ptr, z)
-    return tl.sum(omega * g * moved, 0), tl.sum(tl.abs(z), 0)
+def _watch(entry_ptr, rule, block, valid, active, g, u, m, theta, P: tl.constexpr):
+    """auto_lr's sums over the block, Σ u (θ0 - θ) and M, if it is watched; 0 if not. See `estimate.watch`."""
+    shift = tl.load(entry_ptr + PROBE_SHIFT).to(tl.int32)
+    slot, offset = block >> shift, block & ((1 << shift) - 1)
+    place_ptr = address(entry_ptr, PROBE_BLOCK, tl.int32, 4) + slot
+    start_ptr = address(entry_ptr, PROBE_START, P) + slot.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    held, claim = tl.load(place_ptr), rule.turn * PROBE_TURN + PROBE_CLAIM
+    numerator, denominator = 0.0, 0.0
+    if held == offset:
+        moved = tl.where(valid, tl.load(start_ptr).to(tl.float32) - theta, 0.0)
+        numerator = tl.sum(u * moved, 0)
+        denominator = tl.maximum(tl.sum(tl.abs(m), 0), active.to(tl.float32) * LEAST_MOMENTUM)
+    elif held == (1 - rule.turn) * PROBE_TURN + PROBE_CLAIM + offset:  # claimed in the step before
+        tl.store(start_ptr, theta.to(P))
+        tl.store(place_ptr, offset)
+    elif (held == PROBE_FREE) | ((held >= claim) & (held < claim + PROBE_TURN)):
+        if tl.max(tl.abs(g), 0) > 0:
+            tl.atomic_min(place_ptr, claim + offset)
+    return numerator, denominator

@@ -12,7 +12,7 @@ from automagic_bnb.kernels import codec
 from automagic_bnb.kernels.tables import BLOCKS_PER_PROGRAM, Bucket, Column, Number, Switches
 from torch import Tensor
 
-from automagic_bnb import reference
+from automagic_bnb import estimate, reference
 from automagic_bnb import state as st
 
 _ROW, _NUMBERS = tl.constexpr(len(Column)), tl.constexpr(len(Number))
@@ -25,6 +25,10 @@ MAX_GRADIENT = tl.constexpr(reference.MAX_GRADIENT)
 NORM_WINDOW = tl.constexpr(st.NORM_WINDOW)
 MASK_MEAN = tl.constexpr(st.MASK_MEAN)
 LR_NUMERATOR, LR_DENOMINATOR = tl.constexpr(st.LR_NUMERATOR), tl.constexpr(st.LR_DENOMINATOR)
+PARTS = tl.constexpr(4)
+"""What a program of the step kernel leaves of its blocks."""
+SIGN_DECAY, SIGN_GAIN = tl.constexpr(estimate.SIGN_DECAY), tl.constexpr(1 - estimate.SIGN_DECAY)
+GROWTH = tl.constexpr(estimate.GROWTH)
 _CHUNK = tl.constexpr(1024)
 
 
@@ -42,7 +46,7 @@ def _sum_partials(partials_ptr, first, programs, STRIDE: tl.constexpr, PART: tl.
 
 
 @triton.jit
-def _finalise_kernel(table_ptr, grads_ptr, numbers_ptr, partials_ptr, decay, WARM: tl.constexpr, AUTO: tl.constexpr):
+def _finalise_kernel(table_ptr, grads_ptr, numbers_ptr, partials_ptr, WARM: tl.constexpr, AUTO: tl.constexpr):
     """W, and auto_lr's sums, of each tensor that was updated."""
     row = tl.program_id(0).to(tl.int64)
     if tl.load(grads_ptr + row) != 0:
@@ -50,25 +54,21 @@ def _finalise_kernel(table_ptr, grads_ptr, numbers_ptr, partials_ptr, decay, WAR
         stats_ptr = tl.load(entry + STATS).to(tl.pointer_type(tl.float32))
         first, programs = tl.load(entry + FIRST_PROGRAM), tl.load(entry + PROGRAMS)
         if WARM:
-            mask_sum = _sum_partials(partials_ptr, first, programs, 3, 0)
-            if tl.load(numbers_ptr + row * _NUMBERS + N_ADAPT) != 0:
-                tl.store(stats_ptr + MASK_MEAN, mask_sum / tl.load(entry + SIZE).to(tl.float32))
+            active = _sum_partials(partials_ptr, first, programs, PARTS, 0)
+            if (tl.load(numbers_ptr + row * _NUMBERS + N_ADAPT) != 0) & (active > 0):
+                tl.store(stats_ptr + MASK_MEAN, _sum_partials(partials_ptr, first, programs, PARTS, 1) / active)
         if AUTO:
-            numerator = _sum_partials(partials_ptr, first, programs, 3, 1)
-            tl.store(stats_ptr + LR_NUMERATOR, decay * tl.load(stats_ptr + LR_NUMERATOR) + numerator)
-            tl.store(stats_ptr + LR_DENOMINATOR, _sum_partials(partials_ptr, first, programs, 3, 2))
+            tl.store(stats_ptr + LR_NUMERATOR, _sum_partials(partials_ptr, first, programs, PARTS, 2))
+            tl.store(stats_ptr + LR_DENOMINATOR, _sum_partials(partials_ptr, first, programs, PARTS, 3))
 
 
-def finalise(
-    bucket: Bucket, addresses: Tensor, numbers: Tensor, partials: Tensor, beta2: float, switches: Switches
-) -> None:
-    """Turn the step's partial sums, float32 [programs, 3], into each tensor's `tensor_stats`."""
+def finalise(bucket: Bucket, addresses: Tensor, numbers: Tensor, partials: Tensor, switches: Switches) -> None:
+    """Turn the step's partial sums, float32 [programs, PARTS], into each tensor's `tensor_stats`."""
     _finalise_kernel[(len(bucket.members),)](
         table_ptr=bucket.table,
         grads_ptr=addresses,
         numbers_ptr=numbers,
         partials_ptr=partials,
-        decay=beta2**0.5,
         WARM=switches.WARM,
         AUTO=switches.AUTO,
         num_warps=4,
@@ -153,22 +153,50 @@ def clip_factors(bucket: Bucket, addresses: Tensor, numbers: Tensor, switches: S
 
 
 @triton.jit
-def _find_rate_kernel(pointers_ptr, tensors, d_ptr, low, high):
-    """d ← clamp(max(d, Σ num / Σ|z|), low, high) over the `tensor_stats` of a group."""
+def _find_rate_kernel(
+    pointers_ptr, weights_ptr, tensors, d_ptr, sums_ptr, beta, gain, factor, error, low, high
+):  # fmt: skip
+    """`estimate.find_rate` over the `tensor_stats` at these addresses, whose sums are taken out."""
     lanes = tl.arange(0, _CHUNK)
-    numerator = tl.zeros((_CHUNK,), dtype=tl.float32)
-    denominator = tl.zeros((_CHUNK,), dtype=tl.float32)
+    s = tl.zeros((_CHUNK,), dtype=tl.float32)
+    momentum = tl.zeros((_CHUNK,), dtype=tl.float32)
     offset = tensors - tensors
     while offset < tensors:
         inside = offset + lanes < tensors
         stats_ptr = tl.load(pointers_ptr + offset + lanes, mask=inside, other=0).to(tl.pointer_type(tl.float32))
-        numerator += tl.load(stats_ptr + LR_NUMERATOR, mask=inside, other=0.0)
-        denominator += tl.load(stats_ptr + LR_DENOMINATOR, mask=inside, other=0.0)
+        weights = tl.load(weights_ptr + offset + lanes, mask=inside, other=0.0)
+        s += weights * tl.load(stats_ptr + LR_NUMERATOR, mask=inside, other=0.0)
+        momentum += tl.load(stats_ptr + LR_DENOMINATOR, mask=inside, other=0.0)
+        tl.store(stats_ptr + LR_NUMERATOR, 0.0, mask=inside)
+        tl.store(stats_ptr + LR_DENOMINATOR, 0.0, mask=inside)
         offset += _CHUNK
-    estimate = tl.sum(numerator, 0) / tl.maximum(tl.sum(denominator, 0), codec.TINY)
-    tl.store(d_ptr, tl.minimum(tl.maximum(tl.maximum(tl.load(d_ptr), estimate), low), high))
+    all_s, all_momentum = tl.sum(s, 0), tl.sum(momentum, 0)
+    num = beta * tl.load(sums_ptr) + gain * all_s
+    if (tl.abs(num) < float("inf")) & (all_momentum < float("inf")) & (all_momentum > 0):
+        sign = tl.where(all_s > 0, 1.0, tl.where(all_s < 0, -1.0, 0.0))
+        q = tl.load(sums_ptr + 1) * SIGN_DECAY + sign * SIGN_GAIN
+        trust = tl.where(q > error, 1 - error / tl.maximum(q, error), 0.0)
+        d = tl.load(d_ptr)
+        distance = factor * tl.maximum(num, 0.0) * trust / tl.maximum(all_momentum, codec.TINY)
+        found = tl.minimum(tl.maximum(d, distance), d * GROWTH)
+        tl.store(d_ptr, tl.minimum(tl.maximum(found, low), high))
+        tl.store(sums_ptr, num)
+        tl.store(sums_ptr + 1, q)
 
 
-def find_rate(d: Tensor, pointers: Tensor, low: float, high: float) -> None:
-    """auto_lr, in place: `auto_lr.find_rate` over int64 addresses of `tensor_stats`."""
-    _find_rate_kernel[(1,)](pointers_ptr=pointers, tensors=pointers.numel(), d_ptr=d, low=low, high=high, num_warps=4)
+def find_rate(d: Tensor, sums: Tensor, pointers: Tensor, weights: Tensor, numbers: estimate.Estimate) -> None:
+    """`estimate.find_rate` over int64 addresses of `tensor_stats`; nothing waits."""
+    _find_rate_kernel[(1,)](
+        pointers_ptr=pointers,
+        weights_ptr=weights,
+        tensors=pointers.numel(),
+        d_ptr=d,
+        sums_ptr=sums,
+        beta=numbers.beta,
+        gain=1 - numbers.beta,
+        factor=numbers.factor,
+        error=numbers.error,
+        low=numbers.low,
+        high=numbers.high,
+        num_warps=4,
+    )

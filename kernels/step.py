@@ -42,14 +42,15 @@ FIRST_STATISTIC, STATISTICS = _C[BLOCK_STATISTICS[0].upper()], tl.constexpr(len(
 N_SKIPPED = tl.constexpr(st.SKIPPED)
 
 _NUMBERS = tl.constexpr(len(Number))
-N_RATE, N_LOW, N_HIGH, N_KEY = (
-    tl.constexpr(int(number)) for number in (Number.RATE, Number.LOW, Number.HIGH, Number.KEY)
+N_RATE, N_LOW, N_HIGH, N_KEY, N_TURN = (
+    tl.constexpr(int(number)) for number in (Number.RATE, Number.LOW, Number.HIGH, Number.KEY, Number.TURN)
 )
 
 LEAST_FACTOR = tl.constexpr(2 ** (reference.K_MIN / reference.OCTAVE))
 BEYOND_FACTOR = tl.constexpr(2 ** ((reference.K_MAX + 1) / reference.OCTAVE))
 """An element's rate over that at k = 0 is at least the one and below the other."""
 BLOCKS = tl.constexpr(BLOCKS_PER_PROGRAM)
+PARTS = statistics.PARTS
 FAR = tl.constexpr(2**31 - 8)  # beyond every place in a program, and a multiple of 8
 
 
@@ -90,7 +91,7 @@ def _blocks(
         width = tl.multiple_of(cols.to(tl.int32), 8)
         lead = tl.multiple_of(tl.minimum(tl.maximum(cols - first_element, 0), FAR).to(tl.int32), 8)
         tail = tl.multiple_of(tl.minimum(tl.maximum(size - cols - first_element, 0), FAR).to(tl.int32), 8)
-    mask_sum, numerator, denominator = 0.0, 0.0, 0.0
+    active, mask_sum, numerator, denominator = first * 0, 0.0, 0.0, 0.0
     bits, end = first * 0, blocks
     if not CAREFUL:  # the tensor's last block, if short, is left to the careful way
         end = tl.where((first.to(tl.int64) + (blocks - 1) * stride + 1) * BLOCK > size, blocks - 1, blocks)
@@ -148,10 +149,11 @@ def _blocks(
         if mine:
             pointers = one_block.Elements(theta_ptr, low_ptr, m_ptr, v_ptr, r_ptr, k_ptr, statistics_ptr + block)
             loaded = one_block.Elements(theta_raw, low_raw, m_raw, v_raw, r_raw, mask_raw, held)
-            w, a, b, v_seen, r_seen = one_block.update(
+            c, w, a, b, v_seen, r_seen = one_block.update(
                 entry_ptr, numbers, rule, block, remaining, place, valid, pointers, loaded, g_raw, g, lap, sum_squares,
                 S, CAREFUL,
             )  # fmt: skip
+            active += c
             mask_sum += w
             numerator += a
             denominator += b
@@ -170,7 +172,7 @@ def _blocks(
             else:
                 column = column % width
         i += 1
-    return mask_sum, numerator, denominator, bits, v_sums, r_sums
+    return active, mask_sum, numerator, denominator, bits, v_sums, r_sums
 
 
 @triton.jit
@@ -179,20 +181,21 @@ def _span(
 ):  # fmt: skip
     """`_blocks`, first the usual ones and then the others; returns the same, but the elements skipped for the bits."""
     skipped = first * 0
-    mask_sum, numerator, denominator, unusual, v_sums, r_sums = _blocks(
+    active, mask_sum, numerator, denominator, unusual, v_sums, r_sums = _blocks(
         entry_ptr, numbers, first, stride, blocks, 0, tile, v_sums, r_sums, size, grad_address, clip, rule, S, False
     )  # fmt: skip
     if unusual != 0:
-        w, a, b, skipped, v_sums, r_sums = _blocks(
+        c, w, a, b, skipped, v_sums, r_sums = _blocks(
             entry_ptr, numbers, first, stride, blocks, unusual, tile, v_sums, r_sums, size, grad_address, clip,
             rule, S, True,
         )  # fmt: skip
+        active += c
         mask_sum += w
         numerator += a
         denominator += b
         # Whole numbers: the order of the additions does not matter.
         tl.atomic_add(address(entry_ptr, STATS, tl.float32, 4) + N_SKIPPED, skipped.to(tl.float32))
-    return mask_sum, numerator, denominator, skipped, v_sums, r_sums
+    return active, mask_sum, numerator, denominator, skipped, v_sums, r_sums
 
 
 @triton.jit
@@ -201,7 +204,7 @@ def _tile(entry_ptr, numbers, local, size, grad_address, clip, rule, S):
     strips = tl.load(entry_ptr + STRIPS).to(tl.int32)
     first = local // strips * S.HEIGHT * strips + local % strips
     blocks = tl.minimum(tl.cdiv(tl.cdiv(size, BLOCK) - first, strips), S.HEIGHT).to(tl.int32)
-    mask_sum, numerator, denominator, skipped = 0.0, 0.0, 0.0, local * 0
+    active, mask_sum, numerator, denominator, skipped = local * 0, 0.0, 0.0, 0.0, local * 0
     if blocks > 0:
         counts = tiles.counts_of(size, first, strips, blocks, S.WIDTH)
         v_col_ptr = address(entry_ptr, V_COL, tl.float32) + local * S.WIDTH
@@ -214,10 +217,11 @@ def _tile(entry_ptr, numbers, local, size, grad_address, clip, rule, S):
         v_sums, r_sums = tl.zeros((BLOCK,), dtype=tl.float32), tl.zeros((BLOCK,), dtype=tl.float32)
         done = local * 0
         while done < blocks:
-            w, a, b, skips, v_sums, r_sums = _span(
+            c, w, a, b, skips, v_sums, r_sums = _span(
                 entry_ptr, numbers, first + done * strips, strips, tl.minimum(blocks - done, BLOCKS), tile, v_sums,
                 r_sums, size, grad_address, clip, rule, S,
             )  # fmt: skip
+            active += c
             mask_sum += w
             numerator += a
             denominator += b
@@ -227,7 +231,7 @@ def _tile(entry_ptr, numbers, local, size, grad_address, clip, rule, S):
             tiles.move_columns(v_col_ptr, v_sums, counts, rule.beta2, rule.gain2, S.WIDTH)
             if S.CAME:
                 tiles.move_columns(r_col_ptr, r_sums, counts, rule.beta3, rule.gain3, S.WIDTH)
-    return mask_sum, numerator, denominator
+    return active, mask_sum, numerator, denominator
 
 
 @triton.jit
@@ -244,7 +248,8 @@ def step_kernel(
         grads_ptr: int64 [tensors], addresses of the gradients; 0 where a tensor has none this time.
         owners_ptr: int32 [programs], the tensor each program works on.
         gain1: 1 - beta1, and so on; in float32 1 - 0.999 would be off by 1.3e-5 of it.
-        partials_ptr: float32 [programs, 3] out: sums of 2^(k/16) and of auto_lr over the program's blocks.
+        partials_ptr: float32 [programs, PARTS] out: of the program's blocks the number of elements with a gradient,
+            the sum of 2^(k/16) over these, and auto_lr's two sums.
         S: `tables.Switches`, a compile-time constant each.
     """
     program = tl.program_id(0)
@@ -263,30 +268,41 @@ def step_kernel(
             codec.held_cells(cells_ptr), codec.held_cells(cells_ptr + 32), codec.held_cells(cells_ptr + 64),
             codec.held_cells(cells_ptr + 96),
         )  # fmt: skip
-        unit = tl.load(numbers_ptr + N_RATE) * codec.reciprocal(tl.load(address(entry_ptr, STATS, tl.float32, 4)))
+        mean = tl.load(numbers_ptr + N_RATE)
         if S.AUTO:
-            unit = unit * tl.load(address(entry_ptr, RATE, tl.float32, 4))
-        bounded = unit * LEAST_FACTOR < tl.load(numbers_ptr + N_LOW)  # else min_lr and max_lr are out of reach
-        bounded = bounded | (unit * BEYOND_FACTOR > tl.load(numbers_ptr + N_HIGH))
+            mean = mean * tl.load(address(entry_ptr, RATE, tl.float32, 4))
+        unit = mean * codec.reciprocal(tl.load(address(entry_ptr, STATS, tl.float32, 4)))
+        low, high = tl.load(numbers_ptr + N_LOW), tl.load(numbers_ptr + N_HIGH)
+        low = tl.where(low <= mean, low, 0.0)  # a bound is for single elements, and never moves the mean
+        high = tl.where(high < 0, -high * mean, high)
+        high = tl.where(high >= mean, high, float("inf"))
+        # else min_lr and max_lr are out of reach
+        bounded = (unit * LEAST_FACTOR < low) | (unit * BEYOND_FACTOR > high)
         key = tl.load(numbers_ptr + N_KEY).to(tl.uint32, bitcast=True)
         numbers = tl.load(numbers_ptr + threads, mask=threads < _NUMBERS, other=0.0)
         numbers = tl.where(threads == N_RATE, unit, numbers)
+        numbers = tl.where(threads == N_LOW, low, tl.where(threads == N_HIGH, high, numbers))
+        turn = tl.load(numbers_ptr + N_TURN).to(tl.int32)
         rule = one_block.Rule(
             beta1, beta2, beta3, gain1, gain2, gain3, eps1, eps2, clip_threshold, frequency, edge_penalty,
             edge_threshold, detail, book1_ptr, book2_ptr, cells, key, bounded.to(tl.int32),
+            turn,
         )  # fmt: skip
         if S.WIDTH:
-            mask_sum, numerator, denominator = _tile(entry_ptr, numbers, local, size, grad_address, clip, rule, S)
+            active, mask_sum, numerator, denominator = _tile(
+                entry_ptr, numbers, local, size, grad_address, clip, rule, S
+            )
         else:
             first = local * BLOCKS
             blocks = tl.minimum(tl.cdiv(size, BLOCK) - first, BLOCKS).to(tl.int32)
-            mask_sum, numerator, denominator, _skipped, _v, _r = _span(
+            active, mask_sum, numerator, denominator, _skipped, _v, _r = _span(
                 entry_ptr, numbers, first, 1, blocks, (), 0.0, 0.0, size, grad_address, clip, rule, S
             )
         if S.WARM or S.AUTO:
-            tl.store(partials_ptr + program * 3, mask_sum)
-            tl.store(partials_ptr + program * 3 + 1, numerator)
-            tl.store(partials_ptr + program * 3 + 2, denominator)
+            tl.store(partials_ptr + program * PARTS, active.to(tl.float32))
+            tl.store(partials_ptr + program * PARTS + 1, mask_sum)
+            tl.store(partials_ptr + program * PARTS + 2, numerator)
+            tl.store(partials_ptr + program * PARTS + 3, denominator)
 
 
 _MAX_REGISTERS = {
@@ -320,7 +336,7 @@ def launch(bucket: Bucket, grads: np.ndarray, sources: list[dict[str, Any]]) -> 
     if switches.SCALED:
         clips = statistics.clip_factors(bucket, addresses, numbers, switches)
     book1, book2 = bnb.code_book(True, device), bnb.code_book(False, device)
-    partials = torch.empty(3 * bucket.programs if warm or switches.AUTO else 0, device=device)
+    partials = torch.empty(statistics.PARTS.value * bucket.programs if warm or switches.AUTO else 0, device=device)
     step_kernel[(bucket.programs,)](
         table_ptr=bucket.table,
         numbers_ptr=numbers,
@@ -349,5 +365,5 @@ def launch(bucket: Bucket, grads: np.ndarray, sources: list[dict[str, Any]]) -> 
         **_compiler_options(device, switches),
     )
     if warm or switches.AUTO:
-        statistics.finalise(bucket, addresses, numbers, partials, betas[1], switches)
+        statistics.finalise(bucket, addresses, numbers, partials, switches)
     bucket.count()  # while the device works

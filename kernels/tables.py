@@ -18,8 +18,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from automagic_bnb import config, reference, scalars
 from automagic_bnb import quantization as q
-from automagic_bnb import reference, scalars
 from automagic_bnb import state as st
 from automagic_bnb.factored import Tiling, tile_height
 from automagic_bnb.paged import is_paged
@@ -40,8 +40,8 @@ class Number(IntEnum):
     """The scalars uploaded for each tensor at each step, float32 (KEY: the bits of a uint32)."""
 
     RATE = 0
-    LOW = 1  # bounds of the product of rate and factor
-    HIGH = 2
+    LOW = 1  # bounds of an element's rate
+    HIGH = 2  # below 0: minus its ratio to the mean
     WEIGHT_DECAY = 3
     KAPPA = 4
     CORRECTION1 = 5  # 1 / (1 - β1^t)
@@ -50,7 +50,7 @@ class Number(IntEnum):
     ADAPT_MASK = 8
     LEARN_POLARITY = 9
     KEY = 10
-    PROBE_WEIGHT = 11
+    TURN = 11  # t modulo 2
     NORM_SLOT = 12  # percentile_clipping: where this step's norm goes,
     PERCENTILE = 13
     SPARE1 = 14  # rows of 64 bytes
@@ -203,8 +203,6 @@ class Bucket:
             programs += count
             owners.append(count)
         self.programs = programs
-        self.probe_scale = np.float32(2) ** table[:, Column.PROBE_SHIFT] / st.PROBE_STRIDE
-        """How many of the narrowest probes each of a tensor's stands for."""
         self.table = upload(table, self.spec.device)
         self.owners = upload(np.repeat(np.arange(len(members), dtype=np.int32), owners), self.spec.device)
         self.parameters = [m.p for m in members]
@@ -264,8 +262,8 @@ class Bucket:
         row[Column.ROWS] = theta.shape[-2] if theta.dim() >= 2 else 1
         row[Column.COLS] = theta.shape[-1] if theta.dim() >= 1 else 1
         row[Column.STRIPS] = Tiling.of(theta).strips
-        if "probe_sum" in state:
-            row[Column.PROBE_SHIFT] = st.stride_held(st.block_count(theta), len(state["probe_sum"])).bit_length() - 1
+        if "probe_block" in state:
+            row[Column.PROBE_SHIFT] = st.stride_held(st.block_count(theta), len(state["probe_block"])).bit_length() - 1
         return row
 
     def is_current(self) -> bool:
@@ -300,10 +298,6 @@ class Bucket:
     def _counted(self) -> np.ndarray:
         """The steps taken so far, int64, as the states have them."""
         return np.fromiter(map(_STEP, self.states), np.int64, len(self.states))
-
-    def next_step(self, rows: np.ndarray, grads: np.ndarray) -> int:
-        """The highest t that these members are about to step to; 0 if none has a gradient."""
-        return int(np.where(grads[rows] != 0, self._counted()[rows] + 1, 0).max())
 
     def agrees(self, sources: list[dict[str, Any]]) -> bool:
         """Whether all members still have the launch's numbers in common."""
@@ -375,8 +369,6 @@ class Bucket:
                 numbers[rows[of_source == t]] = _number_row(s, options, t)
                 warm |= s.learn_polarity
             numbers[rows[self.lora[rows]], Number.KAPPA] = options["low_rank_emphasis"]
-        if self.spec.switches.AUTO:
-            numbers[:, Number.PROBE_WEIGHT] *= self.probe_scale
         keys = q.mix_in(self.keys, steps.astype(np.uint64))
         numbers[:, Number.KEY] = keys.astype(np.uint32).view(np.float32)
         return warm
@@ -391,13 +383,12 @@ def upload(host: np.ndarray, device: torch.device) -> Tensor:
 def _number_row(s: scalars.Scalars, options: dict[str, Any], t: int) -> list[float]:
     row = [0.0] * len(Number)
     row[Number.RATE] = s.rate
-    if s.rate > 0:  # else 0 · ∞
-        row[Number.LOW], row[Number.HIGH] = s.rate * s.low, s.rate * s.high
+    row[Number.LOW], row[Number.HIGH] = s.low, -config.MAX_LR_RATIO if s.high is None else s.high
     row[Number.WEIGHT_DECAY], row[Number.KAPPA] = options["weight_decay"], s.kappa
     row[Number.CORRECTION1], row[Number.CORRECTION2] = 1 / s.correction1, s.correction2**0.5
     row[Number.CORRECTION3] = s.correction3
     row[Number.ADAPT_MASK], row[Number.LEARN_POLARITY] = float(s.adapt_mask), float(s.learn_polarity)
-    row[Number.PROBE_WEIGHT] = s.probe_weight
+    row[Number.TURN] = t % 2
     row[Number.NORM_SLOT] = (max(t, 1) - 1) % st.NORM_WINDOW
     row[Number.PERCENTILE] = options["percentile_clipping"]
     return row

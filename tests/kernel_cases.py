@@ -90,7 +90,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "not cautious": {"cautious": False},
     "rounding to nearest": {"stochastic_rounding": False},
     "percentile clipping": {"percentile_clipping": 50},
-    "rate found": {"lr": 0.01, "auto_lr": True},
+    "rate found": {"lr": 9e-3, "auto_lr": True},
     "mask freezes": {"warmup_steps": 2},
     "mask never moves": {"warmup_steps": 0},
     "LoRA": {"lora": True, "low_rank_emphasis": 1.3, "rank_penalty_strength": 0.1},
@@ -134,7 +134,7 @@ def synchronise(source: Automagic, target: Automagic) -> None:
             else:
                 target.state[q][name] = copy.deepcopy(value)
     for ours, theirs in zip(source.param_groups, target.param_groups, strict=True):
-        for name in ("auto_lr_rate", "auto_lr_step", "effective_lr"):
+        for name in ("auto_lr_rate", "auto_lr_count", "effective_lr"):
             if name in ours:
                 theirs[name] = copy.deepcopy(ours[name])
 
@@ -228,7 +228,7 @@ class Differences:
                 self.exact.append(name)
         elif ours.dtype != theirs.dtype or ours.shape != theirs.shape:
             self.exact.append(f"{name}: {ours.dtype} {tuple(ours.shape)} against {theirs.dtype} {tuple(theirs.shape)}")
-        elif name == "last_polarity" or name.startswith("qmap") or name == "probe_start":
+        elif name == "last_polarity" or name.startswith("qmap") or name == "probe_block":
             if not torch.equal(ours, theirs):
                 self.exact.append(name)
         elif ours.dtype == torch.uint8:
@@ -241,8 +241,8 @@ class Differences:
             if ours[st.SKIPPED] != theirs[st.SKIPPED]:
                 self.exact.append("tensor_stats: number of skipped elements")
             self._take_floats("W", ours[st.MASK_MEAN], theirs[st.MASK_MEAN])
-            self._take_floats("sum of |z|", ours[st.LR_DENOMINATOR], theirs[st.LR_DENOMINATOR])
-            # A sum of either sign: what counts is its error beside the other sum times the distances, about the rate.
+            self._take_floats("sum of |m|", ours[st.LR_DENOMINATOR], theirs[st.LR_DENOMINATOR])
+            # A sum of either sign: what counts is its error beside Σ|m| times the distances, about the rate.
             scale = float(0.01 * theirs[st.LR_DENOMINATOR] + theirs[st.LR_NUMERATOR].abs())
             self._take_floats("auto_lr's numerator", ours[st.LR_NUMERATOR], theirs[st.LR_NUMERATOR], scale)
         elif name == "torque":  # a mean of cosines: its own size may be anything

@@ -13,6 +13,7 @@ ANOTHER_VALUE = {
     "min_lr": 1e-6,
     "max_lr": 5e-3,
     "auto_lr": True,
+    "auto_lr_steps": 100,
     "weight_decay": 0.3,
     "warmup_steps": 3,
     "betas": (0.5, 0.6, 0.7),

@@ -117,9 +117,11 @@ class RuleInFloat64:
         self.s, self.h, self.sigma = np.zeros(blocks), np.zeros(blocks), np.ones(blocks)
         self.t, self.skipped, self.norms, self.mask_mean = 0, 0, [], 1.0
         self.d = self.d0 = o["lr"]
-        self.num = 0.0
-        self.start = {b: self.theta[at].copy() for b, at in enumerate(self.slices) if b % 16 == 0}
-        self.z = {b: np.zeros_like(x) for b, x in self.start.items()}
+        self.num = self.agreement = 0.0
+        self.claimed: dict[int, int] = {}
+        self.noted: dict[int, tuple[int, np.ndarray]] = {}
+        self.watched: dict[int, tuple[int, np.ndarray]] = {}
+        self.distance = self.scatter = self.momentum = 0.0
         self.closest = np.inf
 
     def step(self, gradient: np.ndarray) -> None:
@@ -131,12 +133,14 @@ class RuleInFloat64:
         g = np.where(kept, flat, 0.0)
         g = g * self._percentile_scale(g)
         filtered = self._spatial_filter(g, kept)
-        self.num *= np.sqrt(self.options["betas"][1])
+        self.distance = self.scatter = self.momentum = 0.0
+        claimed, self.claimed = self.claimed, {}
         for b, at in enumerate(self.slices):
-            self._block(b, at, g[at], filtered[at], kept[at])
+            self._block(b, at, g[at], filtered[at], kept[at], claimed)
         self.v.finish_step(kept)
         self.r.finish_step(kept)
-        self.mask_mean = np.mean(2 ** (self.k / 16))
+        if 2 <= self.t <= self.options["warmup_steps"] and (g != 0).any():
+            self.mask_mean = np.mean(2 ** (self.k[g != 0] / 16))
         self._shrink_rank()
         self._find_rate()
 
@@ -173,7 +177,7 @@ class RuleInFloat64:
             filtered[at] *= np.clip(1 - o["edge_penalty"] * self.h[b] * e, 0.1, 1)
         return filtered
 
-    def _block(self, b: int, at: slice, g, filtered, kept) -> None:
+    def _block(self, b: int, at: slice, g, filtered, kept, claimed) -> None:
         """Steps 2 to 8 for one block."""
         o, t = self.options, self.t
         beta1 = o["betas"][0]
@@ -198,41 +202,68 @@ class RuleInFloat64:
         if o["cautious"]:
             self._near(n[(g != 0) & (n != 0)])
             phi = (n * np.sign(g) > 0).astype(float)
-            n = n * phi / max(phi.mean(), 0.25)
+            n = n * phi / max(phi.sum() / max((g != 0).sum(), 1), 0.25)
         if o["background_regularization"]:
             self._near(activity - 0.1)
             n = n / 2 if activity < 0.1 else n
-        rate = self._element_rates(b, at, g > 0, u, kept)
-        self._watch(b, at, g)
+        rate = self._element_rates(b, at, g, u)
+        self._watch(b, at, g, u, m, claimed)
         moved = self.theta[at] - rate * (n + o["weight_decay"] * self.theta[at])
         self.theta[at] = np.where(kept, moved, self.theta[at])
 
-    def _element_rates(self, b: int, at: slice, positive, u, kept) -> np.ndarray:
-        """Step 7."""
+    def _element_rates(self, b: int, at: slice, g, u) -> np.ndarray:
+        """Step 7: an element without a gradient learns nothing, and a bound on the wrong side of the mean is none."""
         o = self.options
         if self.t <= o["warmup_steps"]:
             self.sigma[b] = 0.9 * self.sigma[b] + 0.1 * np.var(u)
             f = np.clip(o["detail_preservation"] * self.sigma[b], 0.5, 1.5) if o["spatial_awareness"] else 1.0
             if self.t >= 2:
-                turned = np.where(positive == self.polarity[at], f, -f)
-                self.k[at] = np.where(kept, np.clip(self.k[at] + turned, -32, 31), self.k[at])
-            self.polarity[at] = np.where(kept, positive, self.polarity[at])
-        factor = 2 ** (self.k[at] / 16) / self.mask_mean
-        if o["auto_lr"]:
-            return self.d * self._relative_rate() * np.clip(factor, o["min_lr"] / self.d, o["max_lr"] / self.d)
-        return o["lr"] * np.clip(factor, o["min_lr"] / o["base"], o["max_lr"] / o["base"])
+                turned = np.where((g > 0) == self.polarity[at], f, -f)
+                self.k[at] = np.where(g != 0, np.clip(self.k[at] + turned, -32, 31), self.k[at])
+            self.polarity[at] = np.where(g != 0, g > 0, self.polarity[at])
+        mean, schedule = self._mean_rate(), self._relative_rate()
+        low, high = o["min_lr"] * schedule, 10 * mean if o["max_lr"] is None else o["max_lr"] * schedule
+        rates = mean * 2 ** (self.k[at] / 16) / self.mask_mean
+        rates = np.maximum(rates, low) if low <= mean else rates
+        return np.minimum(rates, high) if high >= mean else rates
 
-    def _watch(self, b: int, at: slice, g: np.ndarray) -> None:
-        """The sums of auto_lr over the probes, every 16th block here."""
-        if b in self.start:
-            weight = self.d**2 * self._relative_rate() / self.d0
-            self.num += weight * (g * (self.start[b] - self.theta[at])).sum()
-            self.z[b] = np.sqrt(self.options["betas"][1]) * self.z[b] + weight * g
+    def _watch(self, b: int, at: slice, g, u, m, claimed: dict[int, int]) -> None:
+        """What auto_lr sums up: of every 32 blocks the first that had a gradient.
+
+        A block is chosen in one step, its weights are noted in the next, and from the one after that it is watched.
+        """
+        span = b // 32
+        if span in self.watched:
+            if self.watched[span][0] == b:
+                distances = u * (self.watched[span][1] - self.theta[at])
+                self.distance += distances.sum()
+                self.scatter += np.abs(distances).sum()
+                self.momentum += max(np.abs(m).sum(), 0.1 * (g != 0).sum())
+        elif span in claimed:
+            if claimed[span] == b:
+                self.noted[span] = (b, self.theta[at].copy())
+        elif (g != 0).any():
+            self.claimed.setdefault(span, b)
 
     def _find_rate(self) -> None:
-        total = sum(np.abs(z).sum() for z in self.z.values())
-        if self.options["auto_lr"] and total > 0:
-            self.d = np.clip(max(self.d, self.num / total), self.options["min_lr"], self.options["max_lr"])
+        """The estimate that follows this step; the next step uses it."""
+        o = self.options
+        if self.momentum > 0:
+            if self.scatter > 0:
+                self._near(np.array([self.distance / self.scatter]))
+            beta1 = o["betas"][0]
+            self.num = beta1 * self.num + (1 - beta1) * self.distance
+            self.agreement = 0.99 * self.agreement + 0.01 * np.sign(self.distance)
+            error = np.sqrt((1 - 0.99 ** (2 * self.t)) * 0.01 / 1.99)
+            trust = max(1 - 3.5 * error / self.agreement, 0) if self.agreement > 0 else 0.0
+            found = 5 * max(self.num, 0) * trust / self.momentum
+            if o["auto_lr"]:
+                self.d = np.clip(min(max(self.d, found), 1.1 * self.d), o["min_lr"], o["max_lr"] or np.inf)
+        self.watched |= self.noted
+        self.noted = {}
+
+    def _mean_rate(self) -> float:
+        return self.d * self._relative_rate() if self.options["auto_lr"] else self.options["lr"]
 
     def _relative_rate(self) -> float:
         return self.options["lr"] / self.options["base"]
@@ -243,7 +274,7 @@ class RuleInFloat64:
         wanted = o["lora"] and o["lora_rank_penalty"] and len(self.shape) == 2 and min(self.shape) <= 256
         if not wanted or self.t % 10:
             return
-        rate = self.d * self._relative_rate() if o["auto_lr"] else o["lr"]
+        rate = self._mean_rate()
         left, values, right = np.linalg.svd(self.theta.reshape(self.shape), full_matrices=False)
         values = np.maximum(values - 10 * rate * o["rank_penalty_strength"], 0)
         self.theta = ((left * values) @ right).reshape(-1)

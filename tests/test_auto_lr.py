@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import warnings
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as some
 from torch import Tensor
+from torch.optim import lr_scheduler as schedules
 
+from automagic_bnb import Automagic8bit, config, estimate
 from automagic_bnb import state as st
 from automagic_bnb.optimizer import Automagic, Automagic32bit
 
@@ -23,68 +25,32 @@ STORAGES: dict[str, dict[str, Any]] = {
     "8bit": {"optim_bits": 8, "min_8bit_size": 0},
     "factored": {"optim_bits": 8, "min_8bit_size": 0, "factored": True},
 }
-Schedule = Callable[[int], float]
 
 
 def normal(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.zeros(shape, dtype=dtype))
+
+
 def rate(opt: Automagic, group: int = 0) -> float:
     return float(opt.get_learning_rates()[group])
 
 
-def descend(
-    scale: float,
-    steps: int = 150,
-    noise: float = 0.0,
-    dtype: torch.dtype = torch.float32,
-    schedule: Schedule | None = None,
-    **options: Any,
-) -> tuple[list[float], float]:
-    """The rates found on a quadratic whose minimum lies `scale` away in each element, and the error left there."""
-    target = normal(60, 64, seed=0) * scale
-    p = torch.nn.Parameter(torch.zeros(60, 64, dtype=dtype))
-    opt = Automagic([p], **{"max_lr": 0.1, "optim_bits": 32, **options})
+def approach(opt: Automagic, steps: int, target: float = 1.0, after: Callable[[], Any] | None = None) -> list[float]:
+    """Steps towards a minimum at `target` in every element; the first group's rate at each."""
     rates = []
-    for t in range(steps):
-        if schedule is not None:
-            opt.param_groups[0]["lr"] = schedule(t) * opt.param_groups[0]["base_lr"]
-        p.grad = (p.detach() - target + noise * scale * normal(60, 64, seed=1 + t)).to(dtype)
+    for _ in range(steps):
+        for group in opt.param_groups:
+            for p in group["params"]:
+                p.grad = (p.detach() - target).to(p.dtype)
         opt.step()
         rates.append(rate(opt))
-    return rates, ((p.detach() - target).square().mean() / target.square().mean()).item()
-
-
-class Regression:
-    """A two-layer network, its batches, and its held-out loss."""
-
-    def __init__(self) -> None:
-        self.truth = normal(24, 96, seed=1) / 24**0.5, normal(96, 8, seed=2) / 96**0.5
-        self.first = torch.nn.Parameter(normal(64, 24, seed=3) / 24**0.5)
-        self.second = torch.nn.Parameter(normal(8, 64, seed=4) / 64**0.5)
-        self.parameters = [self.first, self.second]
-
-    def loss(self, seed: int, batch: int = 64) -> Tensor:
-        x = normal(batch, 24, seed=seed)
-        y = torch.tanh(x @ self.truth[0]) @ self.truth[1]
-        return (torch.tanh(x @ self.first.mT) @ self.second.mT - y).square().mean()
-
-    def give_gradients(self, seed: int) -> None:
-        for p in self.parameters:
-            p.grad = None
-        self.loss(seed).backward()
-
-    @classmethod
-    def trained(cls, steps: int = 200, **options: Any) -> float:
-        """The held-out loss after training."""
-        problem = cls()
-        opt = Automagic32bit(problem.parameters, **options)
-        for t in range(steps):
-            problem.give_gradients(t)
-            opt.step()
-        with torch.no_grad():
-            return problem.loss(9999, 2048).item()
+        if after is not None:
+            after()
+    return rates
 
 
 # --- where it ends ----------------------------------------------------------------------------------------------
@@ -92,348 +58,383 @@ class Regression:
 
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_quadratic_is_solved_from_a_rate_of_1e_6(storage: str, dtype: torch.dtype) -> None:
+def test_quadratic_is_solved_without_a_rate(storage: str, dtype: torch.dtype) -> None:
     """The rate ends at a fair part of the distance to go, and the minimum is reached, in every storage."""
-    rates, left = descend(0.1, dtype=dtype, **STORAGES[storage])
-    assert rates[0] == pytest.approx(1e-6)
-    assert 0.1 < rates[-1] / 0.1 < 1
-    assert left < 1e-3
-
-
-def test_a_fixed_rate_of_1e_6_would_not_get_there() -> None:
-    """Negative control: without auto_lr nothing is reached from the same start."""
-    rates, left = descend(0.1, auto_lr=False)
-    assert set(rates) == {1e-6}
-    assert left > 0.99
-
-
-@pytest.mark.parametrize("noise", [0.0, 1.0])
-def test_rate_follows_the_distance(noise: float) -> None:
-    """A minimum ten times as far is approached at about ten times the rate, with and without noise."""
-    near, far = (descend(scale, noise=noise)[0][-1] for scale in (0.01, 0.1))
-    assert 6 < far / near < 15
-
-
-def test_regression_is_learned_as_well_as_at_a_tuned_rate() -> None:
-    """On a small network the loss ends within twice the best of a grid: measured 1.43, where 1e-4 ends at 5."""
-    tuned = {lr: Regression.trained(lr=lr) for lr in (1e-4, 3e-3, 1e-2, 3e-2)}
-    found = Regression.trained(max_lr=0.1)
-    assert found < 2 * min(tuned.values())
-    assert tuned[1e-4] > 3 * min(tuned.values()), "the grid must tell rates apart"
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_noise_alone_finds_no_rate(seed: int) -> None:
-    """Gradients that point nowhere leave the rate within a factor of twenty of its start."""
-    p = torch.nn.Parameter(torch.zeros(3000))
-    opt = Automagic32bit([p], max_lr=0.1)
-    for t in range(150):
-        p.grad = normal(3000, seed=1000 * (seed + 1) + t)
-        opt.step()
-    assert rate(opt) < 2e-5
-
-
-# --- bounds -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("max_lr", [1e-5, 1e-3, None])
-def test_rate_grows_to_max_lr_and_never_falls(max_lr: float | None) -> None:
-    """d is monotone and bounded by max_lr, 1e-3 where none is given; no element's rate exceeds it either."""
-    options = {} if max_lr is None else {"max_lr": max_lr}
-    p = torch.nn.Parameter(torch.zeros(300))
-    opt = Automagic32bit([p], **options)
-    bound, rates = torch.tensor(max_lr or 1e-3), []
-    for t in range(100):
-        p.grad = p.detach() - 1 + 0.3 * normal(300, seed=t)
+    target = normal(60, 64, seed=0) * 0.1
+    p = zeros(60, 64, dtype=dtype)
+    opt = Automagic([p], **STORAGES[storage])
+    rates = []
+    for _ in range(250):
+        p.grad = (p.detach() - target).to(dtype)
         opt.step()
         rates.append(rate(opt))
-        assert opt.element_learning_rates(p).max() <= bound
-    assert all(a <= b for a, b in itertools.pairwise(rates))
-    assert rates[-1] == bound
+    assert rates[0] == pytest.approx(config.START_LR)
+    assert 1e-3 < rates[-1] < 0.1
+    assert (p.detach() - target).square().mean() < 0.02 * target.square().mean()
+
+
+def test_where_it_starts_is_not_enough() -> None:
+    """Negative control: at a fixed rate of the start the way is not gone."""
+    p = zeros(60, 64)
+    approach(Automagic32bit([p], lr=config.START_LR), 250, 0.1)
+    assert p.detach().mean() < 0.06
+
+
+def test_rate_follows_the_distance() -> None:
+    """A minimum ten times as far is approached at about ten times the rate."""
+    near, far = (approach(Automagic32bit([zeros(3000)]), 250, target)[-1] for target in (0.02, 0.2))
+    assert 5 < far / near < 20
+
+
+def one_row(rows: int, **options: Any) -> float:
+    """The rate that the last row of a tensor has at the end, the only one with gradients."""
+    p = zeros(rows, 64)
+    opt = Automagic8bit([p], **options)
+    for step in range(300):
+        p.grad = torch.zeros(rows, 64)
+        p.grad[-1] = p.detach()[-1] - 1 + 2 * normal(64, seed=step)
+        opt.step()
+    return opt.element_learning_rates(p)[-1].mean().item()
+
+
+def test_a_row_among_many_finds_what_it_finds_alone() -> None:
+    alone = one_row(1)
+    assert alone > 10 * config.START_LR
+    assert 0.5 < one_row(1000) / alone < 2
+
+
+def test_a_row_among_many_has_the_rate_that_is_given() -> None:
+    assert one_row(1000, lr=1e-2) == pytest.approx(1e-2, rel=0.25)
+
+
+def test_a_parameter_that_begins_late_finds_its_rate() -> None:
+    """A second adapter of the same group, after 200 steps of the first, gets as far as it would have from the start."""
+    reached = []
+    for before in (0, 200):
+        first, second = zeros(32, 256), zeros(32, 256)
+        opt = Automagic8bit([first, second])
+        for step in range(before):
+            first.grad = normal(32, 256, seed=step)
+            opt.step()
+        first.grad = None
+        for _ in range(200):
+            second.grad = second.detach() - 1
+            opt.step()
+        reached.append(second.detach().mean().item())
+    assert reached[1] > 0.5 * reached[0] > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "steps"), [((64,), 1000), ((64, 64), 1000), ((256, 512), 100)])
+def test_noise_alone_finds_no_rate(shape: tuple[int, ...], steps: int, dtype: torch.dtype) -> None:
+    p = zeros(*shape, dtype=dtype)
+    p.data.copy_(normal(*shape, seed=1))
+    opt = Automagic8bit([p], weight_decay=0.0)
+    for step in range(steps):
+        p.grad = normal(*shape, seed=2 + step).to(dtype)
+        opt.step()
+    assert rate(opt) < 3 * config.START_LR
+
+
+def test_without_its_error_noise_would_find_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control."""
+    monkeypatch.setattr(estimate, "ERRORS", 0.0)
+    p = zeros(64)
+    opt = Automagic8bit([p], weight_decay=0.0)
+    for step in range(1000):
+        p.grad = normal(64, seed=2 + step)
+        opt.step()
+    assert rate(opt) > 3 * config.START_LR
+
+
+def test_weights_that_are_rounded_to_nearest_move() -> None:
+    """master="none": the updates of the start round to nothing, and a rate is found all the same."""
+    p = zeros(64, 64, dtype=torch.bfloat16)
+    p.data.copy_(normal(64, 64, seed=0))
+    start = p.detach().clone()
+    opt = Automagic8bit([p], master="none")
+    for _ in range(400):
+        p.grad = p.detach().clone()
+        opt.step()
+    assert bool((p != start).any())
+
+
+def test_weights_beyond_float32s_squares_leave_the_estimate_out() -> None:
+    p = zeros(300)
+    opt = Automagic32bit([p], weight_decay=0.0)
+    approach(opt, 3)
+    p.data.fill_(1e30)
+    opt.state[p]["probe_start"].fill_(-3e38)
+    for _ in range(30):
+        p.grad = torch.ones_like(p)
+        opt.step()
+    assert all(math.isfinite(float(x)) for x in opt.param_groups[0]["auto_lr_sums"])
+    assert rate(opt) == pytest.approx(config.START_LR)
+
+
+# --- bounds, factors and ratios -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_lr", [1e-5, 1e-3])
+def test_rate_grows_to_max_lr_and_never_falls(max_lr: float) -> None:
+    """d is monotone, grows by at most a tenth, and is bounded from the first step; no element's rate exceeds it."""
+    p = zeros(300)
+    opt = Automagic32bit([p], max_lr=max_lr)
+    highest: list[float] = []
+    rates = approach(opt, 100, after=lambda: highest.append(opt.element_learning_rates(p).max().item()))
+    assert all(a <= b <= 1.1001 * a for a, b in itertools.pairwise(rates))
+    assert rates[-1] == max(highest) == pytest.approx(max_lr)
+
+
+def test_an_unset_max_lr_is_saved_as_unset_and_bounds_nothing() -> None:
+    p = zeros(300)
+    opt = Automagic32bit([p])
+    assert approach(opt, 150)[-1] > 1e-3
+    assert opt.state_dict()["param_groups"][0]["max_lr"] is None
 
 
 def test_min_lr_lifts_the_start() -> None:
-    """A min_lr above the start holds from the first step."""
-    rates, _ = descend(0.1, steps=2, min_lr=1e-4)
-    assert rates[0] == pytest.approx(1e-4)
+    assert approach(Automagic32bit([zeros(300)], min_lr=1e-4), 1) == [pytest.approx(1e-4)]
+
+
+def test_a_learning_rate_finder_gets_the_rates_it_asks_for() -> None:
+    """Who writes lr and initial_lr far below what the optimizer was built with is held up by no min_lr."""
+    p = zeros(64, 64)
+    opt = Automagic8bit([p], lr=1e-3)
+    group = opt.param_groups[0]
+    group["lr"] = group["initial_lr"] = 1e-8
+    for lr in (1e-8, 1e-5, 1e-3):
+        group["lr"] = lr
+        p.grad = normal(64, 64, seed=0)
+        opt.step()
+        assert opt.element_learning_rates(p).mean().item() == pytest.approx(lr, rel=0.1)
+
+
+def test_a_factor_multiplies_what_is_found() -> None:
+    """lr=1.0, as Prodigy's users write it, finds what no lr finds; lr=0.5 about half; both are told."""
+    with pytest.warns(UserWarning, match=r"lr=0\.5 is taken as a factor"):
+        half = Automagic32bit([zeros(3000)], lr=0.5, auto_lr=True)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        one = Automagic32bit([zeros(3000)], lr=1.0, auto_lr=True)
+        Automagic32bit([zeros(3000)], lr=1.0, auto_lr=True)
+        Automagic32bit([zeros(3000)], lr=9e-3, auto_lr=True)
+    assert len(told) == 1
+    plain = Automagic32bit([zeros(3000)])
+    found = [approach(opt, 300)[-1] for opt in (plain, one, half)]
+    assert found[1] == found[0]
+    assert 0.3 < found[2] / found[0] < 0.9
 
 
 @pytest.mark.parametrize("lr", [1e-5, 1e-3])
-def test_given_rate_is_the_start_when_auto_lr_is_asked_for(lr: float) -> None:
-    """auto_lr=True beside lr starts there, and grows from there."""
-    rates, _ = descend(0.1, steps=60, lr=lr, auto_lr=True)
+def test_a_lower_lr_is_where_the_search_starts(lr: float) -> None:
+    rates = approach(Automagic32bit([zeros(300)], lr=lr, auto_lr=True), 60)
     assert rates[0] == pytest.approx(lr)
     assert rates[-1] > 2 * lr
 
 
-# --- the estimate -----------------------------------------------------------------------------------------------
-
-
-MAX_LR = 1.0
-
-
-def by_hand(
-    gradients: list[list[np.ndarray]],
-    thetas: list[list[np.ndarray]],
-    ratios: list[float],
-    strides: tuple[int, ...] = (16, 16),
-) -> list[float]:
-    """d of each step from the definition, over the probes of all tensors together; d0 = 1e-6, β2 = 0.99."""
-    probes = [np.arange(x.size) // 256 % stride == 0 for x, stride in zip(thetas[0], strides, strict=True)]
-    d, num, z, found = 1e-6, 0.0, [np.zeros(mask.sum()) for mask in probes], []
-    for g, theta, ratio in zip(gradients, thetas, ratios, strict=True):
-        found.append(d)
-        num *= math.sqrt(0.99)
-        for i, mask in enumerate(probes):
-            weight = d**2 * ratio / 1e-6 * strides[i] / 16
-            num += weight * (g[i][mask] * (thetas[0][i][mask] - theta[i][mask])).sum()
-            z[i] = math.sqrt(0.99) * z[i] + weight * g[i][mask]
-        total = sum(np.abs(x).sum() for x in z)
-        d = min(max(d, num / total), MAX_LR) if total > 0 else d
-    return found
-
-
-@pytest.mark.parametrize("ratios", [[1.0] * 25, [0.0, 0.0] + [0.1 * t for t in range(1, 24)], [3.0] * 25])
-@pytest.mark.parametrize(("most", "strides"), [(2**20, (16, 16)), (300, (64, 16))], ids=["all", "thinned"])
-def test_estimate_is_the_stated_one(
-    most: int, strides: tuple[int, ...], ratios: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """d over two tensors and a schedule equals the definition; only every 16th block is looked at, or fewer."""
-    monkeypatch.setattr(st, "MAX_PROBED", most)
-    sizes = [5000, 300] if strides[0] == 16 else [256 * 69 + 7, 300]
-    parameters = [torch.nn.Parameter(torch.zeros(n)) for n in sizes]
-    opt = Automagic32bit(parameters, max_lr=MAX_LR, weight_decay=0.0)
-    gradients, thetas, found = [], [], []
-    for t, ratio in enumerate(ratios):
-        opt.param_groups[0]["lr"] = ratio * 1e-6
-        drawn = [normal(n, seed=50 * t + n) - 1 for n in sizes]
-        gradients.append([g.double().numpy() for g in drawn])
-        thetas.append([p.detach().double().numpy().copy() for p in parameters])
-        for p, g in zip(parameters, drawn, strict=True):
-            p.grad = g
+def test_given_rates_keep_their_ratios_and_groups_without_find_their_own() -> None:
+    a, b, c = zeros(64, 64), zeros(64, 64), zeros(64, 64)
+    opt = Automagic32bit([{"params": [a]}, {"params": [b], "lr": 16e-6}], lr=1e-6, auto_lr=True)
+    approach(opt, 150)
+    assert rate(opt, 1) / rate(opt, 0) == pytest.approx(16, rel=1e-5)
+    assert rate(opt) > 3e-6
+    a, b = zeros(64, 64), zeros(64, 64)
+    opt = Automagic32bit([{"params": [a]}, {"params": [b]}, {"params": [c], "lr": 3e-4}])
+    for _ in range(150):
+        a.grad, b.grad, c.grad = a.detach() - 0.02, b.detach() - 2, c.detach() - 1
         opt.step()
-        found.append(float(opt.param_groups[0]["auto_lr_rate"]))
-    expected = by_hand(gradients, thetas, ratios, strides)
-    # Rounding of θ, a few float32 steps from 0, and of sums over 600 elements.
-    assert found == pytest.approx(expected, rel=1e-5)
-    assert expected[-1] > 3e-6
-    others = [
-        by_hand(gradients, [[x[::-1] for x in theta] for theta in thetas], ratios, strides),
-        by_hand(gradients, thetas, ratios, tuple(2 * stride for stride in strides)),
-    ]
-    for other in others:
-        assert found != pytest.approx(other, rel=1e-5), "negative control"
+    assert rate(opt, 1) > 3 * rate(opt, 0)
+    assert rate(opt, 2) == 3e-4
+    assert "probe_block" not in opt.state[c]
 
 
-def test_skipped_gradients_leave_the_estimate_finite() -> None:
-    """NaN in a probe counts as no gradient there; d goes on growing."""
-    p = torch.nn.Parameter(torch.zeros(300))
-    opt = Automagic32bit([p])
-    for t in range(60):
-        p.grad = p.detach() - 1
-        p.grad[t % 300] = math.nan
-        p.grad[(t + 7) % 300] = math.inf
-        opt.step()
-    assert 1e-4 < rate(opt) < 1.0001e-3
+def test_a_group_added_in_mid_run_has_its_ratio_and_is_told() -> None:
+    a, b = zeros(64, 64), zeros(64, 64)
+    opt = Automagic32bit([a], lr=1e-5, auto_lr=True)
+    approach(opt, 60)
+    with pytest.warns(UserWarning, match=r"its ratio to the first group's lr=1e-05 .* 4 times") as told:
+        opt.add_param_group({"params": [b], "lr": 4e-5})
+    assert len(told) == 1
+    approach(opt, 2)
+    assert rate(opt, 1) == pytest.approx(4 * rate(opt), rel=1e-5)
+    late = Automagic32bit([a])
+    approach(late, 60)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        late.add_param_group({"params": [b]})
+    b.data.zero_()
+    approach(late, 100)
+    assert rate(late, 1) > 10 * config.START_LR
 
 
-# --- schedules --------------------------------------------------------------------------------------------------
+def test_a_search_ends_where_it_is_told_to() -> None:
+    rates = approach(Automagic32bit([zeros(300)], auto_lr_steps=40), 80)
+    assert rates[-1] == rates[45] > config.START_LR
+    assert approach(Automagic32bit([zeros(300)]), 80)[-1] > rates[-1], "negative control"
 
 
-def twin_move(ratio: float) -> tuple[Tensor, float]:
-    """The move of the fortieth step when a schedule stands at `ratio` there, and d."""
-    p = torch.nn.Parameter(torch.zeros(300))
-    opt = Automagic32bit([p])
-    for t in range(40):
-        before = p.detach().clone()
-        opt.param_groups[0]["lr"] = 1e-6 * (ratio if t == 39 else 1.0)
-        p.grad = p.detach() - 1 + normal(300, seed=t)
-        opt.step()
-    return p.detach() - before, float(opt.param_groups[0]["auto_lr_rate"])
+# --- schedules and what is shown ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ratio", [0.0, 0.25, 2.0])
-def test_schedule_scales_the_found_rate(ratio: float) -> None:
-    """lr / base multiplies d: a quarter of lr makes a quarter of the move, 0 none."""
-    (move, d), (plain, d2) = twin_move(ratio), twin_move(1.0)
-    assert d == d2 > 1e-5
-    # θ is about 0.03: rounding it costs 2e-9 a step, of moves of 1e-3.
-    torch.testing.assert_close(move, ratio * plain, rtol=1e-3, atol=1e-8)
+def test_defaults_are_numbers_and_the_group_shows_what_is_found() -> None:
+    opt = Automagic32bit([zeros(300)])
+    assert opt.defaults["lr"] == opt.param_groups[0]["lr"] == config.NOMINAL_LR
+    shown: list[float] = []
+    found = approach(opt, 60, after=lambda: shown.append(opt.param_groups[0]["lr"]))
+    assert found[1:] == pytest.approx(shown[1:], rel=1e-6)
+    assert opt.param_groups[0]["lr"] > config.START_LR
+    scheduled = Automagic32bit([zeros(300)])
+    schedules.ConstantLR(scheduled, 1.0)
+    approach(scheduled, 60)
+    assert scheduled.param_groups[0]["lr"] == config.NOMINAL_LR
+    assert rate(scheduled) == pytest.approx(rate(opt), rel=1e-6)
 
 
-def test_scheduler_of_torch_is_obeyed() -> None:
-    """LambdaLR writes lr and initial_lr; the mean rate shown is d times its factor."""
-    p = torch.nn.Parameter(torch.zeros(300))
-    opt = Automagic32bit([p])
-    factors = [min(1.0, t / 10) * (0.5 if t > 30 else 1.0) for t in range(41)]
-    scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: factors[t])
-    for t in range(40):
-        p.grad = p.detach() - 1
-        opt.step()
-        d = float(opt.param_groups[0]["auto_lr_rate"])
-        assert rate(opt) == pytest.approx(d * factors[t], rel=1e-6)
-        mean = opt.element_learning_rates(p).mean().item()
-        assert mean == pytest.approx(max(d * factors[t], 1e-7 * factors[t]), rel=1e-3)
-        scheduler.step()
-    assert d > 1e-4
+def test_an_absolute_floor_lets_a_cosine_decay() -> None:
+    opt = Automagic8bit([zeros(64, 64)])
+    rates = approach(opt, 200, after=schedules.CosineAnnealingLR(opt, 200, eta_min=1e-6).step)
+    assert rates[-1] < 0.01 * max(rates)
 
 
-@pytest.mark.parametrize("storage", STORAGES)
-def test_first_step_at_lr_0_is_harmless(storage: str) -> None:
-    """A warm-up from 0 leaves θ and d as they were at the first step, and finds its rate all the same."""
-    rates, left = descend(0.1, schedule=lambda t: min(1.0, t / 20), **STORAGES[storage])
-    assert rates[0] == 0
-    assert 0.005 < rates[-1] <= 0.1
-    assert left < 1e-3
+PEAKS: dict[str, Callable[[Any], Any]] = {
+    "one cycle": lambda o: schedules.OneCycleLR(o, max_lr=1e-2, total_steps=120, pct_start=0.5),
+    "one cycle, no momentum": lambda o: schedules.OneCycleLR(
+        o, max_lr=1e-2, total_steps=120, pct_start=0.5, cycle_momentum=False
+    ),
+    "cyclic": lambda o: schedules.CyclicLR(o, 1e-5, 1e-3, step_size_up=60, cycle_momentum=False),
+}
 
 
-# --- groups and parameters --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", PEAKS)
+def test_a_schedule_that_begins_below_its_peak_reaches_the_rate_there(name: str) -> None:
+    opt = Automagic32bit([zeros(300)])
+    rates, found = [], []
+    scheduler = PEAKS[name](opt)
 
-
-def run_groups(groups: list[dict[str, Any]], steps: int = 40) -> Automagic:
-    opt = Automagic32bit(groups)
-    for t in range(steps):
-        for index, group in enumerate(opt.param_groups):
-            for p in group["params"]:
-                p.grad = p.detach() - 1 + 0.5 * normal(*p.shape, seed=100 * t + index)
-        opt.step()
-    return opt
-
-
-def test_group_with_its_own_rate_is_not_affected() -> None:
-    """A group given lr keeps it and trains as if alone; the other group finds the rate it finds alone."""
-    fixed, free = (torch.nn.Parameter(torch.zeros(300)) for _ in range(2))
-    both = run_groups([{"params": [free]}, {"params": [fixed], "lr": 3e-4}])
-    assert rate(both, 1) == 3e-4
-    assert "probe_sum" not in both.state[fixed]
-
-    alone = torch.nn.Parameter(torch.zeros(300))
-    assert rate(run_groups([{"params": [alone]}])) == rate(both, 0)
-    assert torch.equal(alone, free)
-
-    first, second = (torch.nn.Parameter(torch.zeros(300)) for _ in range(2))
-    run_groups([{"params": [first], "lr": 1e-3}, {"params": [second], "lr": 3e-4}])
-    assert torch.equal(second, fixed)
-
-
-def test_each_group_finds_its_own_rate() -> None:
-    """Two groups with minima at different distances end at different rates."""
-    near, far = (torch.nn.Parameter(torch.zeros(2000)) for _ in range(2))
-    opt = Automagic32bit([{"params": [near]}, {"params": [far]}], max_lr=1.0)
-    for _ in range(100):
-        for p, target in ((near, 0.01), (far, 0.1)):
-            p.grad = p.detach() - target
-        opt.step()
-    assert 5 < rate(opt, 1) / rate(opt, 0) < 20
-
-
-def test_rate_found_late_starts_from_the_groups_lr() -> None:
-    """auto_lr switched on in a group during training starts at its lr and grows."""
-    p = torch.nn.Parameter(torch.zeros(300))
-    opt = Automagic32bit([p], lr=1e-5)
-    rates = []
-    for t in range(60):
-        if t == 20:
-            opt.param_groups[0]["auto_lr"] = True
-        p.grad = p.detach() - 1
-        opt.step()
+    def after() -> None:
         rates.append(rate(opt))
-    assert rates[:21] == pytest.approx([1e-5] * 21)
-    assert rates[-1] > 3e-5
+        found.append(float(opt.param_groups[0]["auto_lr_rate"]))
+        scheduler.step()
+
+    approach(opt, 61, after=after)
+    assert rates[-1] == pytest.approx(found[-1], rel=0.05)
+    assert found[-1] > config.START_LR
+    assert max(r / d for r, d in zip(rates, found, strict=True)) < 4.01
 
 
+# --- stepping, saving, what is watched ----------------------------------------------------------------------------
+
+
+def build(backend: str, shapes: tuple[tuple[int, ...], ...] = ((24, 96), (300,))) -> tuple[list[Any], Automagic]:
+    p = [torch.nn.Parameter(normal(*shape, seed=i) * 0.01) for i, shape in enumerate(shapes)]
+    return p, Automagic8bit(p, lr=1e-3, auto_lr=True, backend=backend, min_8bit_size=0)
+
+
+def give(p: list[Any], step: int) -> None:
+    for i, x in enumerate(p):
+        x.grad = x.detach() - 1 + 0.1 * normal(*x.shape, seed=100 * step + i)
+
+
+def same(a: Automagic, b: Automagic, tools: Any) -> None:
+    assert not tools.differences(tools.snapshot(a), tools.snapshot(b))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_stepping_parameter_by_parameter_gives_the_same_numbers(reverse: bool) -> None:
-    """`step_parameter`, in either order, moves θ, d and every state as `step` does."""
-    together, one_by_one = Regression(), Regression()
-    options = {"lora": True, "rank_penalty_strength": 0.5, "max_lr": 0.1}
-    opt, opt2 = (Automagic32bit(problem.parameters, **options) for problem in (together, one_by_one))
-    for t in range(45):
-        together.give_gradients(t)
+def test_stepping_one_by_one_is_the_same_step(backend: str, reverse: bool, tools: Any) -> None:
+    """`step_parameter` for all, in either order, moves θ, d and every state as `step` does, bit for bit."""
+    (p, together), (q, single) = build(backend), build(backend)
+    for step in range(24):
+        give(p, step)
+        together.step()
+        give(q, step)
+        for x in reversed(q) if reverse else q:
+            single.step_parameter(x, single.param_groups[0])
+    same(together, single, tools)
+    assert together.param_groups[0]["auto_lr_rate"] > 1.05e-3
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_search_resumes_bit_for_bit(backend: str, tools: Any) -> None:
+    p, opt = build(backend)
+    for step in range(19):
+        give(p, step)
         opt.step()
-        one_by_one.give_gradients(t)
-        for p in sorted(one_by_one.parameters, key=lambda p: p.numel(), reverse=reverse):
-            opt2.step_parameter(p, opt2.param_groups[0])
-    assert rate(opt) == rate(opt2) > 1e-4
-    for p, p2 in zip(together.parameters, one_by_one.parameters, strict=True):
-        assert torch.equal(p, p2)
-        for name, value in opt.state[p].items():
-            other = opt2.state[p2][name]
-            assert torch.equal(value, other) if isinstance(value, Tensor) else value == other, name
+    q, again = build(backend)
+    again.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for x, y in zip(p, q, strict=True):
+        y.data.copy_(x.detach())
+    found = float(opt.param_groups[0]["auto_lr_rate"])
+    for params, o in ((p, opt), (q, again)):
+        for step in range(19, 24):
+            give(params, step)
+            o.step()
+    same(opt, again, tools)
+    assert opt.param_groups[0]["auto_lr_rate"] > found
 
 
-def test_probes_are_every_sixteenth_block() -> None:
-    """Two probes for 17 blocks and a bit; they keep θ's first values in θ's dtype."""
-    for dtype in (torch.float32, torch.bfloat16):
-        p = torch.nn.Parameter(normal(256 * 17 - 100, seed=0).to(dtype))
-        start = p.detach().clone()
-        opt = Automagic32bit([p])
-        for _ in range(3):
-            p.grad = torch.ones_like(p)
+def test_both_backends_find_the_same_rate() -> None:
+    found = []
+    for backend in ("torch", "triton"):
+        p, opt = build(backend)
+        for step in range(24):
+            give(p, step)
             opt.step()
-        held = opt.state[p]["probe_start"]
-        assert held.dtype == dtype
-        assert torch.equal(held[0], start[:256])
-        assert torch.equal(held[1, :156], start[4096:])
-        assert (held[1, 156:] == 0).all()
-        assert opt.state[p]["probe_sum"].shape == (2, 256)
+        found.append([float(opt.param_groups[0]["auto_lr_rate"]), *opt.param_groups[0]["auto_lr_sums"].tolist()])
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+    assert found[0][0] > 1.05e-3
 
 
-@pytest.mark.parametrize(("elements", "stride"), [(1, 16), (2**24, 16), (2**24 + 1, 32), (86e6, 128), (1.2e9, 2048)])
+def test_a_checkpoint_of_0_2_0_goes_on() -> None:
+    """Its sums of gradients are dropped, the blocks it watched are kept, and its unset bound is unset."""
+    p = zeros(40, 512)
+    opt = Automagic8bit([p])
+    approach(opt, 3)
+    saved = copy.deepcopy(opt.state_dict())
+    held, group = saved["state"][0], saved["param_groups"][0]
+    del held["probe_block"]
+    held["probe_start"] = torch.zeros(5, 256)
+    held["probe_sum"] = torch.full((5, 256), 7.0)
+    held["tensor_stats"][[st.LR_NUMERATOR, st.LR_DENOMINATOR]] = 1e9
+    for name in ("auto_lr_given", "auto_lr_steps", "auto_lr_sums", "auto_lr_count"):
+        group.pop(name, None)
+    group |= {"max_lr": 1e-3, "lr": 1e-6, "base_lr": 1e-6, "auto_lr_rate": torch.tensor(2e-4), "auto_lr_step": 3}
+    opt.load_state_dict(saved)
+    assert opt.state[p]["probe_block"].tolist() == [0] * 5
+    assert "probe_sum" not in opt.state[p]
+    assert (opt.param_groups[0]["max_lr"], "auto_lr_step" in opt.param_groups[0]) == (None, False)
+    rates = approach(opt, 60)
+    assert rates[0] == pytest.approx(2e-4)
+    assert rates[-1] > 1e-3
+
+
+def test_the_first_block_with_a_gradient_is_watched_from_the_third_step() -> None:
+    """θ as it is a step after, in θ's dtype; zeros beyond the end."""
+    for dtype in (torch.float32, torch.bfloat16):
+        p = torch.nn.Parameter(normal(256 * 33 - 100, seed=0).to(dtype))
+        opt = Automagic32bit([p])
+        seen = []
+        for _ in range(4):
+            p.grad = torch.zeros_like(p)
+            p.grad[700:] = 1.0
+            seen.append(p.detach().clone())
+            opt.step()
+        state = opt.state[p]
+        assert state["probe_block"].tolist() == [2, 0]
+        assert state["probe_start"].dtype == dtype
+        assert torch.equal(state["probe_start"][0], seen[1][512:768])
+        assert torch.equal(state["probe_start"][1, :156], seen[1][8192:])
+        assert (state["probe_start"][1, 156:] == 0).all()
+
+
+@pytest.mark.parametrize(("elements", "stride"), [(1, 32), (2**25, 32), (2**25 + 1, 64), (86e6, 128), (1.2e9, 2048)])
 def test_about_a_million_weights_of_a_group_are_watched(elements: float, stride: int) -> None:
     assert st.probe_stride(int(elements)) == stride
 
 
-def test_a_layer_without_shape_yet_may_be_given() -> None:
-    layer = torch.nn.LazyLinear(4)
-    opt = Automagic32bit(layer.parameters())
-    layer(torch.ones(2, 3)).sum().backward()
-    opt.step()
-    assert all(len(opt.state[p]["probe_sum"]) == 1 for p in layer.parameters())
-
-
 @given(blocks=some.integers(0, 2000), power=some.integers(4, 12))
 def test_the_number_of_probes_tells_their_stride(blocks: int, power: int) -> None:
-    """Or one of the same probes: the first block alone."""
-    probes = -(-blocks // 2**power)
-    held = st.stride_held(blocks, probes)
-    assert list(range(0, blocks, held)) == list(range(0, blocks, 2**power))
-
-
-PEAKS = {
-    "one cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=1e-3, total_steps=60, cycle_momentum=False),
-    "cyclic": lambda o: torch.optim.lr_scheduler.CyclicLR(o, 1e-5, 1e-3, step_size_up=20, cycle_momentum=False),
-}
-
-
-@pytest.mark.parametrize("way", ["step", "step_parameter"])
-@pytest.mark.parametrize("schedule", PEAKS.values(), ids=PEAKS)
-def test_a_schedule_that_begins_far_below_its_peak_is_told(schedule: Callable[[Any], Any], way: str) -> None:
-    """It multiplies the rate found by up to 25 or 100; with a given rate it is what it is meant to be."""
-    for lr in (None, 1e-4):
-        p = torch.nn.Parameter(torch.zeros(60, 64))
-        opt = Automagic32bit([p], lr=lr)
-        scheduler = schedule(opt)
-        with warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter("always")
-            for t in range(20):
-                p.grad = normal(60, 64, seed=t)
-                opt.step() if way == "step" else opt.step_parameter(p, opt.param_groups[0], 0)
-                scheduler.step()
-        assert len([w for w in told if "a schedule has raised lr to more than 4 times" in str(w.message)]) == (
-            lr is None
-        )
-
-
-def test_a_warm_up_and_a_doubling_by_hand_are_nothing_to_tell() -> None:
-    p = torch.nn.Parameter(torch.zeros(8, 8))
-    opt = Automagic32bit([p])
-    warm_up = torch.optim.lr_scheduler.LinearLR(opt, 0.01, total_iters=5)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for _ in range(8):
-            p.grad = torch.ones_like(p)
-            opt.step()
-            warm_up.step()
-        opt.param_groups[0]["lr"] *= 4
-        opt.step()
+    """Or one of the same spans: all in one."""
+    held = st.stride_held(blocks, -(-blocks // 2**power))
+    assert [b // held for b in range(blocks)] == [b // 2**power for b in range(blocks)]

@@ -20,8 +20,9 @@ from automagic_bnb.config import check_option, make_config
 DEFAULTS = {
     "lr": None,
     "min_lr": 1e-7,
-    "max_lr": 1e-3,
+    "max_lr": None,
     "auto_lr": None,
+    "auto_lr_steps": None,
     "weight_decay": 5e-4,
     "warmup_steps": 500,
     "betas": (0.9, 0.99, 0.999),
@@ -131,7 +132,8 @@ VALUES: dict[str, Values] = {
     "lr": or_none(NON_NEGATIVE),
     "auto_lr": or_none(SWITCH),
     "lora": or_none(SWITCH),
-    "max_lr": POSITIVE,
+    "max_lr": or_none(POSITIVE),
+    "auto_lr_steps": or_none(whole(1, 1000, beyond=[0, -1])),
     "clip_threshold": POSITIVE,
     "frequency_penalty": UNIT,
     "warmup_steps": whole(0, 500, 10**12, beyond=[-1, "-1"]),
@@ -282,16 +284,18 @@ def test_an_option_of_another_optimizer_is_refused() -> None:
         ({"lr": 1e-3}, True),
         ({"lr": 0.5}, True),  # no max_lr was set, so the bound follows
         ({"lr": 0.5, "max_lr": 1.0}, True),
-        ({"lr": 0.0011, "max_lr": 1e-3}, False),  # set, though to the number that is the default
+        ({"lr": 0.0011, "max_lr": 1e-3}, False),
         ({"lr": "0.0011", "max_lr": "1e-3"}, False),
-        ({"lr": 0.0011, "max_lr": config.DEFAULT_MAX_LR}, True),  # **config.__dict__ hands the unset one on
-        ({"min_lr": 1e-2}, False),
+        ({"lr": 0.0011, "max_lr": None}, True),  # **config.__dict__ hands the unset one on
+        ({"lr": 1e-3, "max_lr": 1e-4, "auto_lr": True}, False),  # no search starts above its bound,
+        ({"lr": 1.0, "max_lr": 1e-4, "auto_lr": True}, True),  # and a factor is none
+        ({"min_lr": 1e-2}, True),
         ({"min_lr": 1e-2, "max_lr": 1e-2}, True),
         ({"min_lr": 1e-4, "max_lr": 1e-5}, False),
     ],
 )
 def test_rates_and_bounds_must_agree(options: dict[str, Any], legal: bool) -> None:
-    """max_lr binds where the user set it; the default gives way to a larger rate."""
+    """max_lr binds where the user set it; unset it follows the rate."""
     if legal:
         make_config(**options)
         return
@@ -302,18 +306,16 @@ def test_rates_and_bounds_must_agree(options: dict[str, Any], legal: bool) -> No
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, {"lr": 1e-6, "auto_lr": True, "max_lr": 1e-3}),
-        ({"lr": 1e-5}, {"lr": 1e-5, "auto_lr": False, "max_lr": 1e-3}),
-        ({"lr": 1e-4}, {"lr": 1e-4, "auto_lr": False, "max_lr": 1e-3}),
-        ({"lr": 1e-2}, {"lr": 1e-2, "auto_lr": False, "max_lr": 0.1}),
-        ({"lr": 1e-2, "max_lr": 2e-2}, {"lr": 1e-2, "auto_lr": False, "max_lr": 2e-2}),
-        ({"lr": 1e-4, "auto_lr": True}, {"lr": 1e-4, "auto_lr": True, "max_lr": 1e-3}),
-        ({"auto_lr": False}, {"lr": 1e-6, "auto_lr": False, "max_lr": 1e-3}),
-        ({"lr": 0.0}, {"lr": 0.0, "auto_lr": False, "max_lr": 1e-3}),
+        ({}, {"lr": 1e-3, "auto_lr": True, "auto_lr_given": None, "max_lr": None}),
+        ({"lr": 1e-5}, {"lr": 1e-5, "auto_lr": False, "auto_lr_given": 1e-5, "max_lr": None}),
+        ({"lr": 1e-2, "max_lr": 2e-2}, {"lr": 1e-2, "auto_lr": False, "auto_lr_given": 1e-2, "max_lr": 2e-2}),
+        ({"lr": 1e-4, "auto_lr": True}, {"lr": 1e-4, "auto_lr": True, "auto_lr_given": 1e-4, "max_lr": None}),
+        ({"auto_lr": False}, {"lr": 1e-3, "auto_lr": False, "auto_lr_given": None, "max_lr": None}),
+        ({"lr": 0.0}, {"lr": 0.0, "auto_lr": False, "auto_lr_given": 0.0, "max_lr": None}),
     ],
 )
 def test_rates_are_resolved(options: dict[str, Any], expected: dict[str, Any]) -> None:
-    """No rate means that it is found from 1e-6 on; max_lr is 1e-3, or 10 × lr where that is larger."""
+    """No rate means that it is found, which a schedule is told to be 1e-3; an unset max_lr stays unset."""
     resolved = dict(vars(make_config(**options)))
     config.resolve_rates(resolved)
     assert {name: resolved[name] for name in expected} == pytest.approx(expected)
@@ -411,7 +413,7 @@ def test_a_key_close_to_an_option_is_a_near_miss(key: str) -> None:
 TRAINER_KEYS = ("params", "param_names", "name", "initial_lr", "base_lr", "lr_scale", "lr_mult", "layer_decay")
 TRAINER_KEYS += ("foreach", "fused", "capturable", "maximize", "amsgrad", "max_momentum", "base_momentum", "is_lora")
 TRAINER_KEYS += ("swanlab_id", "weight_decay_mult", "lr_multiplier", "correct_bias", "d", "use_muon")
-OWN_KEYS = ("auto_lr_rate", "auto_lr_step", "effective_lr")
+OWN_KEYS = ("auto_lr_rate", "auto_lr_sums", "auto_lr_count", "auto_lr_peak", "auto_lr_given", "effective_lr")
 
 
 @pytest.mark.parametrize("key", [*TRAINER_KEYS, *OWN_KEYS, *DEFAULTS])

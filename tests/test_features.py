@@ -39,6 +39,11 @@ def noise(t: int) -> Tensor:
     return 0.3 * drift + torch.randn(SHAPE, generator=torch.Generator().manual_seed(t))
 
 
+def steady(t: int) -> Tensor:
+    """The same gradient at every step."""
+    return noise(0)
+
+
 def quiet_at_the_end(t: int) -> Tensor:
     """From step 4 on the second block's gradient is a hundredth of what it was."""
     g = noise(t)
@@ -151,7 +156,9 @@ CASES = [
     Case("master", "none", "θ", dtype=torch.bfloat16),
     Case("master", "ecc8", "θ", dtype=torch.bfloat16),
     Case("master", "ecc8", "", dtype=torch.float16),
-    Case("auto_lr", True, "θ", steps=12),
+    Case("auto_lr", True, "θ", steps=25, gradients=steady),
+    Case("auto_lr_steps", 15, "θ", steps=25, base={"auto_lr": True}, gradients=steady),
+    Case("auto_lr_steps", 15, "", steps=25, gradients=steady),
     Case("betas", (0.8, 0.99, 0.999), "θmrs"),
     Case("betas", (0.9, 0.9, 0.999), AFTER_FILTER),
     Case("betas", (0.9, 0.99, 0.9), "θr"),
@@ -173,9 +180,10 @@ def test_option_changes_its_own_part_alone(case: Case, storage: str) -> None:
 
 
 RULE_OPTIONS = """
-    lr min_lr max_lr auto_lr weight_decay warmup_steps betas eps clip_threshold percentile_clipping edge_suppression
-    edge_penalty edge_threshold frequency_penalty background_regularization spatial_awareness detail_preservation lora
-    lora_rank_penalty rank_penalty_strength low_rank_emphasis torque came cautious stochastic_rounding master
+    lr min_lr max_lr auto_lr auto_lr_steps weight_decay warmup_steps betas eps clip_threshold percentile_clipping
+    edge_suppression edge_penalty edge_threshold frequency_penalty background_regularization spatial_awareness
+    detail_preservation lora lora_rank_penalty rank_penalty_strength low_rank_emphasis torque came
+    cautious stochastic_rounding master
     seed
 """
 HOW_IT_RUNS = """

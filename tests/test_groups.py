@@ -27,7 +27,7 @@ def test_every_option_may_differ_by_group(name: str, tools: Any) -> None:
     value = ANOTHER_VALUE[name]
     given = str(value) if isinstance(value, (bool, int, float, tuple)) else value
     opt = Automagic8bit([{"params": [first]}, {"params": [second], name: given}], lr=2e-4)
-    usual = {**vars(opt.config), "auto_lr": False, "max_lr": 10 * 2e-4}
+    usual = {**vars(opt.config), "auto_lr": False}
     assert opt.param_groups[1][name] == value
     assert type(opt.param_groups[1][name]) is type(value)
     assert opt.param_groups[0][name] == usual[name]
@@ -51,16 +51,16 @@ def test_betas_of_a_group_are_a_plain_tuple(tools: Any) -> None:
 
 
 def test_rates_and_bounds_are_resolved_group_by_group(tools: Any) -> None:
-    """max_lr follows the group's own rate; a rate of its own ends the search for one in that group."""
+    """A rate of its own ends the search for one in that group; what was given is kept, and an unset max_lr is unset."""
     a, b, c, d = tools.parameters((3,), (4,), (5,), (6,))
     groups = [{"params": [a]}, {"params": [b], "lr": 0.01}, {"params": [c], "lr": 1e-4, "max_lr": 2e-4}]
     opt = Automagic8bit([*groups, {"params": [d], "lr": 1e-4, "auto_lr": True}])
-    found = [(g["lr"], g["base_lr"], g["auto_lr"], g["max_lr"]) for g in opt.param_groups]
+    found = [(g["lr"], g["base_lr"], g["auto_lr"], g["auto_lr_given"], g["max_lr"]) for g in opt.param_groups]
     assert found == [
-        (1e-6, 1e-6, True, 1e-3),
-        (0.01, 0.01, False, pytest.approx(0.1)),
-        (1e-4, 1e-4, False, 2e-4),
-        (1e-4, 1e-4, True, 1e-3),
+        (1e-3, 1e-3, True, None, None),
+        (0.01, 0.01, False, 0.01, None),
+        (1e-4, 1e-4, False, 1e-4, 2e-4),
+        (1e-4, 1e-4, True, 1e-4, None),
     ]
 
 

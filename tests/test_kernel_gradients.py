@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -178,27 +179,36 @@ def test_silent_block_beside_a_loud_one(dtype: str) -> None:
 
 @pytest.mark.parametrize("storage", BITS)
 def test_fewer_blocks_of_a_large_group_are_watched(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each for more, at a stride of 8 blocks in place of 2, which are less work; tensors of less than that have one."""
+    """One of 8 blocks in place of one of 2, which is less work; tensors of less than that have one."""
     monkeypatch.setattr(st, "PROBE_STRIDE", 2)
+    monkeypatch.setattr(st, "LEAST_STRIDE", 2)
     monkeypatch.setattr(st, "MAX_PROBED", 500)
     shapes = ((18, 128), (300,), (5, 256))
     run = follow(lambda backend: optimizer(parameters(shapes, torch.float32), backend, storage, lr=0.01, auto_lr=True))
     assert run.violations(storage) == []
-    assert [len(run.kernel.state[p]["probe_sum"]) for p in parameters_of(run.kernel)] == [2, 1, 1]
-    assert run.kernel._fused._plan is not None
-    scales = [x for bucket in run.kernel._fused._plan.buckets for x in bucket.probe_scale]
-    assert sorted(scales) == [1, 4, 4]
+    assert [run.kernel.state[p]["probe_block"].tolist() for p in parameters_of(run.kernel)] == [[0, 0], [0], [0]]
 
 
-def test_every_sixteenth_block_is_watched() -> None:
-    """The 17th block is a probe, and a short one; the 2nd is none."""
-    options = {"lr": 0.01, "auto_lr": True, "came": False, "torque": False}
-    run = follow(lambda backend: optimizer(parameters(((4100,),), torch.float32), backend, "32bit", **options), 1)
+@pytest.mark.parametrize("nothing", [0.0, torch.nan])
+@pytest.mark.parametrize("shape", [(33 * 256 + 4,), (67, 300)])
+def test_both_watch_the_first_block_with_a_gradient(shape: tuple[int, ...], nothing: float) -> None:
+    """Whichever has one first, in each span of 32; a later one does not take its place; one of zeros or NaN is none."""
+
+    def sparse(shape: tuple[int, ...], index: int, step: int) -> Tensor:
+        g = torch.full((math.prod(shape),), nothing)
+        first = {1: (), 2: (7,), 3: (5, 7, 33), 4: (5, 32)}.get(step, (0, 7, 33))
+        for block in first:
+            g[block * 256 + 3 : block * 256 + 200] = gradient((g.numel(),), index, step)[block * 256 + 3 :][:197]
+        return g.view(shape)
+
+    def build(backend: str) -> Automagic:
+        return optimizer(parameters((shape,), torch.float32), backend, "32bit", lr=1e-3, auto_lr=True)
+
+    run = follow(build, 7, sparse)
     assert run.violations("32bit") == []
-    z = run.kernel.state[parameters_of(run.kernel)[0]]["probe_sum"]
-    assert z.shape == (2, 256)
-    assert (z[0] != 0).all()
-    assert (z[1] != 0).sum() == 4
+    state = run.kernel.state[parameters_of(run.kernel)[0]]
+    assert state["probe_block"].tolist()[:2] == [7, 1]
+    assert state["probe_start"].shape == (len(state["probe_block"]), 256)
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e9])

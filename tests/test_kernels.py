@@ -148,7 +148,8 @@ def test_kernels_follow_the_reference(case: Case) -> None:
     if case.storage == "factored":
         assert {st.storage_held(state) for state in run.kernel.state.values()} == {"factored"}
     if finds:
-        assert run.kernel.param_groups[0]["auto_lr_rate"] > 1.1 * 0.01, "the rate found did not move: nothing was seen"
+        seen = [state["tensor_stats"][st.LR_DENOMINATOR] for state in run.kernel.state.values()]
+        assert all(x > 0 for x in seen), "no block was watched: nothing was seen"
 
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -263,7 +264,8 @@ def test_schedule_under_a_found_rate_is_followed() -> None:
 
     def schedule(opt: Automagic, number: int) -> None:
         for group in opt.param_groups:
-            group["lr"] = group["base_lr"] / number
+            group["initial_lr"] = group["base_lr"]
+            group["lr"] = group["base_lr"] / (1 + number % 3)
 
     run = follow(build, 4, steady, before=schedule)
     assert run.violations("32bit") == []

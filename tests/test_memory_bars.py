@@ -25,7 +25,7 @@ def planned(workload: str, **options: Any) -> dict[str, Any]:
     ]
     report = optimizer(parameters, **options).get_memory_efficiency_report()
     assert report["total_parameters"] == WORKLOADS[workload].elements
-    assert ("probe_sum" in report["states_breakdown"]) == (options["lr"] is None)
+    assert ("probe_block" in report["states_breakdown"]) == (options["lr"] is None)
     return report
 
 

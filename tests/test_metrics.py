@@ -88,6 +88,9 @@ def expected(opt: Any, parameters: list[Any]) -> dict[str, float]:
     o = opt.param_groups[0]
     d = float(o["auto_lr_rate"]) if o["auto_lr"] else math.nan
     scale = o["lr"] / o.get("initial_lr", o["base_lr"])
+    mean = d * scale if o["auto_lr"] else o["lr"]
+    low, high = o["min_lr"] * scale, 10 * mean if o["max_lr"] is None else o["max_lr"] * scale
+    low, high = low if low <= mean else 0.0, high if high >= mean else math.inf
     torque = np.concatenate([s["torque"].numpy(force=True) for s in states])
     spatial = [p for p in parameters if p.dim() >= 2 and min(p.shape[-2:]) > 2]
     edges = np.concatenate([np.zeros(0)] + [opt.state[p]["edge_history"].numpy(force=True) for p in spatial])
@@ -100,8 +103,8 @@ def expected(opt: Any, parameters: list[Any]) -> dict[str, float]:
         "lr/max": rates.max(),
         "lr/p10": np.quantile(rates, 0.1, method="inverted_cdf"),
         "lr/p90": np.quantile(rates, 0.9, method="inverted_cdf"),
-        "lr/share_at_min": (rates <= np.float32(o["min_lr"] * scale) * (1 + FLOAT32)).mean(),
-        "lr/share_at_max": (rates >= np.float32(o["max_lr"] * scale) * (1 - FLOAT32)).mean(),
+        "lr/share_at_min": (rates <= np.float32(low) * (1 + FLOAT32)).mean(),
+        "lr/share_at_max": (rates >= np.float32(high) * (1 - FLOAT32)).mean(),
         "auto_lr/d": d,
         "torque": torque.astype(np.float64).mean(),
         "share_damped": (torque < 0).mean(),
@@ -341,6 +344,7 @@ def test_two_groups_that_find_their_rates(tools: Any) -> None:
     groups = [{"params": parameters[:1]}, {"params": parameters[1:2]}, {"params": parameters[2:], "lr": 1e-3}]
     opt = Automagic8bit(groups)
     tools.train(opt, parameters, range(20))
+    opt.param_groups[1]["auto_lr_rate"].mul_(1.5)
     first, second = (float(group["auto_lr_rate"]) for group in opt.param_groups[:2])
     found = opt.get_metrics(per_group=True)
     assert first != second

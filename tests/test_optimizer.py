@@ -225,7 +225,9 @@ def test_paged_state_on_the_cpu_is_ordinary_memory_and_says_so(tools: Any) -> No
 
 
 def test_a_rate_below_its_lower_bound_is_told(tools: Any) -> None:
-    with pytest.warns(UserWarning, match=r"lr=1e-08 in parameter group 0: lies below min_lr=1e-07, which raises it"):
+    with pytest.warns(
+        UserWarning, match=r"lr=1e-08 in parameter group 0: lies below min_lr=1e-07, which has no effect"
+    ):
         Automagic8bit(tools.parameters(BIG), lr=1e-8)
 
 

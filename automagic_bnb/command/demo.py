@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 from torch.optim.optimizer import Optimizer
 
+from automagic_bnb import auto_lr
 from automagic_bnb.command.demo_model import (
     PIXELS,
     FlowBatch,
@@ -363,7 +364,7 @@ def save_pictures(folder: Path, base: VelocityModel, runs: list[Run], seed: int)
     demo_pictures.save_curves(folder / "loss.png", {run.label: run.history for run in runs})
 
     learned = {f"{runs[0].label}, {kind}": rates.numpy() for kind, rates in learned_rates(runs[0]).items()}
-    marks = {"mean": mean_rate(runs[0]), "upper bound (max_lr)": runs[0].optimizer.param_groups[0]["max_lr"]}
+    marks = {"mean": mean_rate(runs[0]), "upper bound (max_lr)": auto_lr.upper_bound(runs[0].optimizer.param_groups[0])}
     marks |= {f"{run.label}, all weights": mean_rate(run) for run in runs[1:]}
     demo_pictures.save_learning_rates(folder / "learning_rates.png", learned, marks)
     save_ranks(folder / "effective_rank.png", runs)

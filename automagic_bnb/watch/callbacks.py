@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from automagic_bnb import config, scalars
+from automagic_bnb import auto_lr, config, scalars
 from automagic_bnb import state as st
 from automagic_bnb.watch.monitoring import automagic_of
 from automagic_bnb.watch.run_log import RunLog, as_number
@@ -25,7 +25,7 @@ def training_metrics(optimizer: Any) -> dict[str, float]:
     """`get_metrics`, the state's bytes ("state_bytes"), and the bounds of the rates at this point of the schedule.
 
     "lr/bound_min" and "lr/bound_max" are the lowest `min_lr` and the highest `max_lr` of all groups, multiplied by how
-    far the schedule has come down.
+    far the schedule has come down; where `max_lr` is not set, ten times the mean rate stands for it.
 
     Args:
         optimizer: an Automagic optimizer, or what a trainer wrapped around one.
@@ -38,7 +38,7 @@ def training_metrics(optimizer: Any) -> dict[str, float]:
     return {
         **inner.get_metrics(),
         "lr/bound_min": min((group["min_lr"] * relative for group, relative in groups), default=math.nan),
-        "lr/bound_max": max((group["max_lr"] * relative for group, relative in groups), default=math.nan),
+        "lr/bound_max": max((auto_lr.upper_bound(group) for group, _ in groups), default=math.nan),
         "state_bytes": float(sum(st.state_bytes(state) for state in inner.state.values())),
     }
 

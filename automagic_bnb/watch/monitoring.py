@@ -29,7 +29,7 @@ FREE_MEMORY_SHARE = 0.05
 caption or a larger picture in a batch takes as much."""
 AT_BOUND_SHARE = 0.25
 """Of a group's elements: when a bound holds so many rates, it decides their mean. At lr = max_lr it holds about 0.4.
-A rate that is found often grows up to max_lr, as it should: of those only a run that stalls is at its bound."""
+A rate that is found may grow up to a max_lr that was set: of those only a run that stalls is at its bound."""
 SKIPPED_SHARE = 0.01
 """Of all elements' updates since the last look: one whole step in a hundred. Loss scaling that seeks its scale skips
 steps without the optimizer's seeing them; a weight or two with NaN gradients stays far below."""
@@ -80,7 +80,8 @@ class AdaptiveTrainingMonitor:
       errors included, and it has not fallen from its first losses by 2 % and 3 standard errors. After such a fall,
       standing still is the end of training. The first losses are a fifth of a window, 10 at least.
     - "learning_rate_at_bound": `max_lr` or `min_lr` holds 25 % of a group's elements. With `auto_lr` the rate found
-      often is `max_lr`: there that bound counts only while the loss also stalls.
+      may grow up to a `max_lr` that was set: there that bound counts only while the loss also stalls. Where `max_lr` is
+      not set, it follows the mean rate, and holds too few to count.
 
     A loss with a period is compared crest with trough, so a window should hold at least two of its periods.
 
@@ -268,7 +269,8 @@ class AdaptiveTrainingMonitor:
             (index, f"{end}_lr")
             for index, group in enumerate(self.optimizer.param_groups)
             for end in ("max", "min")
-            if metrics[f"group{index}/lr/share_at_{end}"] >= AT_BOUND_SHARE
+            if group[f"{end}_lr"] is not None
+            and metrics[f"group{index}/lr/share_at_{end}"] >= AT_BOUND_SHARE
             and (stalls or end == "min" or not group["auto_lr"])
         ]
 
@@ -340,13 +342,13 @@ class AdaptiveTrainingMonitor:
         return self._scale_rates([1 / LR_FACTOR] * len(self.optimizer.param_groups))
 
     def _double_rates(self) -> dict[str, Any]:
-        """Of the groups whose highest rate stays within max_lr."""
+        """Of the groups whose highest rate stays within max_lr, if that is set."""
         if self._has_cut or self._doublings == MOST_CHANGES:
             return {}
         metrics = self.optimizer.get_metrics(per_group=True)
         highest = [self._highest_rate(index, metrics) for index in range(len(self.optimizer.param_groups))]
         within = [
-            rate * LR_FACTOR <= group["max_lr"]
+            group["max_lr"] is None or rate * LR_FACTOR <= group["max_lr"]
             for rate, group in zip(highest, self.optimizer.param_groups, strict=True)
         ]
         self._doublings += 1

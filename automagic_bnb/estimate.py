@@ -1,0 +1,106 @@
+"""The distance that the momentum says: the estimate that a rate is found by, in plain PyTorch.
+
+Prodigy's (Mishchenko and Defazio, arXiv 2306.06101) of how far the weights have to go, with the momentum as its memory:
+u is the normalised gradient of step 2 and m its momentum, θ0 the weights at first, over the blocks that are watched.
+
+    s = Σ u (θ0 - θ)                               a number a step
+    num ← β1 num + (1 - β1) s
+    q ← 0.99 q + 0.01 sign(s)
+    d̂ = c max(num, 0) max(1 - z e / q, 0) / M       0 where q <= 0; M is Σ|m|, and of a block 0.1 an element at least
+    d ← min(max(d, d̂), 1.1 d)
+
+d is the mean rate, used from the next step on. Where the gradients are noise, the signs of s are those of a fair coin,
+however the noise is shared among elements and however its size varies, since u does not depend on what θ has become;
+q then has the standard deviation e = sqrt((1 - 0.99^2t) 0.01 / 1.99), and what does not stand out from it by z times
+finds no rate.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from automagic_bnb import state as st
+from automagic_bnb.quantization import FLOAT_TINY
+
+DISTANCE_FACTOR = 5.0
+"""c."""
+SIGN_DECAY = 0.99
+ERRORS = 3.5
+"""z."""
+LEAST_MOMENTUM = 0.1
+"""Of an element's |m|, in M. Of noise it is 0.18 in the mean; where it is less, the gradients have become small beside
+their own past: what has converged is not to be sent on its way again by a distance that was right before."""
+GROWTH = 1.1
+"""d grows by at most this in a step: one noisy estimate cannot overshoot."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The numbers of an estimate."""
+
+    beta: float
+    factor: float  # c
+    error: float  # z e
+    low: float  # bounds of d
+    high: float
+
+
+def sign_error(t: int) -> float:
+    """z e of the t-th step of a search."""
+    return ERRORS * math.sqrt((1 - SIGN_DECAY ** (2 * t)) * (1 - SIGN_DECAY) / (1 + SIGN_DECAY))
+
+
+def watch(theta: Tensor, u: Tensor, m: Tensor, g: Tensor, *, state: st.State) -> None:
+    """Leave this step's sums of one parameter, s and M, in its `tensor_stats`.
+
+    Of every `stride` blocks one is watched: the first with a gradient. It is claimed in one step and taken in the next,
+    so that programs which work on the blocks at once agree, in whatever order.
+
+    Args:
+        theta: θ before the update, float32 [blocks, 256]; u, m and g alike.
+        state: `step` already counts this step.
+    """
+    places, starts, t = state["probe_block"], state["probe_start"], state["step"]
+    stride = st.stride_held(len(theta), len(places))
+    number = torch.arange(len(theta), device=theta.device)
+    slot, offset = number // stride, (number % stride).int()
+    held = places[slot]
+    claimed = held == st.PROBE_CLAIM + (t - 1) % 2 * st.PROBE_TURN + offset
+    active = (g != 0).any(dim=1) & (held == st.PROBE_FREE)
+    claims = torch.where(active, st.PROBE_CLAIM + t % 2 * st.PROBE_TURN + offset, st.PROBE_FREE)
+    places.scatter_reduce_(0, slot, claims, "amin")
+    places[slot[claimed]] = offset[claimed]
+    starts[slot[claimed]] = theta[claimed].to(starts.dtype)
+    watched = held == offset
+    moved = starts[slot[watched]].float() - theta[watched]
+    state["tensor_stats"][st.LR_NUMERATOR] = (u[watched] * moved).sum()
+    least = LEAST_MOMENTUM * (g[watched] != 0).sum(dim=1)
+    state["tensor_stats"][st.LR_DENOMINATOR] = torch.maximum(m[watched].abs().sum(dim=1), least).sum()
+
+
+def find_rate(d: Tensor, sums: Tensor, stats: list[Tensor], weights: Tensor, numbers: Estimate) -> None:
+    """In place: d and `sums`, (num, q), moved by what a step has left in `tensor_stats`, which is taken out.
+
+    Args:
+        d: 0-d float32.
+        stats: those of all parameters of the search; `weights`, float32: what s of each counts.
+    """
+    if not stats:
+        return
+    together = torch.stack([x.to(d.device) for x in stats])[:, [st.LR_NUMERATOR, st.LR_DENOMINATOR]]
+    for one in stats:
+        one[[st.LR_NUMERATOR, st.LR_DENOMINATOR]] = 0
+    s, momentum = (together[:, 0] * weights).sum(), together[:, 1].sum()
+    num = numbers.beta * sums[0] + (1 - numbers.beta) * s
+    q = SIGN_DECAY * sums[1] + (1 - SIGN_DECAY) * s.sign()
+    # Weights beyond float32's squares: a step without an estimate.
+    usable = torch.isfinite(num) & torch.isfinite(momentum) & (momentum > 0)
+    trust = torch.where(q > numbers.error, 1 - numbers.error / q.clamp_min(numbers.error), 0.0)
+    distance = numbers.factor * num.clamp_min(0) * trust / momentum.clamp_min(FLOAT_TINY)
+    found = torch.minimum(torch.maximum(d, distance), GROWTH * d).clamp(numbers.low, numbers.high)
+    sums.copy_(torch.where(usable, torch.stack([num, q]), sums))
+    d.copy_(torch.where(usable, found, d))
