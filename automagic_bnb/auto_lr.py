@@ -8,8 +8,9 @@ for the device.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +19,8 @@ from automagic_bnb import config, estimate
 from automagic_bnb import state as st
 from automagic_bnb.scalars import relative_rate
 
-if TYPE_CHECKING:
-    from automagic_bnb.groups import ParameterGroups
-
 Group = dict[str, Any]
+States = Mapping[Tensor, st.State]
 
 SPREAD_WARNING = (
     "a group whose rate is being found lies on several devices: it is stepped in plain PyTorch, which is many times "
@@ -178,18 +177,19 @@ class RateFinder:
         for search in self._searches:
             search.places = None
 
-    def begin(self, optimizer: ParameterGroups, one: tuple[Group, Tensor] | None, with_kernels: bool) -> None:
+    def begin(self, groups: list[Group], states: States, one: tuple[Group, Tensor] | None, with_kernels: bool) -> None:
         """To be called before parameters are stepped: all that have gradients, or one alone, of this group.
 
         Args:
+            groups, states: the optimizer's.
             with_kernels: let the device work on the sums in Triton, by their addresses, where all lie on one.
         """
-        for search in self._of(optimizer.param_groups):
+        for search in self._of(groups):
             if one is not None and not any(one[0] is group for group in search.groups):
                 continue
             if search.begins(None if one is None else one[1]):
                 if search.has_started() and search.count():
-                    self._estimate(search, optimizer, with_kernels)
+                    self._estimate(search, states, with_kernels)
                 search.share()
 
     def _of(self, groups: list[Group]) -> list[Search]:
@@ -202,15 +202,15 @@ class RateFinder:
         return self._searches
 
     @staticmethod
-    def _estimate(search: Search, optimizer: ParameterGroups, with_kernels: bool) -> None:
+    def _estimate(search: Search, states: States, with_kernels: bool) -> None:
         d, sums = search.leader["auto_lr_rate"], search.leader["auto_lr_sums"]
-        key = (st.WatchedState.changes, len(optimizer.state), with_kernels)
+        key = (st.WatchedState.changes, len(states), with_kernels)
         if search.places is None or search.places[0] != key:
             held = [
-                (state["tensor_stats"], 1 / ratio)
+                (states[p]["tensor_stats"], 1 / ratio)
                 for group, ratio in zip(search.groups, search.ratios, strict=True)
-                for state in optimizer.states_of(group)
-                if "probe_block" in state
+                for p in group["params"]
+                if p in states and "probe_block" in states[p]
             ]
             weights = torch.tensor([weight for _, weight in held], dtype=torch.float32).to(d.device)
             stats: Any = [stats for stats, _ in held]

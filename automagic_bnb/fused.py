@@ -170,7 +170,7 @@ class FusedStep:
             parameters = self._everything()
             self._check(parameters)
             if any(p.grad is not None for _, p in parameters):
-                self._rates.begin(self.optimizer, None, with_kernels=False)
+                self._rates.begin(self.optimizer.param_groups, self.optimizer.state, None, with_kernels=False)
             return parameters
         self._plan, rest = self._run(self._plan, None)
         if self._plan.groups is None:
@@ -194,7 +194,7 @@ class FusedStep:
         """Step one parameter, if the kernels take it."""
         if self.optimizer.config.backend == "torch":
             self._check([(group, p)])
-            self._rates.begin(self.optimizer, (group, p), with_kernels=False)
+            self._rates.begin(self.optimizer.param_groups, self.optimizer.state, (group, p), with_kernels=False)
             return False
         if p not in self._plans_of_one and len(self._plans_of_one) >= len(self.optimizer._facts):
             self._plans_of_one.clear()  # some are of parameters that are no longer here
@@ -226,7 +226,7 @@ class FusedStep:
         self._check(plan.rest)
         # A step without gradients is none: trainers whose backward pass steps call it all the same.
         if any(addresses.any() for addresses, _ in grads) or any(p.grad is not None for _, p in plan.rest):
-            self._rates.begin(self.optimizer, one, with_kernels=bool(plan.buckets))
+            self._rates.begin(self.optimizer.param_groups, self.optimizer.state, one, with_kernels=bool(plan.buckets))
         if plan.buckets:
             self._launch(plan, options, grads)
         return plan, plan.rest

@@ -202,10 +202,6 @@ class ParameterGroups(bnb.Optimizer2State):
             rate = "found during training" if group["auto_lr"] else f"{group['lr']:g}"
             logger.info("group %d: lr %s; elements by storage: %s", index, rate, kinds)
 
-    def states_of(self, group: Group) -> list[st.State]:
-        """Those of a group's parameters that have been stepped."""
-        return [self.state[p] for p in group["params"] if p in self.state]
-
     def facts_of(self, p: Tensor) -> Facts:
         if p not in self._facts:  # a wrapper has put another tensor into the group
             self._index_parameters()
