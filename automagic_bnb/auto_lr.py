@@ -26,9 +26,9 @@ SPREAD_WARNING = (
     "a group whose rate is being found lies on several devices: it is stepped in plain PyTorch, which is many times "
     "slower; give it an lr, or make a group for each device"
 )
-GROUP_KEYS = ("auto_lr_rate", "auto_lr_sums", "auto_lr_count", "auto_lr_peak", "effective_lr")
-"""What a search keeps in its groups: d of the group, (num, q) in the first of a search, the steps it has taken, the
-highest `lr` seen, and the rate in use."""
+GROUP_KEYS = ("auto_lr_rate", "auto_lr_sums", "auto_lr_count", "auto_lr_joined", "auto_lr_peak", "effective_lr")
+"""What a search keeps in its groups: d of the group; in the first of a search (num, q), the steps it has taken, how many
+parameters it watches and after how many steps the last one joined; the highest `lr` seen, and the rate in use."""
 
 
 @dataclass
@@ -53,9 +53,17 @@ class Search:
         """Of the next estimate."""
         group = self.leader
         given = group.get("auto_lr_given")
-        factor = estimate.DISTANCE_FACTOR * (given if given is not None and given >= config.FACTOR_LR else 1.0)
-        error = estimate.sign_error(group.get("auto_lr_count", 1))
-        return estimate.Estimate(group["betas"][0], factor, error, *found_bounds(group))
+        t = group.get("auto_lr_count", 1)
+        factor = estimate.distance_factor(t - group.get("auto_lr_joined", (0, 0))[1])
+        if given is not None and given >= config.FACTOR_LR:
+            factor *= given
+        return estimate.Estimate(group["betas"][0], factor, estimate.sign_error(t), *found_bounds(group))
+
+    def watches(self, parameters: int) -> None:
+        """Note how many there are; for one that begins to train later the distance is counted from then on."""
+        group = self.leader
+        if parameters > group.get("auto_lr_joined", (0, 0))[0]:
+            group["auto_lr_joined"] = (parameters, group["auto_lr_count"] if "auto_lr_joined" in group else 0)
 
     def begins(self, p: Tensor | None) -> bool:
         """Whether a new step begins now; p: the one parameter that is stepped, None for all of them.
@@ -212,6 +220,7 @@ class RateFinder:
                 for p in group["params"]
                 if p in states and "probe_block" in states[p]
             ]
+            search.watches(len(held))
             weights = torch.tensor([weight for _, weight in held], dtype=torch.float32).to(d.device)
             stats: Any = [stats for stats, _ in held]
             if with_kernels and all(x.device == d.device for x in stats):

@@ -12,7 +12,7 @@ import difflib
 import math
 import operator
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -217,7 +217,7 @@ class AutomagicConfig:
     block_wise: bool = _opt(True, Rule("True", _parse_block_wise))
     stable_emb: bool = _opt(False, _BOOL)
     force_8bit: bool = _opt(False, _BOOL)
-    factored: bool = _opt(False, _BOOL)
+    factored: bool = _opt(True, _BOOL)
     is_paged: bool = _opt(False, _BOOL_ONCE)
     # Spatial part of the rule.
     edge_suppression: bool = _opt(True, _BOOL)
@@ -315,7 +315,7 @@ def make_config(**options: Any) -> AutomagicConfig:
     config.profile = profile
     check_rates(vars(config))
     warn_of_factor(vars(config))
-    check_storage(vars(config))
+    check_storage(vars(config), given=options)
     return config
 
 
@@ -340,15 +340,16 @@ def warn_of_factor(options: dict[str, Any]) -> None:
         )
 
 
-def check_storage(options: dict[str, Any], where: str = "") -> None:
-    """Raise ValueError where 8-bit state is forced that cannot be, and warn where an option comes to nothing."""
+def check_storage(options: dict[str, Any], where: str = "", given: Container[str] = ()) -> None:
+    """Raise ValueError where 8-bit state is forced that cannot be, and warn where an option that is given comes to
+    nothing."""
     if options["force_8bit"] and options["optim_bits"] == 32:
         raise ValueError(f"option force_8bit=True{where}: contradicts optim_bits=32; leave one of them out")
     if options["force_8bit"] and not bnb.BITSANDBYTES_AVAILABLE:
         raise ValueError(
             f"option force_8bit=True{where}: needs bitsandbytes, which failed to import ({bnb.IMPORT_ERROR})"
         )
-    if options["factored"] and options["optim_bits"] == 32:
+    if "factored" in given and options["factored"] and options["optim_bits"] == 32:
         warn_once(f"option factored=True{where}: has no effect with optim_bits=32; pass optim_bits=8, or leave it out")
 
 
@@ -379,15 +380,15 @@ class OptimizationProfiles:
 
     @staticmethod
     def memory_optimized() -> AutomagicConfig:
-        """Factored second moments: about 2.1 bytes a parameter with every feature on."""
-        return AutomagicConfig(factored=True)
+        """The defaults, and matrices of less than 4,096 elements in 8 bits, too."""
+        return AutomagicConfig(min_8bit_size=256)
 
     @staticmethod
     def balanced() -> AutomagicConfig:
-        """The defaults: block-wise 8-bit states, about 4.1 bytes a parameter."""
+        """The defaults: factored second moments, about 2.2 bytes a parameter with every feature on."""
         return AutomagicConfig()
 
     @staticmethod
     def quality_optimized() -> AutomagicConfig:
-        """Block-wise states with stronger edge, frequency and rank penalties."""
-        return AutomagicConfig(edge_penalty=0.15, frequency_penalty=0.08, rank_penalty_strength=0.02)
+        """Second moments of every element, about 4.1 bytes; stronger edge, frequency and rank penalties."""
+        return AutomagicConfig(factored=False, edge_penalty=0.15, frequency_penalty=0.08, rank_penalty_strength=0.02)

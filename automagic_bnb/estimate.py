@@ -6,13 +6,15 @@ u is the normalised gradient of step 2 and m its momentum, θ0 the weights at fi
     s = Σ u (θ0 - θ)                               a number a step
     num ← β1 num + (1 - β1) s
     q ← 0.99 q + 0.01 sign(s)
-    d̂ = c max(num, 0) max(1 - z e / q, 0) / M       0 where q <= 0; M is Σ|m|, and of a block 0.1 an element at least
+    d̂ = c max(num, 0) max(1 - z e / q, 0) / M       0 where q <= 0; M is Σ|m|, and of a block 0.1 an element at least;
+                                                    c = 8 / sqrt(1 + t / 100), t the steps since the search began
     d ← min(max(d, d̂), 1.1 d)
 
 d is the mean rate, used from the next step on. Where the gradients are noise, the signs of s are those of a fair coin,
 however the noise is shared among elements and however its size varies, since u does not depend on what θ has become;
 q then has the standard deviation e = sqrt((1 - 0.99^2t) 0.01 / 1.99), and what does not stand out from it by z times
-finds no rate.
+finds no rate. c falls as 1/√t, for d̂ is how far the weights have come, which goes on growing, and a rate is a distance
+over the square root of the steps that lead there (Defazio and Mishchenko, arXiv 2301.07733).
 """
 
 from __future__ import annotations
@@ -26,8 +28,10 @@ from torch import Tensor
 from automagic_bnb import state as st
 from automagic_bnb.quantization import FLOAT_TINY
 
-DISTANCE_FACTOR = 5.0
-"""c."""
+DISTANCE_FACTOR = 8.0
+"""c of the first step."""
+DISTANCE_STEPS = 100
+"""Steps after which c has fallen by √2."""
 SIGN_DECAY = 0.99
 ERRORS = 3.5
 """z."""
@@ -47,6 +51,11 @@ class Estimate:
     error: float  # z e
     low: float  # bounds of d
     high: float
+
+
+def distance_factor(t: int) -> float:
+    """c of the t-th step of a search, or since a parameter joined it."""
+    return DISTANCE_FACTOR / math.sqrt(1 + t / DISTANCE_STEPS)
 
 
 def sign_error(t: int) -> float:

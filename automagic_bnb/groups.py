@@ -130,7 +130,7 @@ class ParameterGroups(bnb.Optimizer2State):
         options = config.respelled(options)
         config.check_rates(options, where)
         if {"force_8bit", "factored"} & set(group):  # what a group has from the constructor it may make an exception of
-            config.check_storage(options, where)
+            config.check_storage(options, where, given=group)
         if "lr" in group:
             config.warn_of_factor(options)
         config.resolve_rates(options)

@@ -59,7 +59,7 @@ def _checked(optimizer: ParameterGroups, options: dict[str, Any]) -> dict[str, A
     changes = {name: config.check_parameter_option(name, value, " of requantize") for name, value in given.items()}
     if changes.get("force_8bit"):
         for group in optimizer.param_groups:
-            config.check_storage({**group, **changes}, " of requantize")
+            config.check_storage({**group, **changes}, " of requantize", given=changes)
     if changes.get("optim_bits") == 8 and not bnb.BITSANDBYTES_AVAILABLE:
         warn_once(bnb.MISSING_WARNING)
     return changes

@@ -256,7 +256,7 @@ class RuleInFloat64:
             self.agreement = 0.99 * self.agreement + 0.01 * np.sign(self.distance)
             error = np.sqrt((1 - 0.99 ** (2 * self.t)) * 0.01 / 1.99)
             trust = max(1 - 3.5 * error / self.agreement, 0) if self.agreement > 0 else 0.0
-            found = 5 * max(self.num, 0) * trust / self.momentum
+            found = 8 / np.sqrt(1 + self.t / 100) * max(self.num, 0) * trust / self.momentum
             if o["auto_lr"]:
                 self.d = np.clip(min(max(self.d, found), 1.1 * self.d), o["min_lr"], o["max_lr"] or np.inf)
         self.watched |= self.noted

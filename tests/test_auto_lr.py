@@ -81,9 +81,9 @@ def test_where_it_starts_is_not_enough() -> None:
 
 
 def test_rate_follows_the_distance() -> None:
-    """A minimum ten times as far is approached at about ten times the rate."""
+    """A minimum ten times as far is approached at ten times the rate, within a factor of 3."""
     near, far = (approach(Automagic32bit([zeros(3000)]), 250, target)[-1] for target in (0.02, 0.2))
-    assert 5 < far / near < 20
+    assert 10 / 3 < far / near < 30
 
 
 def one_row(rows: int, **options: Any) -> float:

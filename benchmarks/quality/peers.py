@@ -43,6 +43,7 @@ class Peer:
         centre: of the first rates, as a multiple of AdamW's (SCRATCH, FULL, LORA); None: no rate is given.
         fixed: these values in place of a grid, e.g. of Prodigy's d_coef.
         scheduled: follows the task's schedule.
+        tunes: times its kernels in its first steps, so that waiting for the device may not be left out.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Peer:
     centre: float | None = 1.0
     fixed: tuple[float, ...] = ()
     scheduled: bool = True
+    tunes: bool = False
     note: str = field(default="", compare=False)
 
     @property
@@ -171,7 +173,7 @@ def automagic(name: str = "Automagic8bit", **options: Any) -> Build:
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "": {},
-    "-factored": {"factored": True},
+    "-blockwise": {"factored": False},
     "-32bit": {"optim_bits": 32},
     "-no-torque": {"torque": False},
     "-no-clipping": {"clip_threshold": 100.0},
@@ -195,7 +197,7 @@ def _ours(suffixes: Sequence[str]) -> list[Peer]:
     return given + [Peer(f"ours-found{suffix}", automagic(**VARIANTS[suffix]), None) for suffix in suffixes]
 
 
-_MAIN = ("", "-factored")
+_MAIN = ("", "-blockwise")
 _ALL = [  # in the order in which they are run
     Peer("adamw8bit", _bnb("AdamW8bit")),
     Peer("adamw8bit-b99", _bnb("AdamW8bit", betas=(0.9, 0.99))),
@@ -209,7 +211,7 @@ _ALL = [  # in the order in which they are run
     Peer("adafactor", _adafactor, 0.5),
     Peer("prodigy-d_coef", _prodigy, None, fixed=(0.3, 1.0, 3.0)),
     Peer("schedule-free", _schedule_free, 2.0, scheduled=False),
-    Peer("flash-adamw", _flash_adamw),
+    Peer("flash-adamw", _flash_adamw, tunes=True),
     Peer("muon", _muon),
     Peer("automagic-v1", _automagic_v1, 1e-3, scheduled=False),
     Peer("automagic-v1-untuned", _automagic_v1, None, scheduled=False),

@@ -119,7 +119,7 @@ class Trainer:
         places = [p.data_ptr() for _, p in self.named]
         built = peer.build(self.named, lr, self.task)
         optimizers = [built] if isinstance(built, torch.optim.Optimizer) else list(built)
-        with unsynchronised():
+        with contextlib.nullcontext() if peer.tunes else unsynchronised():
             found = self._steps(peer, optimizers)
         loss = self.validation_loss()
         assert places == [p.data_ptr() for _, p in self.named], "the optimizer put other tensors in the weights' place"
