@@ -156,13 +156,14 @@ def summary(comparison: Comparison, split: str) -> str:
                 [
                     name,
                     mean.text(2, "+"),
+                    f"{statistics.median(each.values()):+.2f}",
                     f"{Estimate(each[worst], math.nan).text(1, '+')} ({worst})",
                     f"{sum(x <= 0 for x in each.values())} of {len(each)}",
                     f"{statistics.median(bytes_kept):.2f}",
                 ],
             )
         )
-    header = ["optimizer", "mean, %", "worst, %", "at or below", "bytes a parameter"]
+    header = ["optimizer", "mean, %", "median, %", "worst, %", "at or below", "bytes a parameter"]
     return measure.markdown_table(header, [row for _, row in sorted(rows, key=lambda x: x[0])])
 
 
@@ -251,19 +252,22 @@ def plot_regret(comparison: Comparison, split: str, shown: Sequence[str], path: 
         for row, task in enumerate(chosen):
             if (excess := comparison.excess(task.name, name)) is None:
                 continue
-            at = min(excess.mean, limit) if math.isfinite(excess.mean) else limit
-            half = excess.half if math.isfinite(excess.half) and at < limit else 0.0
+            at = max(-limit, min(excess.mean, limit)) if math.isfinite(excess.mean) else limit
+            half = excess.half if math.isfinite(excess.half) and abs(at) < limit else 0.0
             style = {"color": COLOURS[i % 7], "marker": MARKERS[i % 7], "label": name if row == 0 else None}
-            height = row + 0.24 * (i - (len(shown) - 1) / 2)
+            height = row + 0.8 / len(shown) * (i - (len(shown) - 1) / 2)
             axis.errorbar(at, height, xerr=half, markersize=5, linestyle="", **style)
             if at == limit:
                 beyond = f"{excess.mean:+.0f}" if math.isfinite(excess.mean) else "diverged"
-                axis.annotate(f" {beyond} →", (at, height), va="center", fontsize=7, color=COLOURS[i % 7])
+                axis.annotate(f"  {beyond} →", (at, height), va="center", fontsize=7, color=COLOURS[i % 7])
+            if at == -limit:
+                axis.annotate(f"← {excess.mean:+.0f}", (at, height), (8, 0), textcoords="offset points",
+                              va="center", fontsize=7, color=COLOURS[i % 7])  # fmt: skip
     axis.axvline(0, color="0.4", linewidth=1)
     axis.set_yticks(range(len(chosen)), [task.name for task in chosen])
     axis.invert_yaxis()
     axis.grid(axis="y", color="0.92")
-    axis.set_xlim(-limit, 1.25 * limit)
+    axis.set_xlim(-1.05 * limit, 1.25 * limit)
     axis.set_xlabel("loss over AdamW8bit at its best rate, %")
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
     figure.savefig(path, dpi=200)
@@ -294,7 +298,11 @@ def plot_rates(comparison: Comparison, split: str, shown: Sequence[str], found: 
             at = comparison.excess(task.name, found)
             style = {"marker": "*", "markersize": 11, "markeredgecolor": "white", "color": "black"}
             axis.plot([own.found], [at.mean if at else math.nan], linestyle="", zorder=3, label=found, **style)
-        axis.set(xscale="log", ylim=(-10, 60), title=task.name)
+        lowest = min((y for points in excess.values() for _, y in points), default=0.0)
+        lowest = min(lowest, at.mean if own is not None and own.found is not None and at else 0.0)
+        axis.set(xscale="log", xlim=(1e-5, 0.1), ylim=(min(-10.0, 1.15 * lowest), 60), title=task.name)
+        axis.set_xticks([1e-5, 1e-4, 1e-3, 1e-2, 1e-1])
+        axis.minorticks_off()
         axis.title.set_fontsize(8)
         axis.axhline(0, color="0.7", linewidth=0.8)
     for axis in list(axes.flat)[len(chosen) :]:
@@ -308,7 +316,7 @@ def plot_rates(comparison: Comparison, split: str, shown: Sequence[str], found: 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    runs = [HERE / "results" / "runs.jsonl"]
+    runs = [HERE / "results" / "runs.jsonl", HERE / "results" / "found_0_2.jsonl"]
     parser.add_argument("--runs", nargs="+", type=Path, default=runs, help="what run.py wrote; later files win")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for the tables and plots")
     parser.add_argument("--optimizers", nargs="+", default=["*"], help="names, patterns, !patterns of those in tables")
