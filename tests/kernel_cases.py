@@ -125,6 +125,7 @@ def optimizer(params: Iterable[Any], backend: str, storage: str = "8bit", **opti
         "weight_decay": 0.1,
         "betas": (0.8, 0.97, 0.995),
         "seed": 7,
+        "optim_bits": 8,
         "min_8bit_size": 0,
         **FORMS[storage],
     }

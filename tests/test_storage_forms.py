@@ -23,7 +23,16 @@ from automagic_bnb import Automagic8bit, stored
 from automagic_bnb import quantization as q
 from automagic_bnb import state as st
 
-NEW = ("small", "small_factored", "small, packed", "mask in four bits", "packed", "lean")
+HELD = {
+    "small": {"small"},
+    "small_factored": {"small", "small_factored"},
+    "small, packed": {"small", "small_factored"},
+    "mask in four bits": {"8bit"},
+    "packed": {"8bit", "factored"},
+    "lean": {"8bit", "factored"},
+}
+"""Of the shapes that the kernels are compared on."""
+NEW = tuple(HELD)
 SHAPES = ((64, 64), (257,), (4, 300), (300, 4), (), (0, 8))
 
 
@@ -133,6 +142,7 @@ def test_kernels_follow_the_reference(form: str) -> None:
     with np.errstate(all="ignore"):
         run = follow(lambda backend: optimizer(parameters(shapes, torch.bfloat16), backend, form), 3, spoiled)
     assert run.violations("8bit") == []
+    assert {st.storage_held(state) for state in run.kernel.state.values()} == HELD[form]
 
 
 @pytest.mark.parametrize("name", ["lr_mask4", "states in 16 bits"])
