@@ -152,7 +152,7 @@ def _parse_parameter(
                 f"a parameter of shape {tuple(local.shape)} needs {expected}"
             )
         state[name] = _restored(name, value, local, optimizer.is_paged)
-    _check_storage(state, where)
+    _check_storage(state, local, optimizer.effective_options(group, p), where)
     return optimizer.completed(p, state, st.storage_held(state), optimizer.effective_options(group, p))
 
 
@@ -192,20 +192,22 @@ def _from_0_2_0(saved: dict[str, Any]) -> dict[str, Any]:
 
 def _restored(name: str, value: Tensor, p: Tensor, paged: bool) -> Tensor:
     if name in st.ELEMENT_KEYS:
-        return st.empty_element_state(p, value.dtype, paged).copy_(value)
+        return st.empty_element_state(p, value.dtype, paged, tuple(value.shape)).copy_(value)
     dtype = p.dtype if name == "probe_start" else value.dtype  # the parameter may be kept in another dtype by now
     return value.detach().to(p.device, dtype, copy=True)
 
 
-def _check_storage(state: st.State, where: str) -> None:
+def _check_storage(state: st.State, p: Tensor, options: dict[str, Any], where: str) -> None:
     held = state["state1"].dtype
-    if held not in (torch.uint8, torch.float32):
+    if held not in (torch.uint8, torch.float32) and not (held == torch.float16 and "exp_avg_sq_row" in state):
         raise ValueError(f"{where}: the checkpoint's state1 is {held}; expected uint8 or float32")
     if held == torch.uint8 and not bnb.BITSANDBYTES_AVAILABLE:
         raise ValueError(f"{where}: the checkpoint's state is in 8 bits. {bnb.MISSING_WARNING}")
-    storage = st.storage_held(state)
+    storage, options = st.storage_held(state), st.as_held(state, options)
     for name, value in state.items():
-        expected = st.KEYS[name].held.get(storage, (None,))[0] if name in st.KEYS else None
+        expected = None
+        if name in st.KEYS and st.KEYS[name].held.get(storage, (None,))[0] is not None:
+            expected = st.dtype_of(name, p, storage, options)
         if isinstance(value, Tensor) and expected is not None and value.dtype != expected:
             raise ValueError(f"{where}: the checkpoint's {name} is {value.dtype}; expected {expected}")
     if {"probe_start", "probe_block"} <= state.keys() and len(state["probe_start"]) != len(state["probe_block"]):

@@ -178,6 +178,13 @@ def _parse_block_wise(value: Any) -> bool:
     return True
 
 
+def _parse_mask_bits(value: Any) -> int:
+    bits = _number(value)
+    if bits not in (0, 4, 8):
+        raise ValueError("out of range")
+    return int(bits)
+
+
 def _opt(default: Any, rule: Rule) -> Any:
     return field(default=default, metadata={"rule": rule})
 
@@ -218,6 +225,9 @@ class AutomagicConfig:
     stable_emb: bool = _opt(False, _BOOL)
     force_8bit: bool = _opt(False, _BOOL)
     factored: bool = _opt(True, _BOOL)
+    # Of each element's own rate and its last sign: 8 bits, 4, or none of it; of the means of factored moments 32 or 16.
+    mask_bits: int = _opt(8, Rule("8, 4 or 0", _parse_mask_bits))
+    mean_bits: int = _opt(32, _integer_rule("16 or 32", 16, 32, step=16))
     is_paged: bool = _opt(False, _BOOL_ONCE)
     # Spatial part of the rule.
     edge_suppression: bool = _opt(True, _BOOL)
@@ -243,7 +253,7 @@ class AutomagicConfig:
     # How it runs.
     seed: int = _opt(0, _integer_rule("a whole number from 0 to 2**63 - 1", 0, 2**63 - 1))
     backend: str | None = _opt(None, _or_none(_choice_rule("triton", "torch")))
-    profile: str | None = _opt(None, _or_none(_choice_rule("memory_optimized", "balanced", "quality_optimized")))
+    profile: str | None = _opt(None, _or_none(_choice_rule("lean", "memory_optimized", "balanced", "quality_optimized")))
     verbose: bool = _opt(False, _BOOL_ONCE)
 
 
@@ -351,6 +361,11 @@ def check_storage(options: dict[str, Any], where: str = "", given: Container[str
         )
     if "factored" in given and options["factored"] and options["optim_bits"] == 32:
         warn_once(f"option factored=True{where}: has no effect with optim_bits=32; pass optim_bits=8, or leave it out")
+    if "mask_bits" in given and options["mask_bits"] != 8 and options["optim_bits"] == 32:
+        warn_once(
+            f"option mask_bits={options['mask_bits']!r}{where}: has no effect with optim_bits=32; pass optim_bits=8, "
+            "or leave it out"
+        )
 
 
 def complete_betas(group: dict[str, Any]) -> None:
@@ -377,6 +392,11 @@ def resolve_rates(options: dict[str, Any]) -> None:
 
 class OptimizationProfiles:
     """Ready-made configs. Edit their attributes, then pass them on: `Automagic8bit(params, **config.__dict__)`."""
+
+    @staticmethod
+    def lean() -> AutomagicConfig:
+        """m in 8 bits and factored v, no rates of single weights and no confidence: about 1.1 bytes a parameter."""
+        return AutomagicConfig(mask_bits=0, came=False)
 
     @staticmethod
     def memory_optimized() -> AutomagicConfig:

@@ -5,7 +5,8 @@ whole matrix: finer, and a tile is the work of one program, so that nothing has 
 
 A matrix is the view (shape[0], n / shape[0]) with C columns. Its blocks of 256 elements lie over the same columns
 again after lcm(C, 256) elements; up to `height` blocks that lie so, one below the other, are a tile. Where C divides
-256 a block holds whole rows, and tiles have C columns; elsewhere a tile has 256 columns, and one block is a row of it.
+256 a block holds whole rows, and tiles have C columns, or 8 where C is below: two rows of a rank-4 matrix share a mean.
+Elsewhere a tile has 256 columns, and one block is a row of it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ import torch
 from torch import Tensor
 
 from automagic_bnb.quantization import BLOCK, FLOAT_TINY
+
+
+LEAST_WIDTH = 8
+"""Of a tile: as many elements lie in one thread of the kernels."""
 
 
 def tile_height(width: int) -> int:
@@ -38,9 +43,9 @@ class Tiling:
     @classmethod
     def of(cls, p: Tensor) -> Tiling:
         columns = p.numel() // max(p.shape[0], 1) if p.dim() else 1
-        whole_rows = columns >= 8 and BLOCK % columns == 0
+        whole_rows = 0 < columns and BLOCK % columns == 0
         strips = min(math.lcm(columns, BLOCK) // BLOCK, -(-p.numel() // BLOCK))
-        return cls(p.numel(), columns if whole_rows else BLOCK, max(strips, 1))
+        return cls(p.numel(), max(columns, LEAST_WIDTH) if whole_rows else BLOCK, max(strips, 1))
 
     @cached_property
     def blocks(self) -> int:
@@ -72,6 +77,10 @@ class Tiling:
         per_block = BLOCK // self.width
         row = torch.nn.functional.pad(row, (0, self.tiles * self.height * per_block - self.rows))
         return row.view(-1, self.height, self.strips, per_block, 1)
+
+    def first_of(self, values: Tensor) -> Tensor:
+        """[tiles, width], of [blocks, 256] the first elements of each tile's first block."""
+        return self.by_tile(values)[:, 0, :, 0].reshape(self.tiles, self.width)
 
     def counts(self, device: torch.device) -> Tensor:
         """How many elements each column of each tile has, float32 [tiles, width]."""

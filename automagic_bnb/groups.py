@@ -129,7 +129,8 @@ class ParameterGroups(bnb.Optimizer2State):
             options["auto_lr"] = None  # a group with a rate of its own keeps it
         options = config.respelled(options)
         config.check_rates(options, where)
-        if {"force_8bit", "factored"} & set(group):  # what a group has from the constructor it may make an exception of
+        # What a group has from the constructor it may make an exception of.
+        if {"force_8bit", "factored", "mask_bits"} & set(group):
             config.check_storage(options, where, given=group)
         if "lr" in group:
             config.warn_of_factor(options)
@@ -269,7 +270,7 @@ class ParameterGroups(bnb.Optimizer2State):
         st.complete(state, st.local_tensor(p), storage, options, self.is_paged, stride)
         if joins and state["step"] > 0:
             value = 1 - options["betas"][2] ** state["step"]
-            if storage == "factored":
+            if storage in st.FACTORED:
                 state["exp_avg_res_row"].fill_(value)
                 state["exp_avg_res_col"].fill_(value)
             elif storage == "8bit":
@@ -330,4 +331,5 @@ class ParameterGroups(bnb.Optimizer2State):
             st.link_code_books(values, local_tensor(p).device)
             if self.is_paged:  # a copy is in ordinary memory, for which there must be room
                 for name in st.ELEMENT_KEYS & values.keys():
-                    values[name] = st.empty_element_state(local_tensor(p), values[name].dtype, True).copy_(values[name])
+                    held = values[name]
+                    values[name] = st.empty_element_state(local_tensor(p), held.dtype, True, held.shape).copy_(held)

@@ -38,7 +38,7 @@ def get_adaptive_config(
     "8 GB" card reports 7.6 to 8.0 and gets `memory_optimized`, a "16 GB" card gets `balanced`. To plan for such a card,
     pass what it reports (`memory_gb=7.7`); `memory_gb=8` means 8 in full.
 
-    Without a GPU: `memory_optimized` with 8-bit storage off (`min_8bit_size=99999999`), so that states are in 32 bits.
+    Without a GPU: `memory_optimized` with 8-bit storage off (`min_8bit_size=99999999`), so that no moment is in codes.
 
     Args:
         device: index, name or torch.device; the current CUDA device if there is one, else the CPU. Any device other

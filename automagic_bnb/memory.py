@@ -36,7 +36,7 @@ def efficiency_report(optimizer: ParameterGroups) -> dict[str, Any]:
         "bitsandbytes_available": whether it could be imported; without it everything is kept in 32 bits.
         "basis": "held", "planned", or "mixed" where some of the tensors exist and others do not yet.
         "total_parameters": elements of the parameters counted.
-        "8bit_parameters", "32bit_parameters": how many of them have 8-bit (or factored) and 32-bit states.
+        "8bit_parameters", "32bit_parameters": how many of them have m in 8 bits, and how many have not.
         "factored_parameters": those among the 8-bit ones whose second moments are factored.
         "frozen_parameters": elements of the parameters not counted.
         "compression_ratio": share of the parameters in 8 bits, 0 to 1; 0 where there are no parameters.
@@ -53,7 +53,7 @@ def efficiency_report(optimizer: ParameterGroups) -> dict[str, Any]:
     parameters = memory_by_parameter(optimizer)
     counted = [m for m in parameters if not m.is_frozen]
     pieces = [piece for m in counted for piece in m.pieces] + code_books(counted)
-    elements = {storage: elements_in(counted, storage) for storage in ("32bit", "8bit", "factored")}
+    elements = {storage: elements_in(counted, storage) for storage in st.STORAGES}
     total = sum(elements.values())
     held, planned = (sum(x.bytes for x in pieces if x.exists is there) for there in (True, False))
     per_parameter = (held + planned) / total if total else 0.0
@@ -62,7 +62,7 @@ def efficiency_report(optimizer: ParameterGroups) -> dict[str, Any]:
         "basis": "mixed" if held and planned else "held" if held else "planned",
         "total_parameters": total,
         "8bit_parameters": elements["8bit"] + elements["factored"],
-        "32bit_parameters": elements["32bit"],
+        "32bit_parameters": total - elements["8bit"] - elements["factored"],
         "factored_parameters": elements["factored"],
         "frozen_parameters": sum(m.elements for m in parameters if m.is_frozen),
         "compression_ratio": share_in_8bit(counted),
@@ -102,7 +102,7 @@ class ParameterMemory:
     is_embedding: bool
     probe_stride: int
     storage: str
-    """ "32bit", "8bit" or "factored": as it is held, else as it will be."""
+    """One of `state.STORAGES`: as it is held, else as it will be."""
     is_frozen: bool
     """It has no state and will get none."""
     pieces: list[Piece]
@@ -156,7 +156,7 @@ def planned(
     large = st.pages(p, is_paged)
     return [
         Piece(key, make().nbytes, exists=False, paged=large and key in st.ELEMENT_KEYS)
-        for key, make in st.recipes(shape_only, storage, options, stride=stride).items()
+        for key, make in st.recipes(shape_only, storage, st.as_held(state, options), stride=stride).items()
         if key not in state
     ]
 
@@ -186,7 +186,7 @@ def elements_in(parameters: Iterable[ParameterMemory], *storages: str) -> int:
 def share_in_8bit(parameters: list[ParameterMemory]) -> float:
     """The share of elements in 8-bit or factored states; 0 where there are none."""
     total = sum(m.elements for m in parameters)
-    return elements_in(parameters, "8bit", "factored") / total if total else 0.0
+    return elements_in(parameters, *st.CODED) / total if total else 0.0
 
 
 def share_with(optimizer: ParameterGroups, **options: Any) -> float:

@@ -21,7 +21,7 @@ from automagic_bnb import quantization as q
 from automagic_bnb import state as st
 from automagic_bnb.groups import ParameterGroups
 from automagic_bnb.scalars import Scalars, step_scalars
-from automagic_bnb.stored import Blocks, moments_of, read_mask
+from automagic_bnb.stored import Blocks, has_mask, mask_spacing, moments_of, read_mask
 
 METRICS: dict[str, str] = {
     "lr/mean": "mean of the elements' learning rates, as the next step would use them",
@@ -43,8 +43,8 @@ METRICS: dict[str, str] = {
 }
 """Every name, in the order returned. Those of the rates are NaN before the first step, too."""
 
-BINS = {torch.uint8: 1, torch.float32: 16}
-"""Bins of the histogram per unit of k, by the dtype of `lr_mask`: k is whole in 8 bits, any float in 32."""
+BINS = 16
+"""Bins of the histogram per unit of k where that is any number; one where it is whole."""
 SUMS = (
     *("rate", "at_min", "at_max", "torque", "damped", "edges", "agreeing", "background", "clip"),
     *("smallest", "largest", "mask_mean", "d", "mean", "low", "high", "skipped"),
@@ -69,7 +69,7 @@ class Subject:
     @property
     def bins(self) -> int:
         """Bins of the histogram per unit of k."""
-        return BINS[self.state["lr_mask"].dtype]
+        return 1 if mask_spacing(self.state) or not has_mask(self.state) else BINS
 
     @property
     def has_edges(self) -> bool:
@@ -234,9 +234,9 @@ class Part:
 def parts(subject: Subject) -> Iterator[Part]:
     """A parameter cut into parts; each but the last ends with a block, and with its tiles."""
     columns = st.matrix_shape(subject.p)[1]
-    for start, stop in st.stretches(subject.p, st.storage_held(subject.state) == "factored"):
+    for start, stop in st.stretches(subject.p, st.storage_held(subject.state) in st.FACTORED):
         held = st.between(subject.state, subject.p, start, stop)
-        yield Part(slice(start // columns, stop // columns), Blocks(held["lr_mask"]), held)
+        yield Part(slice(start // columns, stop // columns), Blocks(held["state1"]), held)
 
 
 def count(k: Tensor, bins: int, histogram: Tensor) -> None:

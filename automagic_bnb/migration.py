@@ -26,7 +26,7 @@ from automagic_bnb import state as st
 from automagic_bnb.notices import warn_once
 from automagic_bnb.quantization import FLOAT_TINY
 from automagic_bnb.reference import K_MAX, K_MIN
-from automagic_bnb.stored import Blocks, moments_of, write_mask
+from automagic_bnb.stored import Blocks, has_mask, mask_spacing, moments_of, to_spacing, write_mask
 
 WRAPPED = "__bnb_optimizer_quant_state__"
 """bitsandbytes moves block-wise tensors under this key, so that FSDP does not gather them."""
@@ -90,10 +90,10 @@ def fill(state: st.State, carried: Carried, p: Tensor, options: Options) -> None
     if carried.momentum is not None:
         m = blocks.cut(carried.momentum)
         bound = options["clip_threshold"] / blocks.mean(m.square()).sqrt().clamp_min(FLOAT_TINY)
-        moments.write(1, m * bound.clamp_max(1) * (1 - beta1**carried.step), None)
+        moments.write(1, m * bound.clamp_max(1) * (1 - beta1**carried.step))
     if carried.second is not None:
-        moments.write(2, blocks.cut(carried.second) * (1 - beta2**carried.step), None)
-    if carried.rates is not None:
+        moments.write(2, blocks.cut(carried.second) * (1 - beta2**carried.step))
+    if carried.rates is not None and has_mask(state):
         _fill_mask(state, carried.rates, carried.polarity)
 
 
@@ -103,8 +103,7 @@ def _fill_mask(state: st.State, rates: Tensor, polarity: Tensor | None) -> None:
     ratio = torch.where(mean > 0, rates / mean, 1.0)
     k = (16 * ratio.log2()).clamp(K_MIN, K_MAX).float()  # a rate of 0 is at the lower end
     positive = torch.zeros_like(k, dtype=torch.bool) if polarity is None else polarity
-    if state["lr_mask"].dtype == torch.uint8:
-        k = k.round()
+    k = to_spacing(k, mask_spacing(state))
     blocks = Blocks(k)
     write_mask(state, blocks, blocks.cut(k), blocks.cut(positive))
     state["tensor_stats"][st.MASK_MEAN] = torch.exp2(k / 16).mean()

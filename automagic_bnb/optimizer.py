@@ -55,6 +55,8 @@ class Automagic(ParameterGroups):
         optim_bits: int | None = None,
         min_8bit_size: int | None = None,
         factored: bool | None = None,
+        mask_bits: int | None = None,
+        mean_bits: int | None = None,
         force_8bit: bool | None = None,
         stable_emb: bool | None = None,
     ) -> None:
@@ -67,7 +69,8 @@ class Automagic(ParameterGroups):
         Args:
             parameters: one or several parameters of this optimizer: the options then become its overrides of these
                 only, over those of `GlobalOptimManager`; a checkpoint does not hold them. None: all.
-            optim_bits, min_8bit_size, factored, force_8bit, stable_emb: as in the constructor; None: unchanged.
+            optim_bits, min_8bit_size, factored, mask_bits, mean_bits, force_8bit, stable_emb: as in the constructor;
+                None: unchanged.
 
         Raises:
             TypeError, ValueError: an illegal value, or a tensor that is no parameter of this optimizer. Nothing has
@@ -80,6 +83,8 @@ class Automagic(ParameterGroups):
             optim_bits=optim_bits,
             min_8bit_size=min_8bit_size,
             factored=factored,
+            mask_bits=mask_bits,
+            mean_bits=mean_bits,
             force_8bit=force_8bit,
             stable_emb=stable_emb,
         )

@@ -23,6 +23,12 @@ FLOAT_TINY = 1e-37
 """What stands in for 0 where something is divided by it."""
 EMPTY_MASK = 64
 """The byte of k = 0 and π = 0: see `pack_mask`."""
+EMPTY_PAIR = 0x88
+"""The byte of two such elements in four bits each: see `pack_pairs`."""
+LEAST_EXPONENT, HIGHEST_EXPONENT = -32, 31
+"""Of k."""
+PAIR_SPACING = 8
+"""k in four bits is one of eight: -32, -24, ... 24."""
 STEP_STREAM, RANK_STREAM = 0, 1
 """The streams of random bits of the main update and of the low-rank step."""
 # Blocks below it share this absmax, so that quotients stay exact where float32 runs out of normal numbers.
@@ -61,6 +67,21 @@ def pack_mask(k: Tensor, polarity: Tensor) -> Tensor:
 def unpack_mask(packed: Tensor) -> tuple[Tensor, Tensor]:
     """k as float32 and the polarity as bool."""
     return (packed >> 1).float() - 32, (packed & 1).bool()
+
+
+def pack_pairs(k: Tensor, polarity: Tensor) -> Tensor:
+    """uint8 [..., 128] of k and polarity [..., 256], two neighbours a byte, the first in its lower half.
+
+    Each half is the place of k, one of `PAIR_SPACING`'s eight, times two, plus the polarity.
+    """
+    halves = ((k - LEAST_EXPONENT) / PAIR_SPACING * 2 + polarity).to(torch.uint8).unflatten(-1, (-1, 2))
+    return halves[..., 0] | (halves[..., 1] << 4)
+
+
+def unpack_pairs(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """k as float32 and the polarity as bool, each [..., 256] of [..., 128]."""
+    halves = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
+    return (halves >> 1).float() * PAIR_SPACING + LEAST_EXPONENT, (halves & 1).bool()
 
 
 _M32 = 0xFFFFFFFF

@@ -19,7 +19,7 @@ from automagic_bnb import config
 from automagic_bnb import quantization as q
 from automagic_bnb import state as st
 from automagic_bnb.scalars import Scalars
-from automagic_bnb.stored import Blocks, Weights, moments_of, read_mask, write_mask
+from automagic_bnb.stored import Blocks, Weights, has_mask, mask_spacing, moments_of, read_mask, to_spacing, write_mask
 
 STATISTIC_DECAY = 0.9
 """Decay of the block statistics s, h and σ."""
@@ -33,7 +33,7 @@ LEAST_EPS1 = 1e-34
 """What stands in for eps1 = 0, so that v is never 0 and (1 - β2) eps1 is a normal number."""
 MIN_RESIDUAL = 0.01
 MIN_CAUTIOUS_SHARE = 0.25
-K_MIN, K_MAX = -32.0, 31.0
+K_MIN, K_MAX = float(q.LEAST_EXPONENT), float(q.HIGHEST_EXPONENT)
 OCTAVE = 16.0
 """Steps of k by which an element's rate doubles."""
 MIN_CHANGE, MAX_CHANGE = 0.5, 1.5
@@ -137,10 +137,9 @@ def update_parameter(
     keep = blocks.cut(keep_flat)
     stats[st.SKIPPED] += blocks.n - keep.sum()
     g = blocks.cut(g_shaped)
-    moments = moments_of(state, blocks, keep)
     # θ, v, r and k round by the same bits: each is unbiased for itself, which is what matters.
     bits = q.random_bits(s.rounding_key, keep.shape, p.device)
-    uniform = q.uniform(bits)
+    moments = moments_of(state, blocks, keep, bits)
 
     # 1. Spatial filter.
     filtered = g
@@ -177,7 +176,7 @@ def update_parameter(
         n = torch.where(activity < BACKGROUND_ACTIVITY, n * BACKGROUND_FACTOR, n)
 
     # 7. Learning-rate mask.
-    k = update_mask(g, u, keep, state, blocks, options, s, uniform)
+    k = update_mask(g, u, keep, state, blocks, options, s, q.uniform(bits))
     lr_i = element_rates(k, stats[st.MASK_MEAN], s, d)
 
     # 8. Update.
@@ -187,8 +186,8 @@ def update_parameter(
         watch(theta, u, m, g)
     new_theta = theta - lr_i * (n + options["weight_decay"] * theta)
     weights.write(blocks.join(torch.where(keep, new_theta, theta)), blocks.join(bits), blocks.join(keep))
-    moments.store(m, uniform)
-    if s.adapt_mask:
+    moments.store(m)
+    if s.adapt_mask and has_mask(state):
         used, factor = g != 0, torch.exp2(read_mask(state, blocks)[0] / OCTAVE)
         mean = torch.where(used, factor, 0.0).sum() / used.sum().clamp_min(1)
         stats[st.MASK_MEAN] = torch.where(used.any(), mean, stats[st.MASK_MEAN])
@@ -213,7 +212,7 @@ def update_mask(
 ) -> Tensor:
     """Step 7: k as this step uses it, [blocks, 256]; σ, k and π move during warm-up and are only read after."""
     k, polarity = read_mask(state, blocks)
-    if not s.learn_polarity:
+    if not s.learn_polarity or not has_mask(state):
         return k
     variance = state["spatial_variance"].view(-1, 1)
     # var(u) = mean(u²) - mean(u)², exact enough at |u| ~ 1 and never below 0 by more than rounding
@@ -224,11 +223,7 @@ def update_mask(
         f: Tensor | float = 1.0
         if options["spatial_awareness"]:
             f = (options["detail_preservation"] * variance).clamp(MIN_CHANGE, MAX_CHANGE)
-        moved = (k + torch.where(positive == polarity, f, -1.0 * f)).clamp(K_MIN, K_MAX)
-        if state["lr_mask"].dtype == torch.uint8:
-            # (k + U ≥ ⌊k⌋ + 1) rounds up with the probability of k's fraction.
-            whole = moved.floor()
-            moved = whole + (moved - whole + uniform >= 1)
+        moved = to_spacing(k + torch.where(positive == polarity, f, -1.0 * f), mask_spacing(state), uniform)
         k = torch.where(keep, moved, k)
     polarity = torch.where(keep, positive, polarity)
     write_mask(state, blocks, k, polarity)

@@ -3,8 +3,8 @@
 From 32 to 8 bits everything goes to the nearest code; from 8 to 32 bits nothing is lost, and back again every code and
 every mask byte is what it was. (Not so of a block that no gradient has reached, whose codes all mean 0, and of one with
 the code of 1, which bitsandbytes and version 0.2.0 write: its values move by up to half a gap.) To factored storage v
-and r become the row and column means of their tiles, which is a loss; m and the mask do not change between 8-bit and
-factored storage.
+and r become the row and column means of their tiles, which is a loss. What two storages hold in the same form does not
+change: m and the mask between 8-bit and factored storage. A mask in four bits takes the nearest of its eight exponents.
 """
 
 from __future__ import annotations
@@ -21,7 +21,16 @@ from automagic_bnb import quantization as q
 from automagic_bnb import state as st
 from automagic_bnb.groups import ParameterGroups
 from automagic_bnb.notices import warn_once
-from automagic_bnb.stored import Blocks, moments_of, read_mask, write_mask
+from automagic_bnb.stored import (
+    FACTORED_NAMES,
+    Blocks,
+    has_mask,
+    mask_spacing,
+    moments_of,
+    read_mask,
+    to_spacing,
+    write_mask,
+)
 
 
 @torch.no_grad()
@@ -120,29 +129,47 @@ def converted(state: st.State, p: Tensor, storage: str, options: dict[str, Any],
 
     Args:
         state: holds at least `state1`; it is not changed.
-        storage: "32bit", "8bit" or "factored".
-        options: the parameter's effective options.
+        storage: one of `state.STORAGES`.
+        options: the parameter's effective options, with the form that mask and means shall have.
         paged: put the large new tensors into paged memory (CUDA only).
     """
-    held = st.storage_held(state)
-    if held == storage:
-        return state
     came = bool({"state3", "exp_avg_res_row"} & state.keys())
-    numbers = [1, 2, 3] if came else [1, 2]
+    options = {**options, "came": came}
+    makers = {k: make for k, make in st.recipes(p, storage, options, paged).items() if k in st.CONVERTED_KEYS}
+    alike = {k for k in makers.keys() & state.keys() if state[k].dtype == st.dtype_of(k, p, storage, options)}
+    if st.storage_held(state) == storage and alike == makers.keys() == st.CONVERTED_KEYS & state.keys():
+        return state
     # What both storages hold alike stays the same tensor.
-    new = {k: v for k, v in state.items() if k not in st.KEYS or st.is_held_alike(k, held, storage)}
-    coded = "lr_mask" in new
-    for name, make in st.recipes(p, storage, {**options, "came": came}, paged).items():
-        if name in st.CONVERTED_KEYS and name not in new:
-            new[name] = make()
-    rounded = [_convert(part, numbers, coded) for part in _parts(p, state, new, "factored" in (held, storage))]
-    if storage != "32bit" and not coded and rounded:
+    new = {k: v for k, v in state.items() if k not in st.CONVERTED_KEYS or k in alike}
+    new |= {name: make() for name, make in makers.items() if name not in alike}
+    made = makers.keys() - alike
+    for name in made & state.keys() & st.keys_of("row", "col"):  # the same means in more bits, or in fewer
+        new[name].copy_(state[name])
+        made = made - {name}
+    numbers = [number for number in (1, 2, 3) if _name(number, storage) in made]
+    remasked = bool({"lr_mask", "lr_mask4"} & made)
+    factored = bool({st.storage_held(state), storage} & st.FACTORED)
+    rounded = [_convert(part, numbers, remasked) for part in _parts(p, state, new, factored)]
+    if has_mask(state) and not has_mask(new):
+        new["tensor_stats"] = _with_mask_mean(state, torch.ones((), device=p.device))
+    elif remasked and mask_spacing(new) and rounded:
         changed, total = torch.stack(rounded).sum(dim=0)
-        stats = state["tensor_stats"].clone()
         # W follows the rounded mask, so that the mean rate stays what it was. An unrounded mask keeps W to the bit.
-        stats[st.MASK_MEAN] = torch.where(changed > 0, total / p.numel(), stats[st.MASK_MEAN].double())
-        new["tensor_stats"] = stats
+        held = state["tensor_stats"][st.MASK_MEAN].double()
+        new["tensor_stats"] = _with_mask_mean(state, torch.where(changed > 0, total / p.numel(), held))
     return new
+
+
+def _name(number: int, storage: str) -> str:
+    """The key that holds a moment: 1 (m), 2 (v) or 3 (r)."""
+    return f"{FACTORED_NAMES[number]}_row" if number > 1 and storage in st.FACTORED else f"state{number}"
+
+
+def _with_mask_mean(state: st.State, value: Tensor) -> Tensor:
+    """A copy of `tensor_stats` with another W."""
+    stats = state["tensor_stats"].clone()
+    stats[st.MASK_MEAN] = value
+    return stats
 
 
 @dataclass(frozen=True)
@@ -159,22 +186,21 @@ def _parts(p: Tensor, old: st.State, new: st.State, factored: bool) -> Iterator[
     old, new = ({k: v for k, v in state.items() if k in st.CONVERTED_KEYS} for state in (old, new))
     for start, stop in st.stretches(p, factored):
         before, after = (st.between(state, p, start, stop) for state in (old, new))
-        yield Part(before, after, Blocks(before["lr_mask"]))
+        yield Part(before, after, Blocks(before["state1"]))
 
 
-def _convert(part: Part, numbers: list[int], coded: bool) -> Tensor:
-    """Write the moments, and unless both storages are `coded` the mask; returns what `_convert_mask` does."""
-    keep = torch.ones(part.blocks.blocks, q.BLOCK, dtype=torch.bool, device=part.old["lr_mask"].device)
+def _convert(part: Part, numbers: list[int], remasked: bool) -> Tensor:
+    """Write these moments, and if it changes the mask; returns what `_convert_mask` does."""
+    keep = torch.ones(part.blocks.blocks, q.BLOCK, dtype=torch.bool, device=part.old["state1"].device)
     source, target = moments_of(part.old, part.blocks, keep), moments_of(part.new, part.blocks, keep)
     for number in numbers:
-        if number > 1 or not coded:
-            target.write(number, source.read(number), None)
-    return keep.new_zeros(2, dtype=torch.float64) if coded else _convert_mask(part)
+        target.write(number, source.read(number))
+    return _convert_mask(part) if remasked else keep.new_zeros(2, dtype=torch.float64)
 
 
 def _convert_mask(part: Part) -> Tensor:
     """Write k and π; returns how many k were rounded and Σ 2^(k/16) of the rounded ones, float64 [2]."""
     k, polarity = read_mask(part.old, part.blocks)
-    whole = k.round() if part.new["lr_mask"].dtype == torch.uint8 else k
+    whole = to_spacing(k, mask_spacing(part.new))
     write_mask(part.new, part.blocks, whole, polarity)
     return torch.stack([(whole != k).sum().double(), part.blocks.join(torch.exp2(whole / 16)).double().sum()])

@@ -20,7 +20,7 @@ from torch import Tensor
 from automagic_bnb import bnb
 from automagic_bnb import paged as paged_memory
 from automagic_bnb.factored import Tiling
-from automagic_bnb.quantization import BLOCK, EMPTY_MASK
+from automagic_bnb.quantization import BLOCK, EMPTY_MASK, EMPTY_PAIR
 
 State = dict[str, Any]
 
@@ -79,13 +79,18 @@ PAGED_MIN_SIZE = 100_000
 
 # --- the table --------------------------------------------------------------------------------------------------------
 
-STORAGES = ("32bit", "8bit", "factored")
-"""How the moments of a parameter are kept."""
+STORAGES = ("32bit", "small", "small_factored", "8bit", "factored")
+"""How the moments of a parameter are kept. The small ones are what `min_8bit_size` keeps out of 8 bits: m, v and r in
+float32, or m in float16 and v and r as row and column means; the mask is that of the 8-bit ones."""
+CODED = frozenset(["8bit", "factored"])
+"""m is 8-bit codes."""
+FACTORED = frozenset(["small_factored", "factored"])
+"""v and r are row and column means."""
 
 Start = float | tuple[float, ...]
 
 
-def _always(p: Tensor, options: dict[str, Any]) -> bool:
+def _always(p: Tensor, options: dict[str, Any], storage: str) -> bool:
     return True
 
 
@@ -100,8 +105,8 @@ class Key:
     held: dict[str, tuple[torch.dtype | None, Start]]
     """By storage, the dtype (None: the parameter's) and the value that it starts at; not held in any other storage.
     A key that is not held alike in all of them is converted when the storage changes."""
-    needed: Callable[[Tensor, dict[str, Any]], bool] = _always
-    """Of the (local) parameter and its effective options."""
+    needed: Callable[[Tensor, dict[str, Any], str], bool] = _always
+    """Of the (local) parameter, its effective options and its storage."""
     report: str = ""
     """Where its bytes count in the memory report; under its own name if empty."""
 
@@ -110,34 +115,51 @@ def _in(dtype: torch.dtype | None, *storages: str, start: Start = 0.0) -> dict[s
     return dict.fromkeys(storages or STORAGES, (dtype, start))
 
 
-def _uses_confidence(p: Tensor, options: dict[str, Any]) -> bool:
+def _uses_confidence(p: Tensor, options: dict[str, Any], storage: str) -> bool:
     return options["came"]
 
 
-def keeps_residual(p: Tensor, options: dict[str, Any]) -> bool:
+def keeps_residual(p: Tensor, options: dict[str, Any], storage: str = "") -> bool:
     """Whether θ has 8 more bits in the state."""
     return options["master"] == "ecc8" and p.dtype == torch.bfloat16
 
 
-def _finds_rate(p: Tensor, options: dict[str, Any]) -> bool:
+def _finds_rate(p: Tensor, options: dict[str, Any], storage: str) -> bool:
     return options["auto_lr"]
 
 
-def _clips_norms(p: Tensor, options: dict[str, Any]) -> bool:
+def _clips_norms(p: Tensor, options: dict[str, Any], storage: str) -> bool:
     return options["percentile_clipping"] < 100
 
 
+def _has_mask(p: Tensor, options: dict[str, Any], storage: str) -> bool:
+    return storage == "32bit" or options["mask_bits"] > 0
+
+
+def _has_whole_mask(p: Tensor, options: dict[str, Any], storage: str) -> bool:
+    return storage == "32bit" or options["mask_bits"] == 8
+
+
+def _has_packed_mask(p: Tensor, options: dict[str, Any], storage: str) -> bool:
+    return options["mask_bits"] == 4
+
+
 _F32, _U8 = torch.float32, torch.uint8
-_CODES = {**_in(_F32, "32bit"), **_in(_U8, "8bit")}
+_FLOATS, _SHORT = _in(_F32, "32bit", "small"), _in(torch.float16, "small_factored")
+_CODES, _MEANS = {**_FLOATS, **_in(_U8, "8bit")}, _in(_F32, *sorted(FACTORED))
 _M, _V, _R = "exp_avg", "exp_avg_sq", "exp_avg_res"
 
 KEYS: dict[str, Key] = {
-    "state1": Key("m, first moment", "element", {**_CODES, **_in(_U8, "factored")}, report=_M),
+    "state1": Key("m, first moment", "element", {**_CODES, **_SHORT, **_in(_U8, "factored")}, report=_M),
     "state2": Key("v, second moment", "element", _CODES, report=_V),
     "state3": Key("r, confidence", "element", _CODES, _uses_confidence, _R),
     "lr_mask": Key(
         "k; in 8 bits with π in bit 0", "element",
-        {**_in(_F32, "32bit"), **_in(_U8, "8bit", "factored", start=EMPTY_MASK)},
+        {**_in(_U8, start=EMPTY_MASK), **_in(_F32, "32bit")}, _has_whole_mask,
+    ),
+    "lr_mask4": Key(
+        "k and π in four bits, two elements a byte", "pair",
+        _in(_U8, *STORAGES[1:], start=EMPTY_PAIR), _has_packed_mask, "lr_mask",
     ),
     "last_polarity": Key("π", "element", _in(_U8, "32bit")),
     "master_residual": Key("8 bits below a bfloat16 θ", "element", _in(torch.int8), keeps_residual),
@@ -147,11 +169,11 @@ KEYS: dict[str, Key] = {
     "absmax3": Key("absmax of r", "block", _in(_F32, "8bit"), _uses_confidence, _R),
     "torque": Key("s", "block", _in(_F32)),
     "edge_history": Key("h", "block", _in(_F32)),
-    "spatial_variance": Key("σ", "block", _in(_F32, start=1.0)),
-    "exp_avg_sq_row": Key("v's row means", "row", _in(_F32, "factored"), report=_V),
-    "exp_avg_sq_col": Key("v's column means", "col", _in(_F32, "factored"), report=_V),
-    "exp_avg_res_row": Key("r's row means", "row", _in(_F32, "factored"), _uses_confidence, _R),
-    "exp_avg_res_col": Key("r's column means", "col", _in(_F32, "factored"), _uses_confidence, _R),
+    "spatial_variance": Key("σ", "block", _in(_F32, start=1.0), _has_mask),
+    "exp_avg_sq_row": Key("v's row means", "row", _MEANS, report=_V),
+    "exp_avg_sq_col": Key("v's column means", "col", _MEANS, report=_V),
+    "exp_avg_res_row": Key("r's row means", "row", _MEANS, _uses_confidence, _R),
+    "exp_avg_res_col": Key("r's column means", "col", _MEANS, _uses_confidence, _R),
     "qmap1": Key("signed code book", "book", _in(_F32, "8bit", "factored"), report="code_books"),
     "qmap2": Key("unsigned code book", "book", _in(_F32, "8bit", "factored"), report="code_books"),
     "tensor_stats": Key("`STATS`", "stats", _in(_F32, start=(1.0, 0.0, 0.0, 0.0))),
@@ -163,6 +185,7 @@ KEYS: dict[str, Key] = {
 
 SHAPES: dict[str, Callable[[Tensor, int], tuple[int, ...]]] = {
     "element": lambda p, stride: tuple(p.shape),
+    "pair": lambda p, stride: (-(-p.numel() // 2),),
     "block": lambda p, stride: (block_count(p),),
     "row": lambda p, stride: (Tiling.of(p).rows,),
     "col": lambda p, stride: (Tiling.of(p).tiles, Tiling.of(p).width),
@@ -180,23 +203,26 @@ def keys_of(*kinds: str) -> frozenset[str]:
     return frozenset(name for name, key in KEYS.items() if key.kind in kinds)
 
 
-ELEMENT_KEYS = keys_of("element")
-"""The tensors shaped like the parameter: the ones that a paged optimizer pages."""
+ELEMENT_KEYS = keys_of("element", "pair")
+"""The tensors that have something of each element: the ones that a paged optimizer pages."""
 CONVERTED_KEYS = frozenset(
-    name for name, key in KEYS.items() if len({key.held.get(storage) for storage in STORAGES}) > 1
+    name
+    for name, key in KEYS.items()
+    if len({key.held.get(storage) for storage in STORAGES}) > 1 or key.needed is _has_mask
 )
-"""What depends on the storage."""
-
-
-def is_held_alike(name: str, one: str, other: str) -> bool:
-    """Whether two storages hold this key in the same form."""
-    held = KEYS[name].held
-    return one in held and held.get(one) == held.get(other)
+"""What depends on the storage, or on the form of the mask or the means."""
 
 
 def is_needed(name: str, p: Tensor, storage: str, options: dict[str, Any]) -> bool:
     """Whether a (local) parameter in this storage holds this key under these options."""
-    return storage in KEYS[name].held and KEYS[name].needed(p, options)
+    return storage in KEYS[name].held and KEYS[name].needed(p, options, storage)
+
+
+def dtype_of(name: str, p: Tensor, storage: str, options: dict[str, Any]) -> torch.dtype:
+    """In which a (local) parameter in this storage holds this key."""
+    if KEYS[name].kind in ("row", "col") and options["mean_bits"] == 16:
+        return torch.bfloat16
+    return KEYS[name].held[storage][0] or p.dtype
 
 
 # --- of a parameter ---------------------------------------------------------------------------------------------------
@@ -273,33 +299,52 @@ def stride_held(blocks: int, probes: int) -> int:
     return stride
 
 
-def factors_well(p: Tensor) -> bool:
-    """Whether the row and column means of the tiles cost less than the byte an element that codes take, with a margin.
+def factors_well(p: Tensor, element_bytes: int, mean_bytes: int) -> bool:
+    """Whether the row and column means of the tiles cost less than what an element takes otherwise, with a margin.
 
-    They do from about 8 rows of 8 columns on. Beyond 2^19 strips a tile's blocks would lie too far apart for 32-bit
-    offsets.
+    Against codes they do from about 8 rows of 8 columns on. Beyond 2^19 strips a tile's blocks would lie too far apart
+    for 32-bit offsets.
     """
     tiling = Tiling.of(p)
     means = tiling.rows + tiling.tiles * tiling.width
-    return min(matrix_shape(p)) >= 8 and 4 * means <= 0.75 * p.numel() and tiling.strips <= 2**19
+    is_cheaper = mean_bytes * means <= 0.75 * element_bytes * p.numel()
+    return min(matrix_shape(p)) >= 4 and is_cheaper and tiling.strips <= 2**19
 
 
 def storage_of(p: Tensor, options: dict[str, Any], embedding: bool = False) -> str:
-    """ "32bit", "8bit" or "factored": how this parameter's moments are kept under these options."""
-    small = p.numel() < options["min_8bit_size"]
-    stable = options["stable_emb"] and embedding
-    if not bnb.BITSANDBYTES_AVAILABLE or options["optim_bits"] == 32:
+    """One of `STORAGES`: how this parameter's moments are kept under these options."""
+    stable = options["stable_emb"] and embedding and not options["force_8bit"]
+    if not bnb.BITSANDBYTES_AVAILABLE or options["optim_bits"] == 32 or stable:
         return "32bit"
-    if (small or stable) and not options["force_8bit"]:
-        return "32bit"
-    return "factored" if options["factored"] and factors_well(p) else "8bit"
+    small = p.numel() < options["min_8bit_size"] and not options["force_8bit"]
+    if options["factored"] and factors_well(p, 4 if small else 1, options["mean_bits"] // 8):
+        return "small_factored" if small else "factored"
+    return "small" if small else "8bit"
 
 
 def storage_held(state: State) -> str:
     """The storage that existing tensors are in."""
+    coded = state["state1"].dtype == torch.uint8
     if "exp_avg_sq_row" in state:
-        return "factored"
-    return "8bit" if state["state1"].dtype == torch.uint8 else "32bit"
+        return "factored" if coded else "small_factored"
+    if coded:
+        return "8bit"
+    # In 32 bits there is always a mask of numbers.
+    numbers = "last_polarity" in state or ("lr_mask" in state and state["lr_mask"].is_floating_point())
+    return "32bit" if numbers else "small"
+
+
+def as_held(state: State, options: dict[str, Any]) -> dict[str, Any]:
+    """The options with mask and means in the form that an existing state has them in; only a conversion changes it."""
+    if "state1" not in state:
+        return options
+    means = state.get("exp_avg_sq_row")
+    forms = {} if means is None else {"mean_bits": 16 if means.dtype == torch.bfloat16 else 32}
+    if "lr_mask4" in state or "lr_mask" in state:
+        forms["mask_bits"] = 4 if "lr_mask4" in state else 8
+    elif "spatial_variance" not in state:
+        forms["mask_bits"] = 0
+    return {**options, **forms}
 
 
 def pages(p: Tensor, paged: bool) -> bool:
@@ -307,11 +352,13 @@ def pages(p: Tensor, paged: bool) -> bool:
     return paged and paged_memory.exists_on(p.device) and p.numel() >= PAGED_MIN_SIZE
 
 
-def empty_element_state(p: Tensor, dtype: torch.dtype, paged: bool) -> Tensor:
-    """An uninitialised contiguous tensor shaped like p; in managed memory if `paged` and large and on CUDA."""
+def empty_element_state(p: Tensor, dtype: torch.dtype, paged: bool, shape: tuple[int, ...] | None = None) -> Tensor:
+    """An uninitialised contiguous tensor, by default shaped like p; in managed memory if `paged` and p is large and on
+    CUDA."""
+    shape = tuple(p.shape) if shape is None else shape
     if pages(p, paged):
-        return paged_memory.empty(p.shape, dtype, p.device)
-    return torch.empty(p.shape, dtype=dtype, device=p.device)
+        return paged_memory.empty(torch.Size(shape), dtype, p.device)
+    return torch.empty(shape, dtype=dtype, device=p.device)
 
 
 Recipes = dict[str, Callable[[], Tensor]]
@@ -326,20 +373,21 @@ def recipes(
         stride: of how many blocks auto_lr watches one, `probe_stride` of the group.
     """
     names = [name for name in KEYS if is_needed(name, p, storage, options)]
-    return {name: functools.partial(_made, name, p, storage, paged, stride) for name in names}
+    dtypes = {name: dtype_of(name, p, storage, options) for name in names}
+    return {name: functools.partial(_made, name, p, storage, dtypes[name], paged, stride) for name in names}
 
 
-def _made(name: str, p: Tensor, storage: str, paged: bool, stride: int) -> Tensor:
+def _made(name: str, p: Tensor, storage: str, dtype: torch.dtype, paged: bool, stride: int) -> Tensor:
     key = KEYS[name]
-    dtype, start = key.held[storage]
+    start = key.held[storage][1]
     if key.kind == "book":
         return bnb.code_book(name == "qmap1", p.device)
     if isinstance(start, tuple):
         return torch.tensor(start, dtype=dtype, device=p.device)
-    dtype = p.dtype if dtype is None else dtype
-    if key.kind != "element":
-        return torch.full(SHAPES[key.kind](p, stride), start, dtype=dtype, device=p.device)
-    tensor = empty_element_state(p, dtype, paged)
+    shape = SHAPES[key.kind](p, stride)
+    if name not in ELEMENT_KEYS:
+        return torch.full(shape, start, dtype=dtype, device=p.device)
+    tensor = empty_element_state(p, dtype, paged, shape)
     if paged_memory.is_paged(tensor):
         paged_memory.prefetch([tensor], torch.cuda.current_stream(tensor.device))
     return tensor.fill_(start)
@@ -349,6 +397,7 @@ def complete(
     state: State, p: Tensor, storage: str, options: dict[str, Any], paged: bool = False, stride: int = PROBE_STRIDE
 ) -> State:
     """Add to a state what it lacks under these options, at its starting value; a new state starts from {}."""
+    options = as_held(state, options)
     for held in (state[name] for name in keys_of("probe", "span") if name in state):
         stride = stride_held(block_count(p), len(held))  # if one is missing, it is made to fit the other
     for name, make in recipes(p, storage, options, paged, stride).items():
@@ -369,13 +418,13 @@ def is_complete(state: State, p: Tensor, options: dict[str, Any]) -> bool:
     """Whether a state once completed still has all it needs, options having changed since."""
     if "state1" not in state or keeps_residual(p, options) != ("master_residual" in state):
         return False
-    storage = storage_held(state)
+    storage, options = storage_held(state), as_held(state, options)
     return all(name in state for name in KEYS if is_needed(name, p, storage, options))
 
 
 def link_code_books(state: State, device: torch.device) -> None:
     """Point `qmap1` and `qmap2` at the code books all parameters share."""
-    if storage_held(state) != "32bit":
+    if storage_held(state) in CODED:
         state["qmap1"] = bnb.code_book(True, device)
         state["qmap2"] = bnb.code_book(False, device)
 
@@ -405,6 +454,7 @@ def between(state: State, p: Tensor, start: int, stop: int) -> State:
     chunk = tiling.strips * tiling.height * BLOCK  # as many elements have `strips` tiles
     cuts = {
         "element": lambda x: x.view(-1)[start:stop].view(-1, columns),
+        "pair": lambda x: x[start // 2 : -(-stop // 2)],
         "block": lambda x: x[start // BLOCK : -(-stop // BLOCK)],
         "row": lambda x: x[start // tiling.width : -(-stop // tiling.width)],
         "col": lambda x: x[start // chunk * tiling.strips : -(-stop // chunk) * tiling.strips],

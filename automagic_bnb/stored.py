@@ -48,30 +48,34 @@ FACTORED_NAMES = {2: "exp_avg_sq", 3: "exp_avg_res"}
 
 
 class Moments:
-    """Moments kept element by element, as float32 or as 8-bit codes.
+    """Moments kept element by element, as floats or as 8-bit codes.
 
     Args:
         keep: bool [blocks, 256], the elements that are not skipped.
+        bits: int64 [blocks, 256], 16 random bits each, by which v and r are rounded; None: to nearest.
     """
 
-    def __init__(self, state: st.State, blocks: Blocks, keep: Tensor) -> None:
-        self.state, self.blocks, self.keep = state, blocks, keep
+    def __init__(self, state: st.State, blocks: Blocks, keep: Tensor, bits: Tensor | None) -> None:
+        self.state, self.blocks, self.keep, self.bits = state, blocks, keep, bits
         self.new: dict[int, Tensor] = {}
 
     def read(self, number: int) -> Tensor:
         """Moment 1 (m), 2 (v) or 3 (r), float32 [blocks, 256], 0 behind the end."""
         values = self.blocks.cut(self.state[f"state{number}"])
         if values.dtype != torch.uint8:
-            return values
+            return values.float()
         book = self.state["qmap1" if number == 1 else "qmap2"]
         return self.blocks.cut(self.blocks.join(q.decode(values, self.state[f"absmax{number}"], book)))
 
-    def write(self, number: int, values: Tensor, uniform: Tensor | None) -> None:
-        """Store a moment, [blocks, 256]: codes to nearest, or stochastically where `uniform` is given."""
+    def write(self, number: int, values: Tensor) -> None:
+        """Store a moment, [blocks, 256]: m to nearest, v and r stochastically where they are codes."""
         target = self.state[f"state{number}"]
+        if target.dtype == torch.float16:
+            values = q.round_to(values, target.dtype, None)
         if target.dtype != torch.uint8:
             target.view(-1).copy_(self.blocks.join(values))
             return
+        uniform = None if number == 1 or self.bits is None else q.uniform(self.bits)
         codes, absmax = q.encode(values, self.state["qmap1" if number == 1 else "qmap2"], uniform)
         # A block in which every gradient was skipped keeps its very codes.
         changed = self.keep.any(dim=1, keepdim=True)
@@ -94,23 +98,24 @@ class Moments:
         self.new[number] = new
         return new
 
-    def store(self, m: Tensor, uniform: Tensor) -> None:
-        """m to nearest, v and r stochastically where they are codes."""
-        self.write(1, m, None)
+    def store(self, m: Tensor) -> None:
+        """Store m, and what v and r have become."""
+        self.write(1, m)
         for number, values in self.new.items():
-            self.write(number, values, uniform)
+            self.write(number, values)
 
 
 class FactoredMoments(Moments):
-    """v and r as row and column means of tiles; m as codes.
+    """v and r as row and column means of tiles; m as codes, or as float16.
 
     An element's v is the tile's estimate, moved by the element's own square; what is kept is the means of that. The
     means move by the squares' means directly, which is the same where a tile is whole, and holds them between old and
-    new where the parameter's end cuts a tile.
+    new where the parameter's end cuts a tile. In 16 bits they are rounded stochastically, a row's by the bits of its
+    first element, a column's by those of the tile's first block.
     """
 
-    def __init__(self, state: st.State, blocks: Blocks, keep: Tensor) -> None:
-        super().__init__(state, blocks, keep)
+    def __init__(self, state: st.State, blocks: Blocks, keep: Tensor, bits: Tensor | None) -> None:
+        super().__init__(state, blocks, keep, bits)
         self.tiling = Tiling.of(state["state1"])
 
     def _kept(self, number: int) -> tuple[Tensor, Tensor] | None:
@@ -122,26 +127,37 @@ class FactoredMoments(Moments):
         kept = self._kept(number)
         return super().read(number) if kept is None else self._inside(self.tiling.expand(*kept))
 
-    def write(self, number: int, values: Tensor, uniform: Tensor | None) -> None:
-        """Factored moments have been written by `_ema`, unless this is a conversion from another storage."""
+    def write(self, number: int, values: Tensor) -> None:
+        """Store any moment; of v and r the means."""
         kept = self._kept(number)
         if kept is None:
-            super().write(number, values, uniform)
+            super().write(number, values)
         else:
-            kept[0].copy_(self.tiling.row_means(values))
-            kept[1].copy_(self.tiling.column_means(values))
+            self._write_means(kept, self.tiling.row_means(values), self.tiling.column_means(values))
+
+    def _write_means(self, kept: tuple[Tensor, Tensor], row: Tensor, col: Tensor) -> None:
+        of_row = of_col = None
+        if self.bits is not None:
+            of_row = q.uniform(self.bits.reshape(-1, self.tiling.width)[: self.tiling.rows, 0])
+            of_col = q.uniform(self.tiling.first_of(self.bits))
+        kept[0].copy_(q.round_to(row, kept[0].dtype, of_row))
+        kept[1].copy_(q.round_to(col, kept[1].dtype, of_col))
+
+    def store(self, m: Tensor) -> None:
+        """The means have been written by `_ema`."""
+        self.write(1, m)
 
     def _ema(self, number: int, x: Tensor, beta: float) -> Tensor:
         kept = self._kept(number)
         assert kept is not None, "v and r of factored storage"
-        row, col = kept
-        old, tiling = self.read(number), self.tiling
+        (row, col), tiling, old = (x.float() for x in kept), self.tiling, self.read(number)
         # A skipped element stands in with its own estimate, which leaves the means where they are.
         seen = self._inside(torch.where(self.keep, x, old))
         touched_rows = tiling.row_means(self.keep.float()) > 0
         touched_tiles = (tiling.column_means(self.keep.float()) > 0).any(dim=1, keepdim=True)
-        row.copy_(torch.where(touched_rows, beta * row + (1 - beta) * tiling.row_means(seen), row))
-        col.copy_(torch.where(touched_tiles, beta * col + (1 - beta) * tiling.column_means(seen), col))
+        moved_row = torch.where(touched_rows, beta * row + (1 - beta) * tiling.row_means(seen), row)
+        moved_col = torch.where(touched_tiles, beta * col + (1 - beta) * tiling.column_means(seen), col)
+        self._write_means(kept, moved_row, moved_col)
         return torch.where(self.keep, beta * old + (1 - beta) * x, old)
 
     def _inside(self, x: Tensor) -> Tensor:
@@ -149,17 +165,50 @@ class FactoredMoments(Moments):
         return self.blocks.cut(self.blocks.join(x))
 
 
-def moments_of(state: st.State, blocks: Blocks, keep: Tensor) -> Moments:
-    """The moments of a parameter as its state keeps them."""
-    kind = FactoredMoments if st.storage_held(state) == "factored" else Moments
-    return kind(state, blocks, keep)
+def moments_of(state: st.State, blocks: Blocks, keep: Tensor, bits: Tensor | None = None) -> Moments:
+    """The moments of a parameter as its state keeps them; arguments as of `Moments`."""
+    kind = FactoredMoments if st.storage_held(state) in st.FACTORED else Moments
+    return kind(state, blocks, keep, bits)
 
 
 # --- mask and weights -------------------------------------------------------------------------------------------------
 
 
+def mask_spacing(state: st.State) -> int:
+    """What the exponents k of a mask are multiples of; 0 where they are any number, or there is no mask."""
+    if "lr_mask4" in state:
+        return q.PAIR_SPACING
+    return int("lr_mask" in state and state["lr_mask"].dtype == torch.uint8)
+
+
+def has_mask(state: st.State) -> bool:
+    """Whether elements have rates of their own."""
+    return "lr_mask" in state or "lr_mask4" in state
+
+
+def highest_exponent(spacing: int) -> float:
+    """The largest k of a mask of this `mask_spacing`."""
+    return q.LEAST_EXPONENT + 7.0 * spacing if spacing == q.PAIR_SPACING else float(q.HIGHEST_EXPONENT)
+
+
+def to_spacing(k: Tensor, spacing: int, uniform: Tensor | float = 0.5) -> Tensor:
+    """k as a mask of this `mask_spacing` has it: by random numbers in (0, 1) without bias, or (0.5) to nearest."""
+    k = k.clamp(q.LEAST_EXPONENT, highest_exponent(spacing))
+    if not spacing:
+        return k
+    scaled = k / spacing
+    whole = scaled.floor()
+    return (whole + (scaled - whole + uniform >= 1)) * spacing
+
+
 def read_mask(state: st.State, blocks: Blocks) -> tuple[Tensor, Tensor]:
-    """k float32 and π bool, [blocks, 256]."""
+    """k float32 and π bool, [blocks, 256]; 0 where there is no mask."""
+    if not has_mask(state):
+        none = torch.zeros(blocks.blocks, q.BLOCK, device=state["state1"].device)
+        return none, none.bool()
+    if "lr_mask4" in state:
+        missing = blocks.blocks * q.BLOCK // 2 - len(state["lr_mask4"])
+        return q.unpack_pairs(torch.nn.functional.pad(state["lr_mask4"], (0, missing)).view(-1, q.BLOCK // 2))
     packed = blocks.cut(state["lr_mask"])
     if packed.dtype == torch.uint8:
         return q.unpack_mask(packed)
@@ -167,8 +216,10 @@ def read_mask(state: st.State, blocks: Blocks) -> tuple[Tensor, Tensor]:
 
 
 def write_mask(state: st.State, blocks: Blocks, k: Tensor, polarity: Tensor) -> None:
-    """Store k, float32 and in 8-bit storage whole, and π, bool; each [blocks, 256]."""
-    if state["lr_mask"].dtype == torch.uint8:
+    """Store k, float32 and as `to_spacing` leaves it, and π, bool; each [blocks, 256]."""
+    if "lr_mask4" in state:
+        state["lr_mask4"].copy_(q.pack_pairs(k, polarity).view(-1)[: len(state["lr_mask4"])])
+    elif state["lr_mask"].dtype == torch.uint8:
         state["lr_mask"].view(-1).copy_(blocks.join(q.pack_mask(k, polarity)))
     else:
         state["lr_mask"].view(-1).copy_(blocks.join(k))

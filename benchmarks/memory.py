@@ -16,13 +16,17 @@ from typing import Any
 
 import measure
 import torch
-from peers import PEERS, Peer, argument_parser, automagic, select
+from peers import LEAN, PACKED, PEERS, Peer, argument_parser, automagic, select
 from tqdm import tqdm
 from workloads import DTYPES, WORKLOADS, Workload, fill
 
 OURS: dict[str, dict[str, Any]] = {
     "automagic8bit": {},
     "automagic8bit-factored": {"factored": True},
+    "automagic8bit-factored-mask4": {"factored": True, "mask_bits": 4},
+    "automagic8bit-packed": PACKED,
+    "automagic8bit-packed-forced": {**PACKED, "force_8bit": True},
+    "automagic8bit-lean": LEAN,
     "automagic8bit-auto-lr": {"lr": None},
     "automagic8bit-factored-auto-lr": {"factored": True, "lr": None},
     "automagic8bit-ecc8": {"master": "ecc8"},
@@ -32,6 +36,10 @@ LEFT_OUT = {"torch-adamw-foreach", "torchao-adamw8bit-sr"}
 """They hold the same states as another one in the table."""
 OPTIMIZERS = {name: Peer(name, functools.partial(automagic, **options), ours=True) for name, options in OURS.items()}
 OPTIMIZERS |= {name: peer for name, peer in PEERS.items() if not peer.ours and name not in LEFT_OUT}
+VECTORS = Workload(
+    "vectors", "SDXL UNet, norms and biases", False, tuple(x for x in WORKLOADS["sdxl-unet"].shapes if len(x[1]) == 1)
+)
+MEASURED = {**WORKLOADS, VECTORS.name: VECTORS}
 CHECKED_ELEMENTS = 2**14
 """What tensors are cut to for the check of the plans."""
 FURTHER_STEPS = 10
@@ -171,7 +179,7 @@ def main() -> int:
     args = argument_parser(__doc__ or "", "memory").parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     whole = device.type == "cuda"
-    workloads = [w.shrunk(args.limit, args.scale or 1.0) for w in select(args.workloads, WORKLOADS, "workload")]
+    workloads = [w.shrunk(args.limit, args.scale or 1.0) for w in select(args.workloads, MEASURED, "workload")]
     peers = select(args.optimizers, OPTIMIZERS, "optimizer")
     results: dict[str, Any] = {
         "command": measure.command(),

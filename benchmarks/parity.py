@@ -98,7 +98,9 @@ class Comparison:
 
     def _codes(self, key: str, a: Tensor, b: Tensor) -> None:
         tally = self._tally(key, MAX_DIFFERING)
-        if key == "lr_mask":  # the exponent, and in bit 0 the polarity of the gradient
+        if key == "lr_mask4":  # two elements a byte
+            a, b = (torch.stack([x & 15, x >> 4], dim=-1) for x in (a, b))
+        if key.startswith("lr_mask"):  # the exponent, and in bit 0 the polarity of the gradient
             tally.add((a & 1) != (b & 1))
             a, b = a >> 1, b >> 1
         apart = (a - b).abs()

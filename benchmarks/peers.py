@@ -108,11 +108,18 @@ def _ours(name: str, frozen_mask: bool = False, **options: Any) -> Peer:
     return Peer(name, build, options, ours=True, frozen_mask=frozen_mask)
 
 
+PACKED: dict[str, Any] = {"factored": True, "mask_bits": 4, "mean_bits": 16}
+LEAN: dict[str, Any] = {"factored": True, "mask_bits": 0, "came": False}
+"""The options of the profile, which a benchmark may take one by one."""
+
 _ALL = [
     _ours("automagic8bit"),
     _ours("automagic8bit-after-warmup", frozen_mask=True),
     _ours("automagic8bit-factored", factored=True),
     _ours("automagic8bit-factored-after-warmup", frozen_mask=True, factored=True),
+    _ours("automagic8bit-packed", **PACKED),
+    _ours("automagic8bit-packed-after-warmup", frozen_mask=True, **PACKED),
+    _ours("automagic8bit-lean", **LEAN),
     _ours("automagic-32bit", optim_bits=32),
     _ours("automagic8bit-torch-backend", backend="torch"),
     Peer(BASELINE, _bnb("AdamW8bit")),

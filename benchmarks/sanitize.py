@@ -16,7 +16,8 @@ from automagic_bnb import Automagic
 
 SHAPES = (
     (7, 9), (300,), (1,), (), (3, 5, 3, 3), (5, 513), (16, 40), (40, 16), (257,), (24, 264), (251, 24), (9, 256),
-    (300, 16), (33, 15), (64, 70),
+    (300, 16), (33, 15), (64, 70), (4, 300),
+    (300, 4),
 )  # fmt: skip
 RUNS: list[tuple[torch.dtype, dict[str, Any]]] = [
     (torch.bfloat16, {"optim_bits": 8}),
@@ -25,6 +26,10 @@ RUNS: list[tuple[torch.dtype, dict[str, Any]]] = [
     (torch.bfloat16, {"optim_bits": 8, "master": "ecc8"}),
     (torch.float32, {"optim_bits": 8, "auto_lr": True, "percentile_clipping": 50}),
     (torch.float16, {"optim_bits": 8, "factored": True, "warmup_steps": 5}),
+    (torch.bfloat16, {"optim_bits": 8, "mask_bits": 4}),
+    (torch.bfloat16, {"optim_bits": 8, "factored": True, "mask_bits": 4, "mean_bits": 16, "warmup_steps": 5}),
+    (torch.bfloat16, {"optim_bits": 8, "factored": True, "mask_bits": 0, "came": False, "auto_lr": True}),
+    (torch.bfloat16, {"optim_bits": 8, "factored": True, "min_8bit_size": 10**9}),
 ]
 STEPS = 11
 """With the low-rank step, the tenth, and one after it."""
@@ -37,7 +42,7 @@ def run(dtype: torch.dtype, options: dict[str, Any], device: torch.device) -> No
         return (torch.randn(shape, generator=generator) * scale).to(device, dtype)
 
     p = [torch.nn.Parameter(draw(shape, 0.1)) for shape in SHAPES]
-    opt = Automagic(p, lr=1e-2, min_8bit_size=0, lora=True, backend="triton", **options)
+    opt = Automagic(p, lora=True, backend="triton", **{"lr": 1e-2, "min_8bit_size": 0, **options})
     for step in range(STEPS):
         for x in p:
             x.grad = draw(tuple(x.shape), 1.0)

@@ -181,6 +181,14 @@ _ALL = [
         ],
     ),
     _workload(
+        "rank-4-lora",
+        "LoRA r = 4 of 264 layers 768 wide",
+        lora=True,
+        tensors=528,
+        millions=1.62,
+        shapes=[(264, (4, 768)), (264, (768, 4))],
+    ),
+    _workload(
         "sdxl-unet",
         "SDXL UNet, full, main shapes",
         lora=False,

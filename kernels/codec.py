@@ -27,7 +27,7 @@ from automagic_bnb.kernels import lanes
 from automagic_bnb.kernels.tables import upload
 
 from automagic_bnb import quantization as q
-from automagic_bnb import reference
+from automagic_bnb import reference, stored
 
 _TINY_ABSMAX = tl.constexpr(q.TINY_ABSMAX)
 TINY = tl.constexpr(q.FLOAT_TINY)  # above the least normal float32: Triton makes a smaller literal a double
@@ -40,6 +40,13 @@ MAX_FLOAT16 = tl.constexpr(65504.0)
 _SPAN = tl.constexpr((reference.K_MAX - reference.K_MIN + 1) / reference.OCTAVE)
 _SHIFT = tl.constexpr(_SPAN.value - reference.K_MIN / reference.OCTAVE)
 _HIGHEST = tl.constexpr(int(reference.K_MAX - reference.K_MIN) << 17)
+# In four bits it takes three, as one of eight; again a fraction from 1 to 2, which counts 1/8.
+_PAIR_SPAN = tl.constexpr(8 * q.PAIR_SPACING / reference.OCTAVE)
+_PAIR_SHIFT = tl.constexpr(_PAIR_SPAN.value - reference.K_MIN / reference.OCTAVE)
+_PAIR_HIGHEST = tl.constexpr(
+    int((stored.highest_exponent(q.PAIR_SPACING) - reference.K_MIN) / q.PAIR_SPACING) << 17
+)
+_PAIR_STEP = tl.constexpr(1 / q.PAIR_SPACING)
 
 
 def _first(factor: int) -> float:
@@ -218,8 +225,31 @@ def mask_exponent(byte, shift):
 
 
 @triton.jit
-def mask_steps(change):
-    """`change` of k, upwards and downwards, int32 in units of 2^-17, as the 16 random bits count it."""
+def unpack_pairs(pairs):
+    """int32 [256] of uint8 [128]: each element's four bits of k and π."""
+    pairs = pairs.to(tl.int32)
+    return tl.reshape(tl.join(pairs & 15, pairs >> 4), (256,))
+
+
+@triton.jit
+def pack_pairs(halves):
+    """uint8 [128] of `unpack_pairs`'s."""
+    low, high = tl.split(tl.reshape(halves, (128, 2)))
+    return (low | (high << 4)).to(tl.uint8)
+
+
+@triton.jit
+def pair_exponent(half, shift):
+    """k / 16 + shift, float32, of the four bits of k and π."""
+    fraction = (((half & 14) << 19) | 0x3F800000).to(tl.float32, bitcast=True)
+    return fraction * _PAIR_SPAN + (shift - _PAIR_SHIFT)
+
+
+@triton.jit
+def mask_steps(change, MASK: tl.constexpr):
+    """`change` of k, upwards and downwards, int32 in units of 2^-17 of its spacing, as the 16 random bits count it."""
+    if MASK == 4:
+        change = change * _PAIR_STEP
     return tl.floor(change * 65536 + 0.5).to(tl.int32) << 1, tl.floor(0.5 - change * 65536).to(tl.int32) << 1
 
 
@@ -232,10 +262,23 @@ def move_mask(byte, positive, up, down, taken, random):
     # k + 32 in units of 2^-17, π below it.
     placed = byte.to(tl.int32) << 16
     polarity = tl.where(positive, 0x10000, 0)
-    moved = (placed & 0xFE0000) + tl.where(((placed ^ polarity) & 0x10000) == 0, up, down)
-    moved = tl.minimum(tl.maximum(moved, 0), _HIGHEST) + (random.to(tl.int32) << 1)
-    moved = ((moved & 0xFE0000) | (polarity & taken)) | (placed & (0x10000 - taken))
+    moved = _moved_mask(placed, polarity, up, down, taken, random, _HIGHEST)
     return _third_bytes(moved.to(tl.uint32, bitcast=True))
+
+
+@triton.jit
+def move_half(half, positive, up, down, taken, random):
+    """`move_mask` of the four bits of k and π, int32."""
+    polarity = tl.where(positive, 0x10000, 0)
+    return _moved_mask(half << 16, polarity, up, down, taken, random, _PAIR_HIGHEST) >> 16
+
+
+@triton.jit
+def _moved_mask(placed, polarity, up, down, taken, random, HIGHEST: tl.constexpr):
+    """What `placed` becomes: k over its spacing in units of 2^-17, with π below it."""
+    moved = (placed & 0xFE0000) + tl.where(((placed ^ polarity) & 0x10000) == 0, up, down)
+    moved = tl.minimum(tl.maximum(moved, 0), HIGHEST) + (random.to(tl.int32) << 1)
+    return ((moved & 0xFE0000) | (polarity & taken)) | (placed & (0x10000 - taken))
 
 
 @triton.jit
@@ -257,6 +300,25 @@ def random_bits(key, start):
     pair = (start >> 1) + tl.arange(0, 128)
     word = mix(pair.to(tl.uint32) ^ (key ^ mix((pair >> 32).to(tl.uint32))))
     return tl.reshape(tl.join(word & 0xFFFF, word >> 16), (256,))
+
+
+@triton.jit
+def random_at(key, index):
+    """`random_bits` of single flat indices, int64."""
+    pair = index >> 1
+    word = mix(pair.to(tl.uint32) ^ (key ^ mix((pair >> 32).to(tl.uint32))))
+    return tl.where((index & 1) == 0, word & 0xFFFF, word >> 16)
+
+
+@triton.jit
+def round_mean(x, key, index, DTYPE: tl.constexpr):
+    """float32 x in DTYPE, float32 or bfloat16: there by the random bits of an element, its flat index."""
+    if tl.bfloat16 == DTYPE:
+        return ((x.to(tl.uint32, bitcast=True) + random_at(key, index)) >> 16).to(tl.uint16).to(
+            tl.bfloat16, bitcast=True
+        )
+    else:
+        return x
 
 
 @triton.jit

@@ -80,7 +80,7 @@ class Elements(NamedTuple):
     m: Any
     v: Any  # loaded, of factored moments the tile's estimate
     r: Any
-    k: Any
+    k: Any  # with two elements a byte [128], and the pointer to the block's own
     statistics: Any  # [32], one a thread
 
 
@@ -109,9 +109,9 @@ def _keep(statistics_ptr, STATISTIC: tl.constexpr, value, touched):
 
 
 @triton.jit
-def row_ptr(entry_ptr, column: tl.constexpr, block, WIDTH: tl.constexpr):
+def row_ptr(entry_ptr, column: tl.constexpr, block, S):
     """Where the row means of a block begin."""
-    return address(entry_ptr, column, tl.float32, 4) + block.to(tl.int64) * (BLOCK // WIDTH)
+    return address(entry_ptr, column, S.MEANS, 2) + block.to(tl.int64) * (BLOCK // S.WIDTH)
 
 
 @triton.jit
@@ -132,6 +132,7 @@ def update(
         pointers, loaded: `Elements`.
         S: `tables.Switches`, a compile-time constant each.
     """
+    V: tl.constexpr = tl.uint8 if S.CODES else tl.float32
     per = codec.reciprocal(remaining.to(tl.float32)) if CAREFUL else 1 / BLOCK
     at = Place(block, remaining, per, place, valid, stencil.usable(g_raw))
     statistics_ptr, held = pointers.statistics, loaded.statistics
@@ -166,20 +167,20 @@ def update(
         damping = damping * _torque_factor(
             statistics_ptr, held, numbers, m_old, absmax1, energy, aligned, shrink * correction
         )
-    m = _decayed(m_old, rule.beta1, absmax1, S.EIGHT) + lanes.over_block(damping) * u
+    m = _decayed(m_old, rule.beta1, absmax1, S.M == tl.uint8) + lanes.over_block(damping) * u
     used = (at.usable & valid).to(tl.int32)
     touched = 1
     if CAREFUL:
-        m = tl.where(at.usable, m, _decayed(m_old, 1.0, absmax1, S.EIGHT))
+        m = tl.where(at.usable, m, _decayed(m_old, 1.0, absmax1, S.M == tl.uint8))
         touched = tl.sum(used, 0)
 
     start = block.to(tl.int64) * BLOCK
     bits = codec.random_bits(rule.key, start)
     if S.WIDTH:
-        _move_rows(entry_ptr, V_ROW, v_seen, used, at, rule.beta2, rule.gain2, S, CAREFUL)
+        _move_rows(entry_ptr, V_ROW, v_seen, used, at, rule.beta2, rule.gain2, rule.key, S, CAREFUL)
     else:
-        _write_moment(pointers.v, statistics_ptr, ABSMAX2, v, at, bits, rule.cells, touched, S.EIGHT, False)
-    _write_moment(pointers.m, statistics_ptr, ABSMAX1, m, at, bits, rule.cells, touched, S.EIGHT, True)
+        _write_moment(pointers.v, statistics_ptr, ABSMAX2, v, at, bits, rule.cells, touched, V, False)
+    _write_moment(pointers.m, statistics_ptr, ABSMAX1, m, at, bits, rule.cells, touched, S.M, True)
 
     # 4. Confidence.
     n = m
@@ -192,9 +193,9 @@ def update(
         n = m * tl.rsqrt(tl.maximum(r, lanes.over_block(correction3 * MIN_RESIDUAL)))
         weight = weight * tl.sqrt(correction3)
         if S.WIDTH:
-            _move_rows(entry_ptr, R_ROW, r_seen, used, at, rule.beta3, rule.gain3, S, CAREFUL)
+            _move_rows(entry_ptr, R_ROW, r_seen, used, at, rule.beta3, rule.gain3, rule.key, S, CAREFUL)
         else:
-            _write_moment(pointers.r, statistics_ptr, ABSMAX3, r, at, bits, rule.cells, touched, S.EIGHT, False)
+            _write_moment(pointers.r, statistics_ptr, ABSMAX3, r, at, bits, rule.cells, touched, V, False)
 
     # 5. Cautious, 6. background: both end in a factor of the block.
     active = _count(g != 0)
@@ -206,9 +207,11 @@ def update(
 
     # 7. Learning-rate mask.
     unit, k = lanes.of_lane(numbers, N_RATE), loaded.k
+    if S.MASK == 4:
+        k = codec.unpack_pairs(k)
     if S.WARM:
-        k = _move_mask(entry_ptr, numbers, rule, at, pointers, loaded, g, u, energy, bits, S)
-    rates, mask_sum = _rates(numbers, unit, k, g, rule.bounded, S.EIGHT, S.WARM)
+        k = _move_mask(entry_ptr, numbers, rule, at, pointers, loaded, k, g, u, energy, bits, S)
+    rates, mask_sum = _rates(numbers, unit, k, g, rule.bounded, S.MASK, S.WARM)
 
     # 8. Update.
     theta = codec.join_master(loaded.theta, loaded.low) if S.ECC else codec.widen(loaded.theta)
@@ -224,14 +227,15 @@ def update(
 @triton.jit
 def _moments(loaded, rule, S):
     """m, v and r over their absmax, and these, which are multiplied in together with the decay; float32."""
-    CODES: tl.constexpr = S.EIGHT and S.WIDTH == 0
     absmax1, absmax2, absmax3 = 1.0, 1.0, 1.0
     m, v, r = loaded.m, loaded.v, loaded.r
-    if CODES:
+    if S.CODES:
         v, absmax2 = codec.decode(loaded.v, rule.book2_ptr), lanes.of_lane(loaded.statistics, ABSMAX2)
-    if S.EIGHT:
+    if S.M == tl.uint8:
         m, absmax1 = codec.decode(loaded.m, rule.book1_ptr), lanes.of_lane(loaded.statistics, ABSMAX1)
-    if CODES and S.CAME:
+    else:
+        m = m.to(tl.float32)
+    if S.CODES and S.CAME:
         r, absmax3 = codec.decode(loaded.r, rule.book2_ptr), lanes.of_lane(loaded.statistics, ABSMAX3)
     return m, absmax1, v, absmax2, r, absmax3
 
@@ -261,10 +265,9 @@ def _decayed(old, beta, absmax, CODED: tl.constexpr):
 @triton.jit
 def _moved(old, absmax, seen, beta, gain, at, S, CAREFUL: tl.constexpr):
     """v or r after the step, and what it has seen: skipped elements what they have, those behind the end 0."""
-    CODED: tl.constexpr = S.EIGHT and S.WIDTH == 0
-    new = _decayed(old, beta, absmax, CODED) + gain * seen
+    new = _decayed(old, beta, absmax, S.CODES) + gain * seen
     if CAREFUL:
-        new = tl.where(at.usable, new, _decayed(old, 1.0, absmax, CODED))
+        new = tl.where(at.usable, new, _decayed(old, 1.0, absmax, S.CODES))
         seen = tl.where(at.valid, tl.where(at.usable, seen, old), 0.0)
     return new, seen
 
@@ -287,14 +290,15 @@ def _torque_factor(statistics_ptr, held, numbers, m, absmax, energy, aligned, fa
 
 @triton.jit
 def _write_moment(
-    ptr, statistics_ptr, ABSMAX: tl.constexpr, x, at, random, cells, touched, EIGHT: tl.constexpr, SIGNED: tl.constexpr
+    ptr, statistics_ptr, ABSMAX: tl.constexpr, x, at, random, cells, touched, DTYPE: tl.constexpr, SIGNED: tl.constexpr
 ):
     """Store m to nearest, or v or r stochastically. A block in which all was skipped keeps its very codes.
 
     Args:
         touched: int32, how many elements were not skipped.
+        DTYPE: uint8 for codes, float32, or of m float16.
     """
-    if EIGHT:
+    if DTYPE == tl.uint8:
         absmax = codec.absmax_of(x, SIGNED)
         if SIGNED:
             codes = codec.encode_signed(x, absmax, cells[0], cells[1])
@@ -303,14 +307,19 @@ def _write_moment(
         tl.store(ptr + at.place, codes, mask=tl.where(at.valid, touched, 0) > 0)
         _keep(statistics_ptr, ABSMAX, absmax, touched)
     else:
-        tl.store(ptr + at.place, x, mask=at.valid)
+        if DTYPE == tl.float16:
+            x = tl.clamp(x, -codec.MAX_FLOAT16, codec.MAX_FLOAT16)
+        tl.store(ptr + at.place, x.to(DTYPE), mask=at.valid)
 
 
 @triton.jit
-def _move_rows(entry_ptr, COLUMN: tl.constexpr, seen, used, at, beta, gain, S, CAREFUL: tl.constexpr):
+def _move_rows(entry_ptr, COLUMN: tl.constexpr, seen, used, at, beta, gain, key, S, CAREFUL: tl.constexpr):
     """Move the row means of factored v or r; used: int32 [256], 1 for what was not skipped."""
-    rows_ptr = row_ptr(entry_ptr, COLUMN, at.block, S.WIDTH)
-    tiles.move_rows(rows_ptr, seen, used, at.remaining, at.per, beta, gain, S.WIDTH, CAREFUL)
+    rows_ptr = row_ptr(entry_ptr, COLUMN, at.block, S)
+    start = at.block.to(tl.int64) * BLOCK
+    tiles.move_rows(
+        rows_ptr, seen, used, at.remaining, at.per, beta, gain, key, start, S.WIDTH, S.MEANS, CAREFUL
+    )
 
 
 @triton.jit
@@ -329,10 +338,10 @@ def _cautious(n, g, active):
 
 
 @triton.jit
-def _move_mask(entry_ptr, numbers, rule, at, pointers, loaded, g, u, energy, random, S):
+def _move_mask(entry_ptr, numbers, rule, at, pointers, loaded, k, g, u, energy, random, S):
     """Step 7 during warm-up: σ, k and π are updated in place. Tensors past theirs leave all as it is.
 
-    Returns k, or the byte of k and π where that is what is kept.
+    Takes and returns k, [256]: as numbers, or as the byte or the four bits of k and π.
     """
     mean = tl.sum(u, 0) * at.per
     variance = tl.maximum(energy * at.per - mean * mean, 0.0)
@@ -342,46 +351,63 @@ def _move_mask(entry_ptr, numbers, rule, at, pointers, loaded, g, u, energy, ran
     _keep(pointers.statistics, SPATIAL_VARIANCE, tl.where(learn, sigma, before), 1)
     if S.AWARE:
         change = change * tl.clamp(rule.detail * sigma, MIN_CHANGE, MAX_CHANGE)
-    if S.EIGHT:
-        up, down = codec.mask_steps(change)
+    if S.MASK < 32:
+        up, down = codec.mask_steps(change, S.MASK)
+        up, down = lanes.over_block(up), lanes.over_block(down)
         taken = lanes.over_block(tl.where(learn, 0x10000, 0))
-        moved = codec.move_mask(loaded.k, g > 0, lanes.over_block(up), lanes.over_block(down), taken, random)
+        if S.MASK == 4:
+            moved = codec.move_half(k, g > 0, up, down, taken, random)
+        else:
+            moved = codec.move_mask(k, g > 0, up, down, taken, random)
     else:
         learn, change = lanes.over_block(learn), lanes.over_block(change)
         start = at.block.to(tl.int64) * BLOCK
         polarity_ptr = address(entry_ptr, POLARITY, tl.uint8) + start + tl.arange(0, BLOCK)
         polarity = tl.load(polarity_ptr, mask=at.valid, other=0)
         positive = (g > 0).to(tl.uint8)
-        moved = tl.clamp(loaded.k + tl.where(positive == polarity, change, -change), K_MIN, K_MAX)
+        moved = tl.clamp(k + tl.where(positive == polarity, change, -change), K_MIN, K_MAX)
         positive = tl.where(learn, positive, polarity)
         tl.store(polarity_ptr, tl.where(g != 0, positive, polarity), mask=at.valid)
-    moved = tl.where(g != 0, moved, loaded.k)  # 0 has no sign: such an element, and one that is skipped, learns nothing
-    tl.store(pointers.k + at.place, moved, mask=at.valid)
+    moved = tl.where(g != 0, moved, k)  # 0 has no sign: such an element, and one that is skipped, learns nothing
+    if S.MASK == 4:
+        pairs = tl.arange(0, BLOCK // 2)
+        tl.store(pointers.k + pairs, codec.pack_pairs(moved), mask=2 * pairs < at.remaining)
+    else:
+        tl.store(pointers.k + at.place, moved, mask=at.valid)
     return moved
 
 
 @triton.jit
-def _rates(numbers, unit, k, g, bounded, EIGHT: tl.constexpr, WARM: tl.constexpr):
+def _rates(numbers, unit, k, g, bounded, MASK: tl.constexpr, WARM: tl.constexpr):
     """Each element's rate, [256], and in warm-up Σ 2^(k/16) over those with a gradient, else 0; k is as `_move_mask`
     returns it.
 
     unit: float32 [32], the rate at k = 0.
     """
     mask_sum = 0.0
-    if WARM:
-        factor = tl.exp2(codec.mask_exponent(k, 0.0) if EIGHT else k * OCTAVES)
+    if MASK == 0:
+        rates = lanes.over_block(unit)
+    elif WARM:
+        factor = tl.exp2(_octaves(k, 0.0, MASK))
         mask_sum = tl.sum(tl.where(g != 0, factor, 0.0), 0)
         rates = factor * lanes.over_block(unit)
     else:  # the scale goes into the exponent
-        shift = lanes.over_block(codec.log2(unit))
-        if EIGHT:
-            rates = tl.exp2(codec.mask_exponent(k, shift))
-        else:
-            rates = tl.exp2(k * OCTAVES + shift)
+        rates = tl.exp2(_octaves(k, lanes.over_block(codec.log2(unit)), MASK))
     if bounded != 0:
         low, high = lanes.over_block(lanes.of_lane(numbers, N_LOW)), lanes.over_block(lanes.of_lane(numbers, N_HIGH))
         rates = tl.minimum(tl.maximum(rates, low), high)
     return rates, mask_sum
+
+
+@triton.jit
+def _octaves(k, shift, MASK: tl.constexpr):
+    """k / 16 + shift; k is as `_move_mask` returns it."""
+    if MASK == 8:
+        return codec.mask_exponent(k, shift)
+    elif MASK == 4:
+        return codec.pair_exponent(k, shift)
+    else:
+        return k * OCTAVES + shift
 
 
 @triton.jit

@@ -33,7 +33,8 @@ BLOCK = tl.constexpr(q.BLOCK)
 _C = {column.name: tl.constexpr(int(column)) for column in Column}
 _ROW = tl.constexpr(len(Column))
 
-THETA, M, V, R, K = _C["THETA"], _C["STATE1"], _C["STATE2"], _C["STATE3"], _C["LR_MASK"]
+THETA, M, V, R = _C["THETA"], _C["STATE1"], _C["STATE2"], _C["STATE3"]
+K, K_PAIRS = _C["LR_MASK"], _C["LR_MASK4"]
 V_ROW, V_COL = _C["EXP_AVG_SQ_ROW"], _C["EXP_AVG_SQ_COL"]
 R_ROW, R_COL = _C["EXP_AVG_RES_ROW"], _C["EXP_AVG_RES_COL"]
 SIZE, ROWS, COLS, STRIPS, FIRST_PROGRAM = _C["SIZE"], _C["ROWS"], _C["COLS"], _C["STRIPS"], _C["FIRST_PROGRAM"]
@@ -68,21 +69,24 @@ def _blocks(
     Args:
         tile: with factored moments where the column means of v and r begin, and 1 / mean of the tile, of v and r.
     """
-    STATE: tl.constexpr = tl.uint8 if S.EIGHT else tl.float32
-    EMPTY: tl.constexpr = 127 if S.EIGHT else 0
+    CODES: tl.constexpr = tl.uint8 if S.CODES else tl.float32
+    EMPTY: tl.constexpr = 127 if S.M == tl.uint8 else 0
     EARLY: tl.constexpr = S.WIDTH > 0
-    elements, threads = tl.arange(0, BLOCK), tl.arange(0, 32)
+    elements, pairs, threads = tl.arange(0, BLOCK), tl.arange(0, BLOCK // 2), tl.arange(0, 32)
     statistics_ptr = tl.load(entry_ptr + FIRST_STATISTIC + threads, mask=threads < STATISTICS, other=0)
     kept = statistics_ptr != 0
     statistics_ptr = statistics_ptr.to(tl.pointer_type(tl.float32))
     rows, cols = tl.load(entry_ptr + ROWS), tl.load(entry_ptr + COLS)
     first_element = first.to(tl.int64) * BLOCK
-    m_ptr = address(entry_ptr, M, STATE) + first_element
-    v_ptr = address(entry_ptr, V, STATE) + first_element
+    m_ptr = address(entry_ptr, M, S.M) + first_element
+    v_ptr = address(entry_ptr, V, CODES) + first_element
     r_ptr = v_ptr
     if S.CAME:
-        r_ptr = address(entry_ptr, R, STATE) + first_element
-    k_ptr = address(entry_ptr, K, STATE) + first_element
+        r_ptr = address(entry_ptr, R, CODES) + first_element
+    if S.MASK == 4:
+        k_ptr = address(entry_ptr, K_PAIRS, tl.uint8) + first_element // 2
+    else:
+        k_ptr = address(entry_ptr, K, tl.float32 if S.MASK == 32 else tl.uint8) + first_element
     theta_ptr = address(entry_ptr, THETA, S.P, S.ALIGN) + first_element
     low_ptr = address(entry_ptr, RESIDUAL, tl.int8) + first_element
     grad_ptr = tl.multiple_of(grad_address.to(tl.pointer_type(S.G)), S.ALIGN) + first_element
@@ -109,16 +113,23 @@ def _blocks(
         g_raw = codec.widen(tl.load(grad_ptr + place, mask=valid, other=0))
         m_raw = tl.load(m_ptr + place, mask=valid, other=EMPTY, volatile=EARLY)
         if S.WIDTH:
-            v_raw = tiles.estimate(row_ptr(entry_ptr, V_ROW, block, S.WIDTH), tile[0], tile[2], remaining, S.WIDTH)
+            v_raw = tiles.estimate(row_ptr(entry_ptr, V_ROW, block, S), tile[0], tile[2], remaining, S.WIDTH)
         else:
             v_raw = tl.load(v_ptr + place, mask=valid, other=0)
         r_raw = v_raw
         if S.CAME:
             if S.WIDTH:
-                r_raw = tiles.estimate(row_ptr(entry_ptr, R_ROW, block, S.WIDTH), tile[1], tile[3], remaining, S.WIDTH)
+                r_raw = tiles.estimate(row_ptr(entry_ptr, R_ROW, block, S), tile[1], tile[3], remaining, S.WIDTH)
             else:
                 r_raw = tl.load(r_ptr + place, mask=valid, other=0)
-        mask_raw = tl.load(k_ptr + place, mask=valid, other=0, volatile=EARLY)
+        mask_ptr = k_ptr
+        if S.MASK == 4:
+            mask_ptr += i * stride * (BLOCK // 2)
+            mask_raw = tl.load(mask_ptr + pairs, mask=2 * pairs < remaining, other=0, volatile=EARLY)
+        elif S.MASK == 0:
+            mask_raw = 0
+        else:
+            mask_raw = tl.load(k_ptr + place, mask=valid, other=0, volatile=EARLY)
         theta_raw = tl.load(theta_ptr + place, mask=valid, other=0, volatile=EARLY)
         low_raw = theta_raw
         if S.ECC:
@@ -147,7 +158,9 @@ def _blocks(
             mine = sum_squares < stencil.MAX_GRADIENT * stencil.MAX_GRADIENT
             mine = mine & (stencil.largest_bits(lap) < stencil.MAX_GRADIENT_BITS)
         if mine:
-            pointers = one_block.Elements(theta_ptr, low_ptr, m_ptr, v_ptr, r_ptr, k_ptr, statistics_ptr + block)
+            pointers = one_block.Elements(
+                theta_ptr, low_ptr, m_ptr, v_ptr, r_ptr, mask_ptr, statistics_ptr + block
+            )  # fmt: skip
             loaded = one_block.Elements(theta_raw, low_raw, m_raw, v_raw, r_raw, mask_raw, held)
             c, w, a, b, v_seen, r_seen = one_block.update(
                 entry_ptr, numbers, rule, block, remaining, place, valid, pointers, loaded, g_raw, g, lap, sum_squares,
@@ -207,8 +220,8 @@ def _tile(entry_ptr, numbers, local, size, grad_address, clip, rule, S):
     active, mask_sum, numerator, denominator, skipped = local * 0, 0.0, 0.0, 0.0, local * 0
     if blocks > 0:
         counts = tiles.counts_of(size, first, strips, blocks, S.WIDTH)
-        v_col_ptr = address(entry_ptr, V_COL, tl.float32) + local * S.WIDTH
-        r_col_ptr = address(entry_ptr, R_COL, tl.float32) + local * S.WIDTH
+        v_col_ptr = address(entry_ptr, V_COL, S.MEANS) + local * S.WIDTH
+        r_col_ptr = address(entry_ptr, R_COL, S.MEANS) + local * S.WIDTH
         v_scale = tiles.scale_of(v_col_ptr, counts, S.WIDTH)
         r_scale = v_scale
         if S.CAME:
@@ -228,9 +241,14 @@ def _tile(entry_ptr, numbers, local, size, grad_address, clip, rule, S):
             skipped += skips
             done += BLOCKS
         if skipped.to(tl.float32) < tl.sum(counts, 0):  # a tile in which all was skipped keeps its very means
-            tiles.move_columns(v_col_ptr, v_sums, counts, rule.beta2, rule.gain2, S.WIDTH)
+            start = first.to(tl.int64) * BLOCK
+            tiles.move_columns(
+                v_col_ptr, v_sums, counts, rule.beta2, rule.gain2, rule.key, start, S.WIDTH, S.MEANS
+            )
             if S.CAME:
-                tiles.move_columns(r_col_ptr, r_sums, counts, rule.beta3, rule.gain3, S.WIDTH)
+                tiles.move_columns(
+                    r_col_ptr, r_sums, counts, rule.beta3, rule.gain3, rule.key, start, S.WIDTH, S.MEANS
+                )
     return active, mask_sum, numerator, denominator
 
 
@@ -316,7 +334,7 @@ Measured: benchmarks/NOTES.md."""
 def _compiler_options(device: torch.device, switches: Switches) -> dict[str, Any]:
     if device.type != "cuda" or torch.version.hip is not None:
         return {}
-    storage = "factored" if switches.WIDTH else "8bit" if switches.EIGHT else "32bit"
+    storage = "factored" if switches.WIDTH else "8bit" if switches.CODES else "32bit"
     return {"maxnreg": _MAX_REGISTERS[storage, switches.WARM]}
 
 
@@ -336,7 +354,8 @@ def launch(bucket: Bucket, grads: np.ndarray, sources: list[dict[str, Any]]) -> 
     if switches.SCALED:
         clips = statistics.clip_factors(bucket, addresses, numbers, switches)
     book1, book2 = bnb.code_book(True, device), bnb.code_book(False, device)
-    partials = torch.empty(statistics.PARTS.value * bucket.programs if warm or switches.AUTO else 0, device=device)
+    summed = switches.WARM or switches.AUTO
+    partials = torch.empty(statistics.PARTS.value * bucket.programs if summed else 0, device=device)
     step_kernel[(bucket.programs,)](
         table_ptr=bucket.table,
         numbers_ptr=numbers,
@@ -364,6 +383,6 @@ def launch(bucket: Bucket, grads: np.ndarray, sources: list[dict[str, Any]]) -> 
         num_warps=1,
         **_compiler_options(device, switches),
     )
-    if warm or switches.AUTO:
+    if summed:
         statistics.finalise(bucket, addresses, numbers, partials, switches)
     bucket.count()  # while the device works

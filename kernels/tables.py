@@ -75,7 +75,9 @@ def shared_numbers(options: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(options[name] for name in SHARED_NUMBERS)
 
 
-DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+DTYPES = {
+    torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.uint8: tl.uint8
+}  # fmt: skip
 
 BLOCKS_PER_PROGRAM = 16
 """What a program works through, or with factored moments a part of the tile that it does."""
@@ -92,12 +94,18 @@ class Switches(NamedTuple):
     """θ's dtype."""
     G: tl.dtype
     """The gradient's."""
-    EIGHT: bool
-    """m, k and π are bytes, and v and r too where they are not factored."""
+    M: tl.dtype
+    """m's; uint8 are codes."""
+    CODES: bool
+    """v and r are codes; else float32 or, where WIDTH is not 0, means."""
+    MASK: int
+    """Bits of k and π: 8, 4, or 32 where k is float32 and π stands for itself; 0 where there are neither."""
     WIDTH: int
     """Columns of a tile of factored moments; 0 in other storage."""
     HEIGHT: int
     """Blocks of such a tile, at most."""
+    MEANS: tl.dtype
+    """Of its means."""
     SPATIAL: bool
     EVEN: bool
     """Matrices whose rows are multiples of 8 long."""
@@ -117,7 +125,7 @@ class Switches(NamedTuple):
     """What addresses of θ and the gradient are multiples of, in bytes. 16 where sizes are multiples of 8, so that eight
     elements are one access; a launch whose tensors lie otherwise has 2."""
     WARM: bool
-    """Some mask still moves."""
+    """Some mask still moves; False where there is none."""
 
 
 @dataclass(frozen=True)
@@ -137,13 +145,16 @@ class Spec:
 def spec_of(member: Member, grad_dtype: torch.dtype, options: dict[str, Any], paged: int = -1) -> Spec:
     theta, state = member.theta, member.state
     spatial, storage = reference.is_spatial(theta, options), st.storage_held(state)
-    width = Tiling.of(theta).width if storage == "factored" else 0
+    width = Tiling.of(theta).width if storage in st.FACTORED else 0
     switches = Switches(
         P=DTYPES[theta.dtype],
         G=DTYPES[grad_dtype],
-        EIGHT=storage != "32bit",
+        M=DTYPES[state["state1"].dtype],
+        CODES=storage == "8bit",
+        MASK=32 if storage == "32bit" else st.as_held(state, options)["mask_bits"],
         WIDTH=width,
         HEIGHT=tile_height(width),
+        MEANS=DTYPES[state["exp_avg_sq_row"].dtype] if width else tl.float32,
         SPATIAL=spatial,
         EVEN=spatial and theta.dim() == 2 and theta.shape[-1] % 8 == 0,
         EDGES=spatial and options["edge_suppression"],
@@ -239,7 +250,8 @@ class Bucket:
         """t of what the last launch updated, 0 of the others."""
 
     def _switches(self, warm: bool, aligned: bool) -> tuple[Switches, Switches]:
-        switches = self.spec.switches._replace(WARM=warm, ALIGN=16 if aligned else 2)
+        switches = self.spec.switches
+        switches = switches._replace(WARM=warm and switches.MASK > 0, ALIGN=16 if aligned else 2)
         return switches, Switches._make(map(tl.constexpr, switches))
 
     def _programs(self, theta: Tensor) -> int:

@@ -23,7 +23,7 @@ def counts_of(size, first, strips, blocks, WIDTH: tl.constexpr):
 @triton.jit
 def scale_of(col_ptr, counts, WIDTH: tl.constexpr):
     """1 / mean of a tile, from its columns' means."""
-    mean = tl.sum(tl.load(col_ptr + tl.arange(0, WIDTH)) * counts, 0) / tl.sum(counts, 0)
+    mean = tl.sum(tl.load(col_ptr + tl.arange(0, WIDTH)).to(tl.float32) * counts, 0) / tl.sum(counts, 0)
     return codec.reciprocal(tl.maximum(mean, codec.TINY))
 
 
@@ -37,24 +37,30 @@ def estimate(row_ptr, col_ptr, scale, remaining, WIDTH: tl.constexpr):
     """
     lanes = tl.arange(0, BLOCK)
     if WIDTH == BLOCK:
-        return tl.load(col_ptr + lanes) * (tl.load(row_ptr, volatile=True) * scale)
+        return tl.load(col_ptr + lanes).to(tl.float32) * (tl.load(row_ptr, volatile=True).to(tl.float32) * scale)
     else:  # the 8 elements of a thread lie in one row
         threads = tl.arange(0, BLOCK // 8) * 8
-        rows = tl.load(row_ptr + threads // WIDTH, mask=threads < remaining, other=0.0, volatile=True) * scale
+        rows = tl.load(row_ptr + threads // WIDTH, mask=threads < remaining, other=0.0, volatile=True)
+        rows = rows.to(tl.float32) * scale
         rows = tl.reshape(tl.broadcast_to(rows[:, None], (BLOCK // 8, 8)), (BLOCK,))
-        return tl.load(col_ptr + lanes % WIDTH) * rows
+        return tl.load(col_ptr + lanes % WIDTH).to(tl.float32) * rows
 
 
 @triton.jit
-def move_rows(row_ptr, seen, used, remaining, per, beta, gain, WIDTH: tl.constexpr, CAREFUL: tl.constexpr):
+def move_rows(
+    row_ptr, seen, used, remaining, per, beta, gain, key, start, WIDTH: tl.constexpr, MEANS: tl.constexpr,
+    CAREFUL: tl.constexpr,
+):  # fmt: skip
     """Move a block's row means towards those of `seen`, float32 [256], 0 behind the end.
 
     Args:
         gain: 1 - beta.
         used: int32 [256], 1 for what was not skipped. A row in which all was skipped keeps its very mean.
+        key, start: of the random bits, and the flat index of the block's first element; MEANS is the means' dtype.
     """
     if WIDTH == BLOCK:
-        moved = beta * tl.load(row_ptr) + gain * (tl.sum(seen, 0) * per)
+        moved = beta * tl.load(row_ptr).to(tl.float32) + gain * (tl.sum(seen, 0) * per)
+        moved = codec.round_mean(moved, key, start, MEANS)
         if CAREFUL:
             tl.store(row_ptr, moved, mask=tl.sum(used, 0) > 0)
         else:
@@ -63,17 +69,24 @@ def move_rows(row_ptr, seen, used, remaining, per, beta, gain, WIDTH: tl.constex
         rows = tl.arange(0, BLOCK // WIDTH)
         inside = rows * WIDTH < remaining
         means = tl.sum(tl.reshape(seen, (BLOCK // WIDTH, WIDTH)), 1) * (1 / WIDTH)
-        moved = beta * tl.load(row_ptr + rows, mask=inside, other=0.0) + gain * means
+        held = tl.load(row_ptr + rows, mask=inside, other=0.0).to(tl.float32)
+        moved = codec.round_mean(beta * held + gain * means, key, start + rows * WIDTH, MEANS)
         if CAREFUL:
             inside = inside & (tl.sum(tl.reshape(used, (BLOCK // WIDTH, WIDTH)), 1) > 0)
         tl.store(row_ptr + rows, moved, mask=inside)
 
 
 @triton.jit
-def move_columns(col_ptr, sums, counts, beta, gain, WIDTH: tl.constexpr):
-    """Move a tile's column means towards those of what its program has seen: sums float32 [256] over its blocks."""
+def move_columns(
+    col_ptr, sums, counts, beta, gain, key, start, WIDTH: tl.constexpr, MEANS: tl.constexpr
+):  # fmt: skip
+    """Move a tile's column means towards those of what its program has seen: sums float32 [256] over its blocks.
+
+    key, start: as for `move_rows`, of the tile's first block.
+    """
     if WIDTH < BLOCK:
         sums = tl.sum(tl.reshape(sums, (BLOCK // WIDTH, WIDTH)), 0)
     columns = tl.arange(0, WIDTH)
-    held = tl.load(col_ptr + columns)
-    tl.store(col_ptr + columns, beta * held + gain * (sums / tl.maximum(counts, 1.0)), mask=counts > 0)
+    held = tl.load(col_ptr + columns).to(tl.float32)
+    moved = beta * held + gain * (sums / tl.maximum(counts, 1.0))
+    tl.store(col_ptr + columns, codec.round_mean(moved, key, start + columns, MEANS), mask=counts > 0)

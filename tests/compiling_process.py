@@ -25,9 +25,12 @@ POINTERS = {"table_ptr": "*i64", "grads_ptr": "*i64", "owners_ptr": "*i32"}
 SWITCHES = tables.Switches(
     P=tl.bfloat16,
     G=tl.bfloat16,
-    EIGHT=True,
+    M=tl.uint8,
+    CODES=True,
+    MASK=8,
     WIDTH=0,
     HEIGHT=0,
+    MEANS=tl.float32,
     SPATIAL=True,
     EVEN=True,
     EDGES=True,
@@ -43,13 +46,22 @@ SWITCHES = tables.Switches(
     ALIGN=16,
     WARM=False,
 )
+FACTORED = {"CODES": False, "WIDTH": 256, "HEIGHT": tile_height(256)}
 VARIANTS: dict[str, dict[str, Any]] = {
     "mask frozen": {},
     "warm-up": {"WARM": True},
     "no spatial options": {"SPATIAL": False, "EVEN": False, "EDGES": False},
     "factored, odd rows, float16": {
-        "P": tl.float16, "WIDTH": 256, "HEIGHT": tile_height(256), "EVEN": False, "WARM": True, "AUTO": True,
+        **FACTORED, "P": tl.float16, "EVEN": False, "WARM": True, "AUTO": True,
     },
+    "mask in four bits": {"MASK": 4},
+    "mask in four bits, warm-up": {"MASK": 4, "WARM": True},
+    "means in 16 bits, mask in four": {**FACTORED, "MEANS": tl.bfloat16, "MASK": 4, "WARM": True},
+    "small, narrow tiles": {
+        **FACTORED, "M": tl.float16, "WIDTH": 8, "HEIGHT": tile_height(8), "EVEN": False, "WARM": True,
+    },
+    "small, whole": {"M": tl.float32, "CODES": False, "WARM": True},
+    "lean": {**FACTORED, "MASK": 0, "CAME": False},
 }  # fmt: skip
 
 

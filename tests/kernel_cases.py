@@ -28,6 +28,18 @@ NEEDS_GPU = (pytest.mark.gpu, pytest.mark.skipif(not COMPILED, reason="no CUDA d
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BITS = {"32bit": 32, "8bit": 8}
+FORMS: dict[str, dict[str, Any]] = {
+    "8bit": {},
+    "32bit": {"optim_bits": 32},
+    "factored": {"factored": True},
+    "small": {"min_8bit_size": 10**9},
+    "small_factored": {"min_8bit_size": 10**9, "factored": True},
+    "small, packed": {"min_8bit_size": 10**9, "factored": True, "mask_bits": 4, "mean_bits": 16},
+    "mask in four bits": {"mask_bits": 4},
+    "packed": {"factored": True, "mask_bits": 4, "mean_bits": 16},
+    "lean": {"factored": True, "mask_bits": 0, "came": False},
+}
+"""How states are kept: moments, mask and means."""
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -113,9 +125,9 @@ def optimizer(params: Iterable[Any], backend: str, storage: str = "8bit", **opti
         "weight_decay": 0.1,
         "betas": (0.8, 0.97, 0.995),
         "seed": 7,
-        "optim_bits": BITS.get(storage, 8),
-        "factored": storage == "factored",
+        "optim_bits": 8,
         "min_8bit_size": 0,
+        **FORMS[storage],
     }
     return Automagic(params, backend=backend, **{**defaults, **options})
 
@@ -193,6 +205,8 @@ class Differences:
     floats: dict[str, list[Tensor]] = field(default_factory=dict)
     codes: dict[str, list[Tensor]] = field(default_factory=dict)
     narrow: list[Tensor] = field(default_factory=list)
+    narrow_states: list[Tensor] = field(default_factory=list)
+    """Distances of m in float16 and of means in bfloat16, in spacings at the largest of 256."""
     masters: list[Tensor] = field(default_factory=list)
     """Distances of weights kept in 24 bits, in spacings of these at the block's largest."""
     exact: list[str] = field(default_factory=list)
@@ -231,8 +245,12 @@ class Differences:
         elif name == "last_polarity" or name.startswith("qmap") or name == "probe_block":
             if not torch.equal(ours, theirs):
                 self.exact.append(name)
+        elif ours.dtype in (torch.float16, torch.bfloat16) and name != "probe_start":
+            self.narrow_states.append(self._spacings(ours, theirs))
         elif ours.dtype == torch.uint8:
-            if name == "lr_mask":
+            if name == "lr_mask4":
+                ours, theirs = (torch.stack([x & 15, x >> 4], dim=-1).flatten() for x in (ours, theirs))
+            if name.startswith("lr_mask"):
                 if not torch.equal(ours & 1, theirs & 1):
                     self.exact.append("polarity in lr_mask")
                 ours, theirs = ours >> 1, theirs >> 1
@@ -282,6 +300,7 @@ class Differences:
                 found.append(f"{name}: {(off > tolerance.floats).sum()} blocks off, by up to {off.max():.2g}")
         limits = [(name, distances, tolerance.codes, tolerance.share) for name, distances in self.codes.items()]
         limits += [("theta", self.narrow, tolerance.spacings, tolerance.share)]
+        limits += [("states in 16 bits", self.narrow_states, tolerance.spacings, tolerance.share)]
         # The last of 24 bits is 256 times float32's: of a hundred weights one or two lie near enough to a threshold.
         limits += [("24-bit theta", self.masters, 1, 0.05 if tolerance is ONE_STEP else 0.2)]
         for name, distances, limit, share in limits:

@@ -20,6 +20,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ecc8": {"master": "ecc8"},
     "rate found": {"lr": None},
     "without confidence": {"came": False, "factored": True},
+    "small and factored": {"factored": True, "min_8bit_size": 10**6},
+    "lean": {"profile": "lean"},
+    "packed": {"factored": True, "mask_bits": 4, "mean_bits": 16},
     "percentile clipping": {"percentile_clipping": 50},
     "all at once": {"factored": True, "master": "ecc8", "lr": None, "percentile_clipping": 5, "min_8bit_size": 0},
 }

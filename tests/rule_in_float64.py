@@ -62,7 +62,7 @@ class TileMeans:
         self.beta, self.eps = beta, eps
         i = np.arange(int(np.prod(shape)))
         columns = i.size // shape[0]
-        width = columns if columns in (8, 16, 32, 64, 128, 256) else 256
+        width = {1: 8, 2: 8, 4: 8}.get(columns, columns if columns in (8, 16, 32, 64, 128, 256) else 256)
         strips, height = np.lcm(columns, BLOCK) // BLOCK, max(16, width // 2)
         block = i // BLOCK
         self.tile_of = block // strips // height * strips + block % strips
@@ -103,10 +103,10 @@ class RuleInFloat64:
     `closest` is how near the last step came to a decision that rounding could turn: a threshold, a sign.
     """
 
-    def __init__(self, theta: np.ndarray, factored: bool = False, **options) -> None:
+    def __init__(self, theta: np.ndarray, factored: bool = False, mask: bool = True, **options) -> None:
         self.options = o = {**DEFAULTS, **options}
         assert set(o) == set(DEFAULTS), "an option that this rule does not know"
-        self.shape = theta.shape
+        self.shape, self.mask = theta.shape, mask
         self.theta = theta.astype(np.float64).reshape(-1)
         n = self.theta.size
         self.slices = [slice(i, min(i + BLOCK, n)) for i in range(0, n, BLOCK)]
@@ -139,7 +139,7 @@ class RuleInFloat64:
             self._block(b, at, g[at], filtered[at], kept[at], claimed)
         self.v.finish_step(kept)
         self.r.finish_step(kept)
-        if 2 <= self.t <= self.options["warmup_steps"] and (g != 0).any():
+        if self.mask and 2 <= self.t <= self.options["warmup_steps"] and (g != 0).any():
             self.mask_mean = np.mean(2 ** (self.k[g != 0] / 16))
         self._shrink_rank()
         self._find_rate()
@@ -214,7 +214,7 @@ class RuleInFloat64:
     def _element_rates(self, b: int, at: slice, g, u) -> np.ndarray:
         """Step 7: an element without a gradient learns nothing, and a bound on the wrong side of the mean is none."""
         o = self.options
-        if self.t <= o["warmup_steps"]:
+        if self.mask and self.t <= o["warmup_steps"]:
             self.sigma[b] = 0.9 * self.sigma[b] + 0.1 * np.var(u)
             f = np.clip(o["detail_preservation"] * self.sigma[b], 0.5, 1.5) if o["spatial_awareness"] else 1.0
             if self.t >= 2:

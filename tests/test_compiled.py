@@ -40,6 +40,10 @@ def test_what_a_warp_exchanges_lies_one_or_eight_to_a_thread(variants: dict[str,
     """The exchanges between threads are written for this: thread i holds number i of 32, and elements 8i to 8i + 7."""
     for name, variant in variants.items():
         layouts = dict(variant["exchanged"])
+        if name.startswith("small"):  # nothing of it is coded
+            assert ONE_TO_A_THREAD in layouts["32"], name
+            assert "256" not in layouts, name
+            continue
         assert len(layouts) == len(variant["exchanged"]) == 2, name  # of each size there is but one
         assert ONE_TO_A_THREAD in layouts["32"], name
         assert EIGHT_TO_A_THREAD in layouts["256"], name
@@ -51,6 +55,27 @@ def test_after_warm_up_the_mask_is_only_read(variants: dict[str, dict[str, Any]]
     assert frozen["loads"].count("256i8") == warm["loads"].count("256i8") == 4 * LOOPS
     assert frozen["stores"].count("256i8") == 3 * LOOPS
     assert warm["stores"].count("256i8") == 4 * LOOPS
+
+
+def test_a_mask_in_four_bits_is_half_as_many_bytes(variants: dict[str, dict[str, Any]]) -> None:
+    """Loaded, and during warm-up stored; m, v and r as before. Without a mask there are only those of m."""
+    frozen, warm = variants["mask in four bits"], variants["mask in four bits, warm-up"]
+    for variant, stored in ((frozen, 0), (warm, LOOPS)):
+        assert variant["loads"].count("128i8") == LOOPS
+        assert variant["stores"].count("128i8") == stored
+        assert variant["loads"].count("256i8") == variant["stores"].count("256i8") == 3 * LOOPS
+    lean = variants["lean"]
+    assert not {"128i8", "128i32"} & {*lean["loads"], *lean["stores"]}
+    assert lean["loads"].count("256i8") == lean["stores"].count("256i8") == LOOPS
+
+
+def test_what_is_small_is_in_16_bits_and_means(variants: dict[str, dict[str, Any]]) -> None:
+    """m in float16 beside a byte of k and π, v and r by rows; without tiles all three in float32."""
+    tiled, whole = variants["small, narrow tiles"], variants["small, whole"]
+    assert tiled["stores"].count("256f16") == tiled["stores"].count("256i8") == LOOPS
+    assert "256f32" not in tiled["stores"]
+    assert whole["stores"].count("256f32") == 3 * LOOPS
+    assert variants["means in 16 bits, mask in four"]["stores"].count("256f32") == 0
 
 
 def test_without_spatial_options_no_neighbour_is_loaded(variants: dict[str, dict[str, Any]]) -> None:

@@ -35,6 +35,8 @@ DEFAULTS = {
     "stable_emb": False,
     "force_8bit": False,
     "factored": False,
+    "mask_bits": 8,
+    "mean_bits": 32,
     "is_paged": False,
     "edge_suppression": True,
     "edge_penalty": 0.1,
@@ -140,10 +142,12 @@ VALUES: dict[str, Values] = {
     "min_8bit_size": whole(0, 99999999, beyond=[-1]),
     "percentile_clipping": whole(100, 1, 95, beyond=[0, 101]),
     "optim_bits": whole(8, 32, beyond=[0, 4, 9, 16, 31, 33, 56, -8]),
+    "mask_bits": whole(8, 4, 0, beyond=[1, 2, 5, 16, 32, -4]),
+    "mean_bits": whole(32, 16, beyond=[0, 8, 24, 48]),
     "seed": whole(0, 2**63 - 1, 1234567890123456789, beyond=[-1, 2**63, "1e400"]),
     "block_wise": ([(True, True), ("true", True)], [False, "False", 1, None]),
     "backend": choice("triton", "torch"),
-    "profile": choice("memory_optimized", "balanced", "quality_optimized"),
+    "profile": choice("lean", "memory_optimized", "balanced", "quality_optimized"),
     "betas": (
         LEGAL_BETAS,
         [(0.9,), (*THREE, 0.5), (0.9, 1.0), (0.9, -0.1), (0.9, "x"), 0.9, "0.9", "rm -rf", None, ()],
@@ -340,6 +344,7 @@ def test_whether_max_lr_was_set_survives_copying(carry: Any, options: dict[str, 
 # ------------------------------------------------------------------------------------------------------------- profiles
 
 PROFILES = {
+    "lean": {"factored": True, "mask_bits": 0, "came": False},
     "memory_optimized": {"factored": True},
     "balanced": {},
     "quality_optimized": {"edge_penalty": 0.15, "frequency_penalty": 0.08, "rank_penalty_strength": 0.02},

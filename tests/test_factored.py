@@ -10,13 +10,14 @@ from hypothesis import strategies as some
 from rule_in_float64 import TileMeans
 from torch import Tensor
 
+from automagic_bnb import AutomagicConfig
 from automagic_bnb import state as st
 from automagic_bnb import stored
 from automagic_bnb.factored import Tiling
 
 SHAPES = some.one_of(
     some.tuples(some.integers(1, 400), some.integers(1, 700)),
-    some.tuples(some.integers(1, 5000), some.sampled_from([8, 16, 32, 64, 128, 256])),
+    some.tuples(some.integers(1, 5000), some.sampled_from([1, 2, 4, 8, 16, 32, 64, 128, 256])),
     some.tuples(some.integers(1, 60), some.integers(1, 40), some.just(3), some.just(3)),
 )
 ROUNDING = 2e-6  # relative, of means of up to 2000 float32 terms of one sign
@@ -69,6 +70,7 @@ def test_a_product_of_rows_and_columns_comes_back(shape: tuple[int, int]) -> Non
         ((3072, 16), True, 4 * (1 / 16 + 1 / 256)),
         ((16, 3072), True, 4 * (1 / 256 + 1 / 16)),
         ((320, 320, 3, 3), True, 4 * (1 / 256 + 1 / 80)),
+        ((3072, 4), True, 4 * (1 / 8 + 1 / 512)),
         ((4, 3072), False, None),
         ((7, 9), False, None),
         ((4096,), False, None),
@@ -83,9 +85,16 @@ def test_which_parameters_factor_and_what_it_costs(
 ) -> None:
     """By the bytes of the means, which are those counted from the tensors."""
     p = torch.zeros(shape)
-    assert st.factors_well(p) == factors
+    assert st.factors_well(p, 1, 4) == factors
     if bytes_per_element is not None:
-        options = {"came": True, "percentile_clipping": 100, "auto_lr": False, "master": "stochastic"}
+        options = {**vars(AutomagicConfig()), "auto_lr": False}
         state = st.complete({}, p, "factored", options)
         held = state["exp_avg_sq_row"].nbytes + state["exp_avg_sq_col"].nbytes
         assert held / p.numel() == pytest.approx(bytes_per_element, rel=0.03)
+
+
+def test_what_is_not_in_codes_factors_sooner() -> None:
+    """Against four bytes an element the means of four rows pay; against one byte, only where they take two each."""
+    p, least = torch.zeros(4, 3072), torch.zeros(3, 3072)
+    assert [st.factors_well(p, *cost) for cost in ((1, 4), (1, 2), (4, 4))] == [False, True, True]
+    assert not st.factors_well(least, 4, 2)

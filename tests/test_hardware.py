@@ -140,14 +140,14 @@ def test_whole_capabilities_and_two_digits() -> None:
 
 @pytest.mark.parametrize("choose", CHOICES)
 @pytest.mark.parametrize("device", [None, "cpu", torch.device("cpu"), "mps"])
-def test_without_a_gpu_states_are_in_32_bits(choose: Any, device: Any, no_gpu: None, tools: Any) -> None:
+def test_without_a_gpu_no_moment_is_in_codes(choose: Any, device: Any, no_gpu: None, tools: Any) -> None:
     """The guide's number; what it means shows in the state."""
     config = choose(device)
     assert vars(config) == {**vars(OptimizationProfiles.memory_optimized()), "min_8bit_size": 99999999}
     p = tools.parameters((64, 128))
     opt = Automagic8bit(p, **config.__dict__)
     tools.train(opt, p, range(1))
-    assert opt.state[p[0]]["state1"].dtype == torch.float32
+    assert opt.state[p[0]]["state1"].dtype == torch.float16
     # The negative control: the profile as it is has codes.
     coded = Automagic8bit(p, **OptimizationProfiles.memory_optimized().__dict__)
     tools.train(coded, p, range(1))

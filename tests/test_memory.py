@@ -36,8 +36,8 @@ def test_report_counts_the_tensors_that_are_there(variant: str, dtype: torch.dty
     total, elements = bytes_of(opt), sum(math.prod(shape) for shape in SHAPES)
     assert report["basis"] == "held"
     assert (report["total_bytes"], report["held_bytes"], report["planned_bytes"]) == (total, total, 0)
-    in_8bit = sum(p.numel() for p, s in opt.state.items() if s["lr_mask"].dtype == torch.uint8)
-    factored = sum(p.numel() for p, s in opt.state.items() if "exp_avg_sq_row" in s)
+    in_8bit = sum(p.numel() for p, s in opt.state.items() if s["state1"].dtype == torch.uint8)
+    factored = sum(p.numel() for p, s in opt.state.items() if "exp_avg_sq_row" in s and "absmax1" in s)
     assert report["total_parameters"] == elements
     assert report["8bit_parameters"] == in_8bit
     assert report["factored_parameters"] == factored
@@ -60,8 +60,9 @@ def test_breakdown_names_the_bytes_of_every_state(variant: str, tools: Any) -> N
         "exp_avg_sq": bytes_of(opt, "state2", "absmax2", "exp_avg_sq"),
         "exp_avg_res": bytes_of(opt, "state3", "absmax3", "exp_avg_res"),
         "code_books": bytes_of(opt, "qmap"),
+        "lr_mask": bytes_of(opt, "lr_mask"),
     }
-    moments = ("state", "absmax", "exp_avg", "qmap")
+    moments = ("state", "absmax", "exp_avg", "qmap", "lr_mask")
     expected |= {key: bytes_of(opt, key) for key in keys if not key.startswith(moments)}
     assert breakdown == {name: size for name, size in expected.items() if size or name in breakdown}
     assert type(breakdown) is dict
@@ -84,7 +85,8 @@ def test_known_sizes() -> None:
 
 def test_every_key_has_its_place_in_the_breakdown() -> None:
     """A tensor newly added to the state under bitsandbytes' kind of name has to be given one of the field's."""
-    numbered = {key for key in st.KEYS if key.startswith(("state", "absmax", "qmap")) or "exp_avg" in key}
+    kinds = ("state", "absmax", "qmap", "lr_mask4")
+    numbered = {key for key in st.KEYS if key.startswith(kinds) or "exp_avg" in key}
     assert numbered == {name for name, key in st.KEYS.items() if key.report}
 
 

@@ -80,7 +80,7 @@ def test_a_float32_copy_would_be_seen(tools: Any, monkeypatch: pytest.MonkeyPatc
     opt = optimizer([p])
     plan = opt.get_memory_efficiency_report()["total_bytes"]
     made = st.empty_element_state
-    monkeypatch.setattr(st, "empty_element_state", lambda p, dtype, paged: made(p, torch.float32, paged).to(dtype))
+    monkeypatch.setattr(st, "empty_element_state", lambda p, dtype, *rest: made(p, torch.float32, *rest).to(dtype))
     with Allocations(p) as seen:
         opt.init_state(opt.param_groups[0], p)
     assert sum(seen.sizes.values()) > plan + 4 * 2**20

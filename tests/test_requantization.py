@@ -92,7 +92,7 @@ def test_embeddings_and_small_parameters(tools: Any) -> None:
     embedding, weight, bias = tools.parameters((64, 64), (64, 64), (64,))
     opt = Automagic8bit([("embed.weight", embedding), ("body.weight", weight), ("body.bias", bias)], lr=1e-3)
     tools.train(opt, parameters_of(opt), range(2))
-    assert storages(opt) == ["8bit", "8bit", "32bit"]
+    assert storages(opt) == ["8bit", "8bit", "small"]
     opt.requantize(stable_emb=True, min_8bit_size=0)
     assert storages(opt) == ["32bit", "8bit", "8bit"]
     opt.requantize(force_8bit=True, min_8bit_size=10**6)

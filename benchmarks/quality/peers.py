@@ -175,6 +175,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "": {},
     "-blockwise": {"factored": False},
     "-32bit": {"optim_bits": 32},
+    "-mask4": {"factored": True, "mask_bits": 4},
+    "-mask4-mean16": {"factored": True, "mask_bits": 4, "mean_bits": 16},
+    "-lean": {"profile": "lean"},
     "-no-torque": {"torque": False},
     "-no-clipping": {"clip_threshold": 100.0},
     "-mask-frozen": {"warmup_steps": 0},
@@ -188,7 +191,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "-plain": {"torque": False, "edge_suppression": False, "frequency_penalty": 0.0, "background_regularization": False,
                "lora_rank_penalty": False},
 }  # fmt: skip
-"""Ours with each part of the rule off in turn."""
+"""Ours in other storage, and with each part of the rule off in turn."""
 BASELINES = ("adamw8bit", "adamw8bit-b99")
 
 
