@@ -17,6 +17,7 @@ from torch import Tensor
 
 from automagic_bnb import config, estimate
 from automagic_bnb import state as st
+from automagic_bnb.addresses import Places
 from automagic_bnb.scalars import relative_rate
 
 Group = dict[str, Any]
@@ -40,8 +41,9 @@ class Search:
     """Of each group's rate to the first's."""
     stepped: set[Tensor] = field(default_factory=set)
     """In the step under way, which of the parameters that are stepped one at a time have been."""
-    places: tuple[Any, Any, Tensor] | None = None
-    """Where the sums lie and what each counts, and what that rests on; None: not known."""
+    places: tuple[Any, Any, Tensor, Places] | None = None
+    """Where the sums lie and what each counts, and what that rests on, the sums' own places among it; None: not
+    known."""
     shown: dict[int, tuple[Tensor, torch.cuda.Event]] = field(default_factory=dict)
     """By number of the group, its d on the way to the host."""
 
@@ -205,7 +207,7 @@ class RateFinder:
     def _estimate(search: Search, states: States, with_kernels: bool) -> None:
         d, sums = search.leader["auto_lr_rate"], search.leader["auto_lr_sums"]
         key = (st.WatchedState.changes, len(states), with_kernels)
-        if search.places is None or search.places[0] != key:
+        if search.places is None or search.places[0] != key or not search.places[3].are_current():
             held = [
                 (states[p]["tensor_stats"], 1 / ratio)
                 for group, ratio in zip(search.groups, search.ratios, strict=True)
@@ -214,10 +216,11 @@ class RateFinder:
             ]
             weights = torch.tensor([weight for _, weight in held], dtype=torch.float32).to(d.device)
             stats: Any = [stats for stats, _ in held]
+            places = Places(stats)
             if with_kernels and all(x.device == d.device for x in stats):
-                stats = torch.tensor([x.data_ptr() for x in stats], dtype=torch.int64).to(d.device)
-            search.places = (key, stats, weights)
-        _, stats, weights = search.places
+                stats = torch.tensor(places.addresses, dtype=torch.int64).to(d.device)
+            search.places = (key, stats, weights, places)
+        _, stats, weights, _ = search.places
         if isinstance(stats, Tensor):
             from automagic_bnb.kernels import statistics
 

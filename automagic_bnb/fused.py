@@ -50,6 +50,20 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def capturing() -> bool:
+    """Whether the current stream's work goes into a CUDA graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def check_capture() -> None:
+    """Raise RuntimeError while a CUDA graph is captured: it would replay one step's number and random bits for ever."""
+    if capturing():
+        raise RuntimeError(
+            "a step cannot be captured in a CUDA graph: what the host counts would stand still in replays. Capture the "
+            "forward and the backward pass, and call step() outside"
+        )
+
+
 def takes(p: Tensor, backend: str | None) -> bool:
     """Whether the kernels update this (local) parameter.
 

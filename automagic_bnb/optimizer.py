@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from automagic_bnb import auto_lr, checkpoint, estimate, low_rank, memory, metrics, reference, requantization
+from automagic_bnb import auto_lr, checkpoint, estimate, fused, low_rank, memory, metrics, reference, requantization
 from automagic_bnb import state as st
 from automagic_bnb.fused import FusedStep
 from automagic_bnb.groups import Facts, Group, ParameterGroups  # noqa: F401 (pickles of earlier versions name Facts here)
@@ -17,6 +17,7 @@ from automagic_bnb.notices import warn_once
 from automagic_bnb.scalars import step_scalars
 from automagic_bnb.state import local_tensor
 from automagic_bnb.stored import Blocks, read_mask
+from automagic_bnb.uncompiled import uncompiled
 
 
 class Automagic(ParameterGroups):
@@ -95,7 +96,15 @@ class Automagic(ParameterGroups):
 
         Returns:
             The closure's result, or None.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured.
         """
+        return self._step(closure)
+
+    @uncompiled
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
+        fused.check_capture()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -112,6 +121,11 @@ class Automagic(ParameterGroups):
     @torch.no_grad()
     def step_parameter(self, p: Tensor, group: Group, i: int | None = None) -> None:
         """Update one parameter, for a backward pass that steps as gradients arrive; equals `step()` over all."""
+        self._step_parameter(p, group)
+
+    @uncompiled
+    def _step_parameter(self, p: Tensor, group: Group) -> None:
+        fused.check_capture()
         self.adopt_overrides()
         if p.grad is not None and not self._fused.run_one(group, p):
             low_rank.shrink_ranks(self._update(group, p))

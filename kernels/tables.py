@@ -21,6 +21,7 @@ from torch import Tensor
 from automagic_bnb import config, reference, scalars
 from automagic_bnb import quantization as q
 from automagic_bnb import state as st
+from automagic_bnb.addresses import Places
 from automagic_bnb.factored import Tiling, tile_height
 from automagic_bnb.paged import is_paged
 from automagic_bnb.state import KEYS
@@ -216,7 +217,9 @@ class Bucket:
         self.sharded = any(m.sharded for m in members)
         self.thetas = [m.theta.data_ptr() for m in members]
         self.sizes = [m.theta.numel() for m in members]
-        self.first_address = self.tensors[0][0].data_ptr()
+        self.rates = {id(m.rate): (m.group, m.rate) for m in members if m.rate is not None}
+        self.places = Places([*itertools.chain.from_iterable(self.tensors), *(rate for _, rate in self.rates.values())])
+        """Of the states, and of the rates found."""
         self.short = [row for row, m in enumerate(members) if m.theta.numel() <= q.BLOCK]
         self.aligned = self.spec.switches.ALIGN == 16 and all(m.theta.data_ptr() % 16 == 0 for m in members)
         launches = itertools.product((False, True), repeat=2)
@@ -267,22 +270,17 @@ class Bucket:
         return row
 
     def is_current(self) -> bool:
-        """Whether parameters and the tensors in their states still lie where the table says.
-
-        Of the states it is seen whether they are the same tensors, and whether the first has moved: who moves the
-        memory under a state moves that of all.
-        """
+        """Whether parameters, the tensors in their states and the rates found still lie where the table says."""
         parameters = list(map(st.local_tensor, self.parameters)) if self.sharded else self.parameters
         if list(map(Tensor.data_ptr, parameters)) != self.thetas or list(map(Tensor.numel, parameters)) != self.sizes:
-            return False
-        if self.first_address != self.tensors[0][0].data_ptr():
             return False
         changes = st.WatchedState.changes
         if not self.watched or self.changes != changes:
             if not self._holds_same_tensors():
                 return False
             self.changes = changes
-        return True
+        same_rates = all(group.get("auto_lr_rate") is rate for group, rate in self.rates.values())
+        return same_rates and self.places.are_current()
 
     def _holds_same_tensors(self) -> bool:
         try:  # identical tensors compare equal at once; of others == is no answer
