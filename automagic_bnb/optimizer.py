@@ -46,6 +46,8 @@ class Automagic(ParameterGroups):
     def __init__(self, params: Iterable[Any], lr: float | None = None, **options: Any) -> None:
         self._fused = FusedStep(self)
         super().__init__(params, lr, **options)
+        self._step_supports_amp_scaling = self.config.capturable
+        """torch's GradScaler then hands over `grad_scale` and `found_inf`, and waits for nothing."""
         if self.config.verbose:
             self.log_plan()
 
@@ -98,22 +100,23 @@ class Automagic(ParameterGroups):
             The closure's result, or None.
 
         Raises:
-            RuntimeError: a CUDA graph is being captured.
+            RuntimeError: a CUDA graph is being captured, without `capturable`; or, with it, before any other step.
         """
         return self._step(closure)
 
     @uncompiled
     def _step(self, closure: Callable[[], Any] | None) -> Any:
-        fused.check_capture()
+        fused.check_capture(self.param_groups)
+        scaler = fused.Scaler.of(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self.adopt_overrides()
         tasks = []
-        for group, p in self._fused.run():
+        for group, p in self._fused.run(scaler):
             if p.grad is not None:
-                tasks += self._update(group, p)
+                tasks += self._update(group, p, scaler.grad_scale)
         self._fused.note_states()
         low_rank.shrink_ranks(tasks)
         return loss
@@ -125,7 +128,7 @@ class Automagic(ParameterGroups):
 
     @uncompiled
     def _step_parameter(self, p: Tensor, group: Group) -> None:
-        fused.check_capture()
+        fused.check_capture(self.param_groups)
         self.adopt_overrides()
         if p.grad is not None and not self._fused.run_one(group, p):
             low_rank.shrink_ranks(self._update(group, p))
@@ -138,9 +141,14 @@ class Automagic(ParameterGroups):
     def supports_fused_back_pass() -> bool:
         return True
 
-    def _update(self, group: Group, p: Tensor) -> list[low_rank.RankTask]:
-        """The main update of one parameter in plain PyTorch; returns the low-rank step it is due, if any."""
+    def _update(self, group: Group, p: Tensor, grad_scale: Tensor | None = None) -> list[low_rank.RankTask]:
+        """The main update of one parameter in plain PyTorch; returns the low-rank step it is due, if any.
+
+        grad_scale: float32 with one element, over which the gradient is to be taken.
+        """
         grad = st.checked_gradient(p)
+        if grad_scale is not None:
+            grad = grad.float() * grad_scale.to(grad.device).reciprocal()
         options, facts = self.effective_options(group, p), self.facts_of(p)
         state = self.prepared_state(group, p, options)
         theta = local_tensor(p).detach()
@@ -197,6 +205,7 @@ class Automagic(ParameterGroups):
         Raises:
             KeyError: p has not been stepped by this optimizer.
         """
+        self._fused.settle()
         state = self.state.get(p, {})
         if "state1" not in state:
             raise KeyError(f"a parameter of shape {tuple(p.shape)} has not been stepped by this optimizer")
@@ -223,6 +232,7 @@ class Automagic(ParameterGroups):
             per_group: adds the same names after "group0/", "group1/" and so on.
             per_parameter: adds them after each parameter's name and a slash, or "group0/parameter0/" where it has none.
         """
+        self._fused.settle()
         return metrics.collect(self, per_group, per_parameter)
 
     def get_memory_efficiency_report(self) -> dict[str, Any]:
@@ -239,6 +249,7 @@ class Automagic(ParameterGroups):
 
         bitsandbytes nests the quantized tensors, so that FSDP1 does not gather them: done for its parameters only.
         """
+        self._fused.settle()
         if any(getattr(p, "_fsdp_flattened", False) for p in self._facts):
             return super().state_dict()
         if any("shard" in state for state in self.state.values()):
@@ -266,13 +277,20 @@ class Automagic(ParameterGroups):
         for group, saved in zip(self.param_groups, groups, strict=True):
             for name in auto_lr.GROUP_KEYS:
                 group.pop(name, None)  # of the run that ends here; a checkpoint from before the first step has none
+            if isinstance(group["lr"], Tensor) and "lr" in saved:
+                group["lr"].fill_(saved.pop("lr"))  # the very tensor, which schedulers and graphs know
             group.update(saved)
         for hook in list(getattr(self, "_optimizer_load_state_dict_post_hooks", {}).values()):
             hook(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        self._fused.settle()
+        return super().__getstate__()
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._fused = FusedStep(self)
+        self._step_supports_amp_scaling = any(group.get("capturable") for group in self.param_groups)
 
 
 class Automagic8bit(Automagic):

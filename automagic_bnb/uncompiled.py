@@ -1,10 +1,20 @@
-"""Keeping torch.compile out of a step: its tables of tensors and their addresses are nothing that can be traced."""
+"""What would make a graph of a step: torch.compile, which is kept out, and CUDA graphs, which are told.
+
+A step's tables of tensors and their addresses are nothing that can be traced.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
 from typing import Any
+
+import torch
+
+
+def capturing() -> bool:
+    """Whether the current stream's work goes into a CUDA graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def uncompiled(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -110,7 +110,7 @@ class Switches(NamedTuple):
     AWARE: bool
     AUTO: bool
     SCALED: bool
-    """percentile_clipping multiplies the gradients."""
+    """percentile_clipping, or torch's GradScaler, multiplies the gradients."""
     ECC: bool
     """8 more bits of θ are in the state."""
     STOCHASTIC: bool
@@ -131,6 +131,8 @@ class Spec:
     paged: int
     """Which part of the paged states: each has a launch of its own, and is fetched while the one before is updated. -1
     for what is not paged."""
+    counts: bool
+    """Steps are counted on the device: `capturable`."""
     numbers: tuple[Any, ...]
     """What they were when the bucket was filled; each launch takes them as they are."""
 
@@ -160,7 +162,7 @@ def spec_of(member: Member, grad_dtype: torch.dtype, options: dict[str, Any], pa
         ALIGN=16 if theta.numel() % 8 == 0 else 2,
         WARM=False,
     )
-    return Spec(theta.device, grad_dtype, switches, paged, shared_numbers(options))
+    return Spec(theta.device, grad_dtype, switches, paged, options["capturable"], shared_numbers(options))
 
 
 @dataclass
@@ -222,10 +224,10 @@ class Bucket:
         """Of the states, and of the rates found."""
         self.short = [row for row, m in enumerate(members) if m.theta.numel() <= q.BLOCK]
         self.aligned = self.spec.switches.ALIGN == 16 and all(m.theta.data_ptr() % 16 == 0 for m in members)
-        launches = itertools.product((False, True), repeat=2)
-        self.switches = {(warm, aligned): self._switches(warm, aligned) for warm, aligned in launches}
-        """Those of a launch, and the same as the kernel takes them, by whether some mask moves and all is aligned. To
-        make them takes 5 µs."""
+        launches = itertools.product((False, True), repeat=3)
+        self.switches = {launch: self._switches(*launch) for launch in launches}
+        """Those of a launch, and the same as the kernel takes them, by whether some mask moves, all is aligned and
+        gradients are multiplied. To make them takes 5 µs."""
         self.sources: dict[int, np.ndarray] = {}
         for source in {m.source for m in members}:
             self.sources[source] = np.array([row for row, m in enumerate(members) if m.source == source])
@@ -241,8 +243,9 @@ class Bucket:
         self.steps = np.zeros(len(members), dtype=np.int64)
         """t of what the last launch updated, 0 of the others."""
 
-    def _switches(self, warm: bool, aligned: bool) -> tuple[Switches, Switches]:
-        switches = self.spec.switches._replace(WARM=warm, ALIGN=16 if aligned else 2)
+    def _switches(self, warm: bool, aligned: bool, scaled: bool) -> tuple[Switches, Switches]:
+        scaled |= self.spec.switches.SCALED
+        switches = self.spec.switches._replace(WARM=warm, ALIGN=16 if aligned else 2, SCALED=scaled)
         return switches, Switches._make(map(tl.constexpr, switches))
 
     def _programs(self, theta: Tensor) -> int:
@@ -293,7 +296,7 @@ class Bucket:
             all(map(operator.is_, self.tensors_of(self.states[row]), self.tensors[row])) for row in self.short
         )
 
-    def _counted(self) -> np.ndarray:
+    def counted(self) -> np.ndarray:
         """The steps taken so far, int64, as the states have them."""
         return np.fromiter(map(_STEP, self.states), np.int64, len(self.states))
 
@@ -339,7 +342,7 @@ class Bucket:
             int64 [tensors] addresses and float32 [tensors, Number] on the device, and whether any mask still moves.
         """
         stepped = grads != 0
-        steps = self._counted() + stepped
+        steps = self.counted() + stepped
         self.steps = np.where(stepped, steps, 0)
         warm = self._fill_numbers(steps, sources)
         rows, row_bytes = len(steps), 4 * len(Number)

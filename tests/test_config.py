@@ -36,6 +36,7 @@ DEFAULTS = {
     "force_8bit": False,
     "factored": False,
     "is_paged": False,
+    "capturable": False,
     "edge_suppression": True,
     "edge_penalty": 0.1,
     "edge_threshold": 0.6,
