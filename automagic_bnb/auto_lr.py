@@ -17,7 +17,9 @@ from torch import Tensor
 
 from automagic_bnb import config, estimate
 from automagic_bnb import state as st
-from automagic_bnb.scalars import relative_rate
+from automagic_bnb.addresses import Places
+from automagic_bnb.scalars import PEAK_RATIO, as_number, named_peak, relative_rate
+from automagic_bnb.uncompiled import capturing
 
 Group = dict[str, Any]
 States = Mapping[Tensor, st.State]
@@ -40,8 +42,11 @@ class Search:
     """Of each group's rate to the first's."""
     stepped: set[Tensor] = field(default_factory=set)
     """In the step under way, which of the parameters that are stepped one at a time have been."""
-    places: tuple[Any, Any, Tensor] | None = None
-    """Where the sums lie and what each counts, and what that rests on; None: not known."""
+    places: tuple[Any, Any, Tensor, Places] | None = None
+    """Where the sums lie and what each counts, and what that rests on, the sums' own places among it; None: not
+    known."""
+    counter: Tensor | None = None
+    """`auto_lr_count`, int64 0-d on the device, where it is counted there."""
     shown: dict[int, tuple[Tensor, torch.cuda.Event]] = field(default_factory=dict)
     """By number of the group, its d on the way to the host."""
 
@@ -93,6 +98,24 @@ class Search:
         last = group["auto_lr_steps"]
         return last is None or group["auto_lr_count"] <= last
 
+    def count_there(self, started: bool, found_inf: Tensor | None) -> Tensor:
+        """`count` on the device; returns the error of the estimate there, below 0 where it moves nothing.
+
+        started: whether a step was called for before, which may have come to nothing.
+        """
+        from automagic_bnb.kernels import numbers
+
+        group = self.leader
+        if self.counter is None:
+            count, device = group.get("auto_lr_count", 0) if started else -1, group["auto_lr_rate"].device
+            self.counter = torch.full((), count, dtype=torch.int64, device=device)
+        return numbers.count_search(self.counter, group["auto_lr_steps"], found_inf)
+
+    def settle(self) -> None:
+        """Bring `auto_lr_count` up to date; waits for the device if it was counted there."""
+        if self.counter is not None:
+            self.leader["auto_lr_count"] = max(int(self.counter), 0)
+
     def share(self) -> None:
         """Give d to the other groups, times their ratios, and show each group's rate."""
         d = self.leader["auto_lr_rate"]
@@ -110,14 +133,19 @@ class Search:
         counts as a share of what was shown.
         """
         rate = group["auto_lr_rate"]
+        if isinstance(group["lr"], Tensor):
+            group["effective_lr"] = rate * _relative_rate_there(group)
+            return
         if "initial_lr" in group:
-            group["auto_lr_peak"] = max(group.get("auto_lr_peak", 0.0), float(group["lr"]))
+            group["auto_lr_peak"] = max(float(group.get("auto_lr_peak", 0.0)), float(group["lr"]))
         elif group["lr"] == group["base_lr"] and (found := self._on_host(rate, number)):
             group["lr"] = group["base_lr"] = found
         group["effective_lr"] = rate * relative_rate(group)
 
     def _on_host(self, rate: Tensor, number: int) -> float | None:
         """The rate as a number of seven digits; of a CUDA tensor one that has arrived meanwhile, if any."""
+        if self.leader["capturable"]:
+            return None  # a replay shows nothing
         if rate.device.type != "cuda":
             return float(f"{rate.item():.7g}")
         value = None
@@ -132,6 +160,18 @@ class Search:
         event.record(torch.cuda.current_stream(rate.device))
         self.shown[number] = (copy, event)
         return value
+
+
+def _relative_rate_there(group: Group) -> Tensor:
+    """ρ of a group whose `lr` is a tensor, on its device; the highest rate of a schedule is noted there, too."""
+    lr, base = group["lr"], as_number(group.get("initial_lr", group["base_lr"]))
+    if "initial_lr" not in group:
+        return lr / base
+    if not isinstance(group.get("auto_lr_peak"), Tensor):
+        group["auto_lr_peak"] = torch.full_like(lr, group.get("auto_lr_peak", 0.0))
+    torch.maximum(group["auto_lr_peak"], lr, out=group["auto_lr_peak"])
+    highest = group["auto_lr_peak"].clamp_min(named_peak(group))
+    return lr / torch.where(highest > PEAK_RATIO * base, highest, base)
 
 
 def searches(groups: list[Group]) -> list[Search]:
@@ -177,6 +217,8 @@ class RateFinder:
     """The searches of an optimizer, brought up to date whenever a step begins."""
 
     def __init__(self) -> None:
+        self._held: list[Any] = []
+        """What replays of captured graphs rest on."""
         self._known: list[tuple[int, bool, float | None]] = []
         self._searches: list[Search] = []
 
@@ -185,19 +227,37 @@ class RateFinder:
         for search in self._searches:
             search.places = None
 
-    def begin(self, groups: list[Group], states: States, one: tuple[Group, Tensor] | None, with_kernels: bool) -> None:
+    def settle(self) -> None:
+        """Bring up to date what the groups hold of what is counted on the device."""
+        for search in self._searches:
+            search.settle()
+
+    def hold(self) -> None:
+        """A graph is being captured: keep what it will read for as long as this lives."""
+        self._held += [(search.places, search.counter) for search in self._searches]
+
+    def begin(
+        self,
+        groups: list[Group],
+        states: States,
+        one: tuple[Group, Tensor] | None,
+        with_kernels: bool,
+        found_inf: Tensor | None = None,
+    ) -> None:
         """To be called before parameters are stepped: all that have gradients, or one alone, of this group.
 
         Args:
             groups, states: the optimizer's.
             with_kernels: let the device work on the sums in Triton, by their addresses, where all lie on one.
+            found_inf: on the device, with `capturable`; where it is not 0, no step begins after all.
         """
         for search in self._of(groups):
             if one is not None and not any(one[0] is group for group in search.groups):
                 continue
             if search.begins(None if one is None else one[1]):
-                if search.has_started() and search.count():
-                    self._estimate(search, states, with_kernels)
+                started = search.has_started()
+                if started or search.leader["capturable"]:
+                    self._estimate(search, states, with_kernels, started, found_inf)
                 search.share()
 
     def _of(self, groups: list[Group]) -> list[Search]:
@@ -205,15 +265,19 @@ class RateFinder:
         seeks = [(id(g), g["auto_lr"] or "auto_lr_rate" in g, g.get("auto_lr_given")) for g in groups if g["params"]]
         if seeks != self._known:
             self._known = seeks
+            self.settle()
             filled = [group for group in groups if group["params"]]
             self._searches = searches([group for group, seek in zip(filled, seeks, strict=True) if seek[1]])
         return self._searches
 
     @staticmethod
-    def _estimate(search: Search, states: States, with_kernels: bool) -> None:
+    def _estimate(search: Search, states: States, with_kernels: bool, started: bool, found_inf: Tensor | None) -> None:
+        """Count the step that begins, and move d."""
         d, sums = search.leader["auto_lr_rate"], search.leader["auto_lr_sums"]
         key = (st.WatchedState.changes, len(states), with_kernels)
-        if search.places is None or search.places[0] != key:
+        if search.places is None or search.places[0] != key or not search.places[3].are_current():
+            if capturing():
+                raise RuntimeError("capturable=True: take a step outside of the CUDA graph before each capture")
             held = [
                 (states[p]["tensor_stats"], 1 / ratio)
                 for group, ratio in zip(search.groups, search.ratios, strict=True)
@@ -223,15 +287,24 @@ class RateFinder:
             search.watches(len(held))
             weights = torch.tensor([weight for _, weight in held], dtype=torch.float32).to(d.device)
             stats: Any = [stats for stats, _ in held]
+            places = Places(stats)
             if with_kernels and all(x.device == d.device for x in stats):
-                stats = torch.tensor([x.data_ptr() for x in stats], dtype=torch.int64).to(d.device)
-            search.places = (key, stats, weights)
-        _, stats, weights = search.places
+                stats = torch.tensor(places.addresses, dtype=torch.int64).to(d.device)
+            search.places = (key, stats, weights, places)
+        _, stats, weights, _ = search.places
+        counts_there = isinstance(stats, Tensor) and search.leader["capturable"]
+        if not counts_there:
+            search.settle()
+            search.counter = None
+            if not started or not search.count():
+                return
         if isinstance(stats, Tensor):
             from automagic_bnb.kernels import statistics
 
             with torch.cuda.device_of(d):  # Triton launches on the current device
-                statistics.find_rate(d, sums, stats, weights, search.numbers())
+                found_inf = None if found_inf is None else found_inf.to(d.device, non_blocking=True)
+                error = search.count_there(started, found_inf) if counts_there else None
+                statistics.find_rate(d, sums, stats, weights, search.numbers(), error)
         else:
             estimate.find_rate(d, sums, stats, weights, search.numbers())
 

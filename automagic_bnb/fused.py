@@ -22,9 +22,11 @@ from automagic_bnb import auto_lr, bnb, config, low_rank, paged
 from automagic_bnb import state as st
 from automagic_bnb.groups import ParameterGroups
 from automagic_bnb.notices import warn_once
+from automagic_bnb.uncompiled import capturing
 
 if TYPE_CHECKING:
     from automagic_bnb.kernels.low_rank import Matrices
+    from automagic_bnb.kernels.numbers import Counts
     from automagic_bnb.kernels.tables import Bucket, Member
 
 READ_ANEW = (
@@ -33,6 +35,18 @@ READ_ANEW = (
     "detail_preservation",
 )
 """Numbers that are arguments of a launch or stand in its tables: schedulers change them, and no plan rests on them."""
+NOT_YET_CAPTURED = (
+    "capturable=True: take a step outside of the CUDA graph before each capture, with the same parameters having "
+    "gradients; it makes the states and tables that the graph's replays use"
+)
+NOT_IN_A_CAPTURE = (
+    "a CUDA graph cannot capture this step: some of it runs in plain PyTorch (strided parameters, backend='torch', a "
+    "rate found for a group on several devices), or its states are paged"
+)
+STALE_GRAPH = (
+    "what a captured CUDA graph rests on has been replaced (by a checkpoint, or as an option or a parameter changed); "
+    "its replays no longer move this optimizer; capture it again"
+)
 STRUCTURAL = tuple(name for name in config.GROUP_OPTIONS if name not in READ_ANEW)
 
 
@@ -48,6 +62,39 @@ def triton_missing() -> str:
 def interpreting() -> bool:
     """Whether Triton's interpreter is on, in which the kernels run on CPU tensors too."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def check_capture(groups: list[dict[str, Any]]) -> None:
+    """Raise RuntimeError where a graph is captured that would replay one step's number and random bits for ever."""
+    if capturing() and not all(group["capturable"] for group in groups):
+        raise RuntimeError(
+            "option capturable=False: a CUDA graph is being captured, in whose replays what the host counts would "
+            "stand still; pass capturable=True, or call step() outside of the graph"
+        )
+
+
+@dataclass(frozen=True)
+class Scaler:
+    """What torch's GradScaler leaves for a step that scales by itself: float32 tensors of one element, or None."""
+
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+
+    @classmethod
+    def of(cls, optimizer: Any) -> Scaler:
+        return cls(getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None))
+
+    def on(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """Both on a device; nothing waits."""
+        scale, found = self.grad_scale, self.found_inf
+        return (
+            None if scale is None else scale.to(device, non_blocking=True),
+            None if found is None else found.to(device, non_blocking=True),
+        )
+
+    def found(self) -> bool:
+        """Whether a gradient is not finite; waits for the device."""
+        return self.found_inf is not None and bool(self.found_inf)
 
 
 def takes(p: Tensor, backend: str | None) -> bool:
@@ -92,6 +139,8 @@ class Plan:
     sources: list[Source] = field(default_factory=list)
     matrices: list[Matrices] = field(default_factory=list)
     """Of each bucket, what step 9 works on."""
+    counts: list[Counts | None] = field(default_factory=list)
+    """Of each bucket, its steps where they are counted on the device."""
     idle: list[Tensor] = field(default_factory=list)
     """Parameters that had no gradient when the plan was made."""
     rest: list[tuple[dict[str, Any], Tensor]] = field(default_factory=list)
@@ -155,24 +204,43 @@ class FusedStep:
         self._rates = auto_lr.RateFinder()
         self._plan: Plan | None = None
         self._plans_of_one: dict[Tensor, Plan] = {}
+        self._captured: list[Plan] = []
+        """Those that replays of captured graphs rest on."""
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         """On which paged states are fetched, by device."""
 
     def forget(self) -> None:
-        """Drop what is known of where states lie; they have been replaced."""
+        """Drop what is known of where states lie; they have been replaced, or are about to be."""
+        self.settle()
+        if self._captured:
+            warn_once(STALE_GRAPH)
         self._plan = None
         self._plans_of_one.clear()
         self._rates.forget_places()
 
-    def run(self) -> list[tuple[dict[str, Any], Tensor]]:
+    def settle(self) -> None:
+        """Bring up to date what the host keeps of what is counted on the device; only then it is waited for."""
+        for plan in (self._plan, *self._plans_of_one.values()):
+            for counts in plan.counts if plan is not None else ():
+                if counts is not None:
+                    counts.settle()
+        self._rates.settle()
+
+    def run(self, scaler: Scaler) -> list[tuple[dict[str, Any], Tensor]]:
         """Step every parameter the kernels take; the others, with their groups, are returned."""
         if self.optimizer.config.backend == "torch":
+            if capturing():
+                raise RuntimeError(NOT_IN_A_CAPTURE)
             parameters = self._everything()
             self._check(parameters)
+            if scaler.found():
+                return []
             if any(p.grad is not None for _, p in parameters):
                 self._rates.begin(self.optimizer.param_groups, self.optimizer.state, None, with_kernels=False)
             return parameters
-        self._plan, rest = self._run(self._plan, None)
+        if any(counts for plan in self._plans_of_one.values() for counts in plan.counts):
+            self.forget()  # two counts of one tensor would go apart
+        self._plan, rest = self._run(self._plan, None, scaler)
         if self._plan.groups is None:
             self._plan.groups = [(group, list(group["params"])) for group in self.optimizer.param_groups]
         return rest
@@ -196,19 +264,23 @@ class FusedStep:
             self._check([(group, p)])
             self._rates.begin(self.optimizer.param_groups, self.optimizer.state, (group, p), with_kernels=False)
             return False
+        if self._plan is not None and any(self._plan.counts):
+            self.forget()
         if p not in self._plans_of_one and len(self._plans_of_one) >= len(self.optimizer._facts):
+            self.settle()
             self._plans_of_one.clear()  # some are of parameters that are no longer here
         plan = self._plans_of_one.get(p)
         if plan is not None and any(source.group is not group for source in plan.sources):
+            self._retire(plan)
             plan = None
-        self._plans_of_one[p], rest = self._run(plan, (group, p))
+        self._plans_of_one[p], rest = self._run(plan, (group, p), Scaler(None, None))
         return not rest
 
     def _everything(self) -> list[tuple[dict[str, Any], Tensor]]:
         return [(group, p) for group in self.optimizer.param_groups for p in group["params"]]
 
     def _run(
-        self, plan: Plan | None, one: tuple[dict[str, Any], Tensor] | None
+        self, plan: Plan | None, one: tuple[dict[str, Any], Tensor] | None, scaler: Scaler
     ) -> tuple[Plan, list[tuple[dict[str, Any], Tensor]]]:
         """Step one parameter, or all; returns the plan for it, and what the kernels do not take."""
         options: list[dict[str, Any]] = []
@@ -218,35 +290,72 @@ class FusedStep:
             if plan.is_current(self.optimizer, options):
                 grads = self._gradients(plan)
         if plan is None or grads is None:
+            if capturing():
+                raise RuntimeError(NOT_YET_CAPTURED)
+            self._retire(plan)
             plan = self._make_plan(self._everything() if one is None else [one])
             self._rates.forget_places()
             options = self._options(plan)
             grads = self._gradients(plan)
             assert grads is not None, "a plan just made fits its gradients"
         self._check(plan.rest)
+        left = any(p.grad is not None for _, p in plan.rest)
+        if capturing():
+            self._check_captured(plan, left)
+        if left and scaler.found():
+            return plan, []
         # A step without gradients is none: trainers whose backward pass steps call it all the same.
-        if any(addresses.any() for addresses, _ in grads) or any(p.grad is not None for _, p in plan.rest):
-            self._rates.begin(self.optimizer.param_groups, self.optimizer.state, one, with_kernels=bool(plan.buckets))
+        if left or any(addresses.any() for addresses, _ in grads):
+            found_inf = None if left else scaler.found_inf
+            groups, held = self.optimizer.param_groups, self.optimizer.state
+            self._rates.begin(groups, held, one, with_kernels=bool(plan.buckets), found_inf=found_inf)
         if plan.buckets:
-            self._launch(plan, options, grads)
+            self._launch(plan, options, grads, scaler)
         return plan, plan.rest
 
+    def _retire(self, plan: Plan | None) -> None:
+        """A plan is about to be replaced: the states say all that it counted."""
+        for counts in plan.counts if plan is not None else ():
+            if counts is not None:
+                counts.settle()
+        if any(plan is captured for captured in self._captured):
+            warn_once(STALE_GRAPH)
+
+    def _check_captured(self, plan: Plan, left: bool) -> None:
+        """Raise RuntimeError where the plan's launches cannot stand in a graph; else it lives as long as the graph."""
+        tensors = [group["lr"] for group in self.optimizer.param_groups if isinstance(group["lr"], Tensor)]
+        if left or any(bucket.fetched for bucket in plan.buckets):
+            raise RuntimeError(NOT_IN_A_CAPTURE)
+        if any(lr.device != bucket.spec.device for lr in tensors for bucket in plan.buckets):
+            raise RuntimeError("lr is a tensor on another device than the parameters, which a CUDA graph cannot read")
+        if not any(plan is captured for captured in self._captured):
+            self._captured.append(plan)
+        self._rates.hold()
+
     def _launch(
-        self, plan: Plan, options: list[dict[str, Any]], grads: list[tuple[np.ndarray, list[Tensor | None]]]
+        self,
+        plan: Plan,
+        options: list[dict[str, Any]],
+        grads: list[tuple[np.ndarray, list[Tensor | None]]],
+        scaler: Scaler,
     ) -> None:
         from automagic_bnb.kernels import step
 
-        updates = zip(plan.buckets, plan.matrices, grads, strict=True)
-        due = [(bucket, matrices, addresses) for bucket, matrices, (addresses, _) in updates if addresses.any()]
+        updates = zip(plan.buckets, plan.matrices, plan.counts, grads, strict=True)
+        due = [(b, matrices, counts, places) for b, matrices, counts, (places, _) in updates if places.any()]
         tasks: list[low_rank.RankTask] = []
         ahead = iter([bucket for bucket, *_ in due if bucket.fetched])
         self._prefetch(next(ahead, None))
-        for bucket, matrices, addresses in due:
+        for bucket, matrices, counts, addresses in due:
             if bucket.fetched:
                 self._prefetch(next(ahead, None))
             with on_device(bucket.spec.device):
-                step.launch(bucket, addresses, options)
-                tasks += matrices.shrink(options)
+                if counts is None:
+                    step.launch(bucket, addresses, options)
+                    tasks += matrices.shrink(options)
+                else:
+                    step.launch(bucket, addresses, options, counts, *scaler.on(bucket.spec.device))
+                    counts.shrink()
         low_rank.shrink_ranks(tasks)
 
     def _prefetch(self, bucket: Bucket | None) -> None:
@@ -291,9 +400,15 @@ class FusedStep:
         if members:
             from automagic_bnb.kernels import tables
             from automagic_bnb.kernels.low_rank import Matrices
+            from automagic_bnb.kernels.numbers import Counts
 
             plan.buckets = tables.fill_buckets(members)
             plan.matrices = [Matrices(bucket) for bucket in plan.buckets]
+            sources = self._options(plan)
+            plan.counts = [
+                Counts(bucket, matrices, sources) if bucket.spec.counts else None
+                for bucket, matrices in zip(plan.buckets, plan.matrices, strict=True)
+            ]
         return plan
 
     def _member(self, group: dict[str, Any], p: Tensor, source: int, options: dict[str, Any]) -> Member:

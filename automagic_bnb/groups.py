@@ -55,6 +55,8 @@ class ParameterGroups(bnb.Optimizer2State):
     _class_options: ClassVar[dict[str, Any]] = {"optim_bits": 32}
     _fixed_options: tuple[str, ...] = ()
     """Those of the class options that the class's name promises."""
+    _lr: Tensor | None = None
+    """The constructor's lr where it is a tensor."""
 
     def __init__(self, params: Iterable[Any], lr: float | None = None, **options: Any) -> None:
         named = options.get("profile") is not None  # then only what the class's name promises stands above it
@@ -70,6 +72,7 @@ class ParameterGroups(bnb.Optimizer2State):
                 )
         if not bnb.BITSANDBYTES_AVAILABLE and c.optim_bits == 8:
             warn_once(bnb.MISSING_WARNING)
+        self._lr = lr if isinstance(lr, Tensor) else None
         self._facts: dict[Tensor, Facts] = {}
         self._overrides: dict[Tensor, dict[str, Any]] = {}
         """Options of single parameters that `requantize` was given; they stand over `GlobalOptimManager`'s."""
@@ -140,8 +143,16 @@ class ParameterGroups(bnb.Optimizer2State):
                 f"option lr={options['lr']!r}{where}: lies below min_lr={options['min_lr']!r}, which has no effect "
                 "then; pass a lower min_lr"
             )
+        given = group.get("lr", self._lr)
         group.update(options)
         group.setdefault("base_lr", options["lr"])
+        if options["capturable"] and isinstance(given, Tensor):
+            if given.dtype != torch.float32 or given.dim():
+                raise TypeError(
+                    f"option lr{where}: with capturable=True a tensor is read on the device, and must be a 0-d float32 "
+                    f"one; this is {given.dtype} of shape {tuple(given.shape)}"
+                )
+            group["lr"] = given
         return group
 
     def _warn_of_ratio(self, group: Group, where: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from automagic_bnb import auto_lr, checkpoint, estimate, low_rank, memory, metrics, reference, requantization
+from automagic_bnb import auto_lr, checkpoint, estimate, fused, low_rank, memory, metrics, reference, requantization
 from automagic_bnb import state as st
 from automagic_bnb.fused import FusedStep
 from automagic_bnb.groups import Facts, Group, ParameterGroups  # noqa: F401 (pickles of earlier versions name Facts here)
@@ -17,6 +17,7 @@ from automagic_bnb.notices import warn_once
 from automagic_bnb.scalars import step_scalars
 from automagic_bnb.state import local_tensor
 from automagic_bnb.stored import Blocks, read_mask
+from automagic_bnb.uncompiled import uncompiled
 
 
 class Automagic(ParameterGroups):
@@ -45,6 +46,8 @@ class Automagic(ParameterGroups):
     def __init__(self, params: Iterable[Any], lr: float | None = None, **options: Any) -> None:
         self._fused = FusedStep(self)
         super().__init__(params, lr, **options)
+        self._step_supports_amp_scaling = self.config.capturable
+        """torch's GradScaler then hands over `grad_scale` and `found_inf`, and waits for nothing."""
         if self.config.verbose:
             self.log_plan()
 
@@ -100,16 +103,25 @@ class Automagic(ParameterGroups):
 
         Returns:
             The closure's result, or None.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured, without `capturable`; or, with it, before any other step.
         """
+        return self._step(closure)
+
+    @uncompiled
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
+        fused.check_capture(self.param_groups)
+        scaler = fused.Scaler.of(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self.adopt_overrides()
         tasks = []
-        for group, p in self._fused.run():
+        for group, p in self._fused.run(scaler):
             if p.grad is not None:
-                tasks += self._update(group, p)
+                tasks += self._update(group, p, scaler.grad_scale)
         self._fused.note_states()
         low_rank.shrink_ranks(tasks)
         return loss
@@ -117,6 +129,11 @@ class Automagic(ParameterGroups):
     @torch.no_grad()
     def step_parameter(self, p: Tensor, group: Group, i: int | None = None) -> None:
         """Update one parameter, for a backward pass that steps as gradients arrive; equals `step()` over all."""
+        self._step_parameter(p, group)
+
+    @uncompiled
+    def _step_parameter(self, p: Tensor, group: Group) -> None:
+        fused.check_capture(self.param_groups)
         self.adopt_overrides()
         if p.grad is not None and not self._fused.run_one(group, p):
             low_rank.shrink_ranks(self._update(group, p))
@@ -129,9 +146,14 @@ class Automagic(ParameterGroups):
     def supports_fused_back_pass() -> bool:
         return True
 
-    def _update(self, group: Group, p: Tensor) -> list[low_rank.RankTask]:
-        """The main update of one parameter in plain PyTorch; returns the low-rank step it is due, if any."""
+    def _update(self, group: Group, p: Tensor, grad_scale: Tensor | None = None) -> list[low_rank.RankTask]:
+        """The main update of one parameter in plain PyTorch; returns the low-rank step it is due, if any.
+
+        grad_scale: float32 with one element, over which the gradient is to be taken.
+        """
         grad = st.checked_gradient(p)
+        if grad_scale is not None:
+            grad = grad.float() * grad_scale.to(grad.device).reciprocal()
         options, facts = self.effective_options(group, p), self.facts_of(p)
         state = self.prepared_state(group, p, options)
         theta = local_tensor(p).detach()
@@ -188,6 +210,7 @@ class Automagic(ParameterGroups):
         Raises:
             KeyError: p has not been stepped by this optimizer.
         """
+        self._fused.settle()
         state = self.state.get(p, {})
         if "state1" not in state:
             raise KeyError(f"a parameter of shape {tuple(p.shape)} has not been stepped by this optimizer")
@@ -214,6 +237,7 @@ class Automagic(ParameterGroups):
             per_group: adds the same names after "group0/", "group1/" and so on.
             per_parameter: adds them after each parameter's name and a slash, or "group0/parameter0/" where it has none.
         """
+        self._fused.settle()
         return metrics.collect(self, per_group, per_parameter)
 
     def get_memory_efficiency_report(self) -> dict[str, Any]:
@@ -230,6 +254,7 @@ class Automagic(ParameterGroups):
 
         bitsandbytes nests the quantized tensors, so that FSDP1 does not gather them: done for its parameters only.
         """
+        self._fused.settle()
         if any(getattr(p, "_fsdp_flattened", False) for p in self._facts):
             return super().state_dict()
         if any("shard" in state for state in self.state.values()):
@@ -257,13 +282,20 @@ class Automagic(ParameterGroups):
         for group, saved in zip(self.param_groups, groups, strict=True):
             for name in auto_lr.GROUP_KEYS:
                 group.pop(name, None)  # of the run that ends here; a checkpoint from before the first step has none
+            if isinstance(group["lr"], Tensor) and "lr" in saved:
+                group["lr"].fill_(saved.pop("lr"))  # the very tensor, which schedulers and graphs know
             group.update(saved)
         for hook in list(getattr(self, "_optimizer_load_state_dict_post_hooks", {}).values()):
             hook(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        self._fused.settle()
+        return super().__getstate__()
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._fused = FusedStep(self)
+        self._step_supports_amp_scaling = any(group.get("capturable") for group in self.param_groups)
 
 
 class Automagic8bit(Automagic):

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
 from automagic_bnb import quantization as q
 
 
@@ -37,12 +40,29 @@ def base_rate(options: dict[str, Any]) -> float:
     Where the rate is found, of a schedule that began far below its peak (OneCycleLR, CyclicLR) it is the peak: the one
     that OneCycleLR names in the group, or the highest that has been seen.
     """
-    base = float(options.get("initial_lr", options["base_lr"]))
+    base = as_number(options.get("initial_lr", options["base_lr"]))
     if not options["auto_lr"]:
         return base
-    named = options["max_lr"] if "initial_lr" in options and "max_momentum" in options else None
-    highest = max(float(options["lr"]), options.get("auto_lr_peak", 0.0), float(named or 0.0))
+    highest = max(float(options["lr"]), float(options.get("auto_lr_peak", 0.0)), named_peak(options))
     return highest if highest > PEAK_RATIO * base else base
+
+
+def named_peak(options: dict[str, Any]) -> float:
+    """The peak that OneCycleLR names in its group, else 0."""
+    return float(options["max_lr"] or 0.0) if "initial_lr" in options and "max_momentum" in options else 0.0
+
+
+_read: Any = WeakIdKeyDictionary()
+"""The numbers in tensors that were read before, each with the tensor's version then."""
+
+
+def as_number(value: Any) -> float:
+    """A number, or what a 0-d tensor that seldom changes holds: it is waited for once."""
+    if not isinstance(value, Tensor):
+        return float(value)
+    if value not in _read or _read[value][0] != value._version:
+        _read[value] = (value._version, float(value))
+    return _read[value][1]
 
 
 def relative_rate(options: dict[str, Any]) -> float:

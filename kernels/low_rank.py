@@ -225,9 +225,9 @@ class Matrices:
         members = [bucket.members[row] for row in bucket.rank_rows]
         self.table = np.array([_entry(m) for m in members], dtype=np.int64).reshape(-1, len(Column))
         self.keys = np.array([q.parameter_key(m.seed, m.ordinal, q.RANK_STREAM) for m in members], np.uint64)
-        self.sources = np.array([m.source for m in members])
+        self.sources = np.array([m.source for m in members], dtype=np.int64)
         ranks = [_rank_class(m.theta) if takes(m, bucket.spec) else 0 for m in members]
-        self.ranks = np.array(ranks)
+        self.ranks = np.array(ranks, dtype=np.int64)
         """The RANK that each needs; 0 for those that are not the kernel's."""
         self.unit = 128 // bucket.spec.switches.P.primitive_bitwidth
 
@@ -259,11 +259,18 @@ class Matrices:
         thresholds = np.array([low_rank.rank_threshold(options) for options in sources], dtype=np.float32)
         host[:, Column.THRESHOLD] = thresholds[self.sources[chosen]].view(np.int32)
         host[:, Column.KEY] = q.mix_in(self.keys[chosen], steps[chosen].astype(np.uint64))
-        aligned = not (host[:, [Column.ROWS, Column.COLS]] % self.unit).any() and not (host[:, Column.THETA] % 16).any()
+        self.start(rank, upload(host, self.bucket.spec.device), self.are_aligned(chosen))
+
+    def are_aligned(self, chosen: np.ndarray) -> bool:
+        """Whether these matrices begin, and their rows, at multiples of 16 bytes."""
+        table = self.table[chosen]
+        return not (table[:, [Column.ROWS, Column.COLS]] % self.unit).any() and not (table[:, Column.THETA] % 16).any()
+
+    def start(self, rank: int, table: Tensor, aligned: bool) -> None:
+        """Launch step 9 over a table on the device, int64 [matrices, Column], all of the same RANK."""
         spec = self.bucket.spec
-        table = upload(host, spec.device)
         span, warps = _TILES[rank]
-        low_rank_kernel[(len(host),)](
+        low_rank_kernel[(len(table),)](
             table_ptr=table,
             P=spec.switches.P,
             UNIT=self.unit if aligned else 1,

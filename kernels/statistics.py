@@ -77,8 +77,9 @@ def finalise(bucket: Bucket, addresses: Tensor, numbers: Tensor, partials: Tenso
 
 @triton.jit
 def _square_sums_kernel(
-    table_ptr, grads_ptr, owners_ptr, partials_ptr, G: tl.constexpr, ALIGN: tl.constexpr, SPAN: tl.constexpr
-):
+    table_ptr, grads_ptr, owners_ptr, partials_ptr, clips_ptr,
+    G: tl.constexpr, ALIGN: tl.constexpr, SPAN: tl.constexpr, AMP: tl.constexpr,
+):  # fmt: skip
     """Σ g² over a program's share of its gradient, elements that are not finite left out.
 
     A tensor's programs take turns, `SPAN` elements each.
@@ -92,10 +93,12 @@ def _square_sums_kernel(
         start = (program - tl.load(entry + FIRST_PROGRAM)) * SPAN
         stride = tl.load(entry + PROGRAMS) * SPAN
         lanes = tl.arange(0, SPAN)
-        total = 0.0
+        total, scale = 0.0, 1.0
+        if AMP:
+            scale = tl.load(clips_ptr + row)
         while start < size:
             grad_ptr = tl.multiple_of(address.to(tl.pointer_type(G)), ALIGN) + start
-            g = tl.load(grad_ptr + lanes, mask=lanes < size - start, other=0).to(tl.float32)
+            g = tl.load(grad_ptr + lanes, mask=lanes < size - start, other=0).to(tl.float32) * scale
             g = tl.where(tl.abs(g) <= MAX_GRADIENT, g, 0.0)
             total += tl.sum(g * g, 0)
             start += stride
@@ -103,8 +106,11 @@ def _square_sums_kernel(
 
 
 @triton.jit
-def _clip_kernel(table_ptr, grads_ptr, numbers_ptr, partials_ptr, clips_ptr, WINDOW: tl.constexpr):
-    """percentile_clipping: remember each gradient's norm, and find the factor that brings it to the percentile."""
+def _clip_kernel(table_ptr, grads_ptr, numbers_ptr, partials_ptr, clips_ptr, WINDOW: tl.constexpr, AMP: tl.constexpr):
+    """percentile_clipping: remember each gradient's norm, and find the factor that brings it to the percentile.
+
+    AMP: that comes on top of what `clips_ptr` holds.
+    """
     row = tl.program_id(0).to(tl.int64)
     if tl.load(grads_ptr + row) != 0:
         entry, numbers = table_ptr + row * _ROW, numbers_ptr + row * _NUMBERS
@@ -122,22 +128,33 @@ def _clip_kernel(table_ptr, grads_ptr, numbers_ptr, partials_ptr, clips_ptr, WIN
         seen = tl.maximum(tl.sum((norms > 0).to(tl.int32), 0), 1)
         rank = WINDOW - seen + (tl.load(numbers + N_PERCENTILE).to(tl.int32) * seen + 99) // 100 - 1
         limit = tl.sum(tl.where(place == rank, norms, 0.0), 0)
-        tl.store(clips_ptr + row, tl.where(norm > limit, limit / norm, 1.0))
+        factor = tl.where(norm > limit, limit / norm, 1.0)
+        if AMP:
+            factor = factor * tl.load(clips_ptr + row)
+        tl.store(clips_ptr + row, factor)
 
 
-def clip_factors(bucket: Bucket, addresses: Tensor, numbers: Tensor, switches: Switches) -> Tensor:
-    """percentile_clipping's factor of each gradient, float32 [tensors]; the norms are remembered on the way."""
+def clip_factors(
+    bucket: Bucket, addresses: Tensor, numbers: Tensor, switches: Switches, scales: Tensor | None = None
+) -> Tensor:
+    """percentile_clipping's factor of each gradient, float32 [tensors]; the norms are remembered on the way.
+
+    Args:
+        scales: float32 [tensors], by what gradients are multiplied before, in place for the whole factor.
+    """
     device = bucket.spec.device
     partials = torch.empty(bucket.programs, device=device)
-    clips = torch.empty(len(bucket.members), device=device)
+    clips = torch.empty(len(bucket.members), device=device) if scales is None else scales
     _square_sums_kernel[(bucket.programs,)](
         table_ptr=bucket.table,
         grads_ptr=addresses,
         owners_ptr=bucket.owners,
         partials_ptr=partials,
+        clips_ptr=clips,
         G=switches.G,
         ALIGN=switches.ALIGN,
         SPAN=BLOCKS_PER_PROGRAM * 256,
+        AMP=scales is not None,
         num_warps=4,
     )
     _clip_kernel[(len(bucket.members),)](
@@ -147,6 +164,7 @@ def clip_factors(bucket: Bucket, addresses: Tensor, numbers: Tensor, switches: S
         partials_ptr=partials,
         clips_ptr=clips,
         WINDOW=triton.next_power_of_2(st.NORM_WINDOW),
+        AMP=scales is not None,
         num_warps=4,
     )
     return clips
@@ -154,9 +172,16 @@ def clip_factors(bucket: Bucket, addresses: Tensor, numbers: Tensor, switches: S
 
 @triton.jit
 def _find_rate_kernel(
-    pointers_ptr, weights_ptr, tensors, d_ptr, sums_ptr, beta, gain, factor, error, low, high
+    pointers_ptr, weights_ptr, tensors, d_ptr, sums_ptr, error_ptr, beta, gain, factor, error, low, high,
+    COUNTED: tl.constexpr,
 ):  # fmt: skip
-    """`estimate.find_rate` over the `tensor_stats` at these addresses, whose sums are taken out."""
+    """`estimate.find_rate` over the `tensor_stats` at these addresses, whose sums are taken out.
+
+    COUNTED: the error is at `error_ptr`; below 0, nothing is done.
+    """
+    if COUNTED:
+        error = tl.load(error_ptr)
+        tensors = tl.where(error < 0, 0, tensors)
     lanes = tl.arange(0, _CHUNK)
     s = tl.zeros((_CHUNK,), dtype=tl.float32)
     momentum = tl.zeros((_CHUNK,), dtype=tl.float32)
@@ -184,19 +209,32 @@ def _find_rate_kernel(
         tl.store(sums_ptr + 1, q)
 
 
-def find_rate(d: Tensor, sums: Tensor, pointers: Tensor, weights: Tensor, numbers: estimate.Estimate) -> None:
-    """`estimate.find_rate` over int64 addresses of `tensor_stats`; nothing waits."""
+def find_rate(
+    d: Tensor,
+    sums: Tensor,
+    pointers: Tensor,
+    weights: Tensor,
+    numbers: estimate.Estimate,
+    error: Tensor | None = None,
+) -> None:
+    """`estimate.find_rate` over int64 addresses of `tensor_stats`; nothing waits.
+
+    Args:
+        error: in place of that in `numbers`, of `numbers.count_search`.
+    """
     _find_rate_kernel[(1,)](
         pointers_ptr=pointers,
         weights_ptr=weights,
         tensors=pointers.numel(),
         d_ptr=d,
         sums_ptr=sums,
+        error_ptr=d if error is None else error,
         beta=numbers.beta,
         gain=1 - numbers.beta,
         factor=numbers.factor,
         error=numbers.error,
         low=numbers.low,
         high=numbers.high,
+        COUNTED=error is not None,
         num_warps=4,
     )

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from automagic_bnb.kernels import codec, one_block, statistics, stencil, tiles
+from automagic_bnb.kernels.numbers import Counts
 from automagic_bnb.kernels.one_block import address, row_ptr
 from automagic_bnb.kernels.tables import (
     BLOCK_STATISTICS,
@@ -24,6 +25,7 @@ from automagic_bnb.kernels.tables import (
     Switches,
     shared_numbers,
 )
+from torch import Tensor
 
 from automagic_bnb import bnb, reference
 from automagic_bnb import quantization as q
@@ -338,21 +340,35 @@ def _compiler_options(device: torch.device, switches: Switches) -> dict[str, Any
     return {"maxnreg": _MAX_REGISTERS[storage, switches.WARM]}
 
 
-def launch(bucket: Bucket, grads: np.ndarray, sources: list[dict[str, Any]]) -> None:
-    """One step of a bucket: at most four launches and one upload, nothing waited for.
+def launch(
+    bucket: Bucket,
+    grads: np.ndarray,
+    sources: list[dict[str, Any]],
+    counts: Counts | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """One step of a bucket: at most five launches and one upload, nothing waited for.
 
     Args:
         grads: int64, the address of each member's gradient, 0 for none; contiguous, in the bucket's gradient dtype.
         sources: the effective options by `Member.source`.
+        counts: where steps are counted on the device.
+        grad_scale, found_inf: torch's GradScaler's, for which there must be `counts`.
     """
     device = bucket.spec.device
-    addresses, numbers, warm = bucket.upload_step(grads, sources)
+    scales = None
+    if counts is None:
+        addresses, numbers, warm = bucket.upload_step(grads, sources)
+    else:
+        addresses, numbers, clips = counts.begin(grads, sources, grad_scale, found_inf)
+        warm, scales = counts.is_warm(sources), clips if grad_scale is not None else None
     shared = shared_numbers(sources[bucket.members[0].source])
     betas, eps, clip_threshold, frequency, edge_penalty, edge_threshold, detail = shared
-    switches, constants = bucket.switches[warm, bucket.aligned and not (grads & 15).any()]
-    clips = numbers
-    if switches.SCALED:
-        clips = statistics.clip_factors(bucket, addresses, numbers, switches)
+    switches, constants = bucket.switches[warm, bucket.aligned and not (grads & 15).any(), scales is not None]
+    clips = numbers if scales is None else scales
+    if bucket.spec.switches.SCALED:
+        clips = statistics.clip_factors(bucket, addresses, numbers, switches, scales)
     book1, book2 = bnb.code_book(True, device), bnb.code_book(False, device)
     summed = switches.WARM or switches.AUTO
     partials = torch.empty(statistics.PARTS.value * bucket.programs if summed else 0, device=device)
@@ -385,4 +401,5 @@ def launch(bucket: Bucket, grads: np.ndarray, sources: list[dict[str, Any]]) -> 
     )
     if summed:
         statistics.finalise(bucket, addresses, numbers, partials, switches)
-    bucket.count()  # while the device works
+    if counts is None:
+        bucket.count()  # while the device works

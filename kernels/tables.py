@@ -21,6 +21,7 @@ from torch import Tensor
 from automagic_bnb import config, reference, scalars
 from automagic_bnb import quantization as q
 from automagic_bnb import state as st
+from automagic_bnb.addresses import Places
 from automagic_bnb.factored import Tiling, tile_height
 from automagic_bnb.paged import is_paged
 from automagic_bnb.state import KEYS
@@ -117,7 +118,7 @@ class Switches(NamedTuple):
     AWARE: bool
     AUTO: bool
     SCALED: bool
-    """percentile_clipping multiplies the gradients."""
+    """percentile_clipping, or torch's GradScaler, multiplies the gradients."""
     ECC: bool
     """8 more bits of θ are in the state."""
     STOCHASTIC: bool
@@ -138,6 +139,8 @@ class Spec:
     paged: int
     """Which part of the paged states: each has a launch of its own, and is fetched while the one before is updated. -1
     for what is not paged."""
+    counts: bool
+    """Steps are counted on the device: `capturable`."""
     numbers: tuple[Any, ...]
     """What they were when the bucket was filled; each launch takes them as they are."""
 
@@ -170,7 +173,7 @@ def spec_of(member: Member, grad_dtype: torch.dtype, options: dict[str, Any], pa
         ALIGN=16 if theta.numel() % 8 == 0 else 2,
         WARM=False,
     )
-    return Spec(theta.device, grad_dtype, switches, paged, shared_numbers(options))
+    return Spec(theta.device, grad_dtype, switches, paged, options["capturable"], shared_numbers(options))
 
 
 @dataclass
@@ -227,13 +230,15 @@ class Bucket:
         self.sharded = any(m.sharded for m in members)
         self.thetas = [m.theta.data_ptr() for m in members]
         self.sizes = [m.theta.numel() for m in members]
-        self.first_address = self.tensors[0][0].data_ptr()
+        self.rates = {id(m.rate): (m.group, m.rate) for m in members if m.rate is not None}
+        self.places = Places([*itertools.chain.from_iterable(self.tensors), *(rate for _, rate in self.rates.values())])
+        """Of the states, and of the rates found."""
         self.short = [row for row, m in enumerate(members) if m.theta.numel() <= q.BLOCK]
         self.aligned = self.spec.switches.ALIGN == 16 and all(m.theta.data_ptr() % 16 == 0 for m in members)
-        launches = itertools.product((False, True), repeat=2)
-        self.switches = {(warm, aligned): self._switches(warm, aligned) for warm, aligned in launches}
-        """Those of a launch, and the same as the kernel takes them, by whether some mask moves and all is aligned. To
-        make them takes 5 µs."""
+        launches = itertools.product((False, True), repeat=3)
+        self.switches = {launch: self._switches(*launch) for launch in launches}
+        """Those of a launch, and the same as the kernel takes them, by whether some mask moves, all is aligned and
+        gradients are multiplied. To make them takes 5 µs."""
         self.sources: dict[int, np.ndarray] = {}
         for source in {m.source for m in members}:
             self.sources[source] = np.array([row for row, m in enumerate(members) if m.source == source])
@@ -249,9 +254,10 @@ class Bucket:
         self.steps = np.zeros(len(members), dtype=np.int64)
         """t of what the last launch updated, 0 of the others."""
 
-    def _switches(self, warm: bool, aligned: bool) -> tuple[Switches, Switches]:
+    def _switches(self, warm: bool, aligned: bool, scaled: bool) -> tuple[Switches, Switches]:
         switches = self.spec.switches
-        switches = switches._replace(WARM=warm and switches.MASK > 0, ALIGN=16 if aligned else 2)
+        scaled |= switches.SCALED
+        switches = switches._replace(WARM=warm and switches.MASK > 0, ALIGN=16 if aligned else 2, SCALED=scaled)
         return switches, Switches._make(map(tl.constexpr, switches))
 
     def _programs(self, theta: Tensor) -> int:
@@ -279,22 +285,17 @@ class Bucket:
         return row
 
     def is_current(self) -> bool:
-        """Whether parameters and the tensors in their states still lie where the table says.
-
-        Of the states it is seen whether they are the same tensors, and whether the first has moved: who moves the
-        memory under a state moves that of all.
-        """
+        """Whether parameters, the tensors in their states and the rates found still lie where the table says."""
         parameters = list(map(st.local_tensor, self.parameters)) if self.sharded else self.parameters
         if list(map(Tensor.data_ptr, parameters)) != self.thetas or list(map(Tensor.numel, parameters)) != self.sizes:
-            return False
-        if self.first_address != self.tensors[0][0].data_ptr():
             return False
         changes = st.WatchedState.changes
         if not self.watched or self.changes != changes:
             if not self._holds_same_tensors():
                 return False
             self.changes = changes
-        return True
+        same_rates = all(group.get("auto_lr_rate") is rate for group, rate in self.rates.values())
+        return same_rates and self.places.are_current()
 
     def _holds_same_tensors(self) -> bool:
         try:  # identical tensors compare equal at once; of others == is no answer
@@ -307,7 +308,7 @@ class Bucket:
             all(map(operator.is_, self.tensors_of(self.states[row]), self.tensors[row])) for row in self.short
         )
 
-    def _counted(self) -> np.ndarray:
+    def counted(self) -> np.ndarray:
         """The steps taken so far, int64, as the states have them."""
         return np.fromiter(map(_STEP, self.states), np.int64, len(self.states))
 
@@ -353,7 +354,7 @@ class Bucket:
             int64 [tensors] addresses and float32 [tensors, Number] on the device, and whether any mask still moves.
         """
         stepped = grads != 0
-        steps = self._counted() + stepped
+        steps = self.counted() + stepped
         self.steps = np.where(stepped, steps, 0)
         warm = self._fill_numbers(steps, sources)
         rows, row_bytes = len(steps), 4 * len(Number)

@@ -24,6 +24,7 @@ ANOTHER_VALUE = {
     "min_8bit_size": 8192,
     "block_wise": True,
     "stable_emb": True,
+    "capturable": True,
     "force_8bit": True,
     "factored": True,
     "edge_suppression": False,

@@ -38,6 +38,7 @@ DEFAULTS = {
     "mask_bits": 8,
     "mean_bits": 32,
     "is_paged": False,
+    "capturable": False,
     "edge_suppression": True,
     "edge_penalty": 0.1,
     "edge_threshold": 0.6,
