@@ -15,12 +15,12 @@ from automagic_bnb.optimizer import (
     create_improved_8bit_optimizer,
 )
 from automagic_bnb.progressive import ProgressiveQuantization
+from automagic_bnb.run_log import RunLog, read_run
 from automagic_bnb.watch.callbacks import TensorBoardLogger, lightning_callback, trainer_callback, training_metrics
 from automagic_bnb.watch.dashboard import write_dashboard
 from automagic_bnb.watch.memory_summary import analyze_memory_usage
 from automagic_bnb.watch.monitoring import AdaptiveTrainingMonitor, check_training_health
 from automagic_bnb.watch.plots import plot_singular_values, plot_spectrum, plot_training
-from automagic_bnb.watch.run_log import RunLog, read_run
 from automagic_bnb.watch.singular import effective_rank, singular_values, stable_rank
 from automagic_bnb.watch.spectrum import Spectrum, spectrum
 from automagic_bnb.watch.timing import BenchmarkResult, benchmark_optimizer

@@ -29,8 +29,8 @@ SPREAD_WARNING = (
     "slower; give it an lr, or make a group for each device"
 )
 GROUP_KEYS = ("auto_lr_rate", "auto_lr_sums", "auto_lr_count", "auto_lr_joined", "auto_lr_peak", "effective_lr")
-"""What a search keeps in its groups: d of the group; in the first of a search (num, q), the steps it has taken, how many
-parameters it watches and after how many steps the last one joined; the highest `lr` seen, and the rate in use."""
+"""What a search keeps in its groups: d of the group; in the first of a search (num, q), the steps it has taken, how
+many parameters it watches and after how many steps the last one joined; the highest `lr` seen, and the rate in use."""
 
 
 @dataclass

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import math
 import operator
+import os
 import sys
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
@@ -96,14 +97,14 @@ def _real_rule(legal: str, low: float, high: float = math.inf, *, open_low: bool
     return Rule(legal, parse)
 
 
-def _integer_rule(legal: str, low: int, high: float = math.inf, step: int = 1) -> Rule:
+def _integer_rule(legal: str, low: int, high: float = math.inf, step: int = 1, scope: str = "parameter") -> Rule:
     def parse(value: Any) -> int:
         number = _number(value)
         if number != int(number) or number < low or number > high or (number - low) % step:
             raise ValueError("out of range")
         return int(number)
 
-    return Rule(legal, parse)
+    return Rule(legal, parse, scope)
 
 
 def _parse_bool(value: Any) -> bool:
@@ -185,6 +186,12 @@ def _parse_mask_bits(value: Any) -> int:
     return int(bits)
 
 
+def _parse_folder(value: Any) -> str:
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError("not a path")
+    return os.fspath(value)
+
+
 def _opt(default: Any, rule: Rule) -> Any:
     return field(default=default, metadata={"rule": rule})
 
@@ -255,8 +262,14 @@ class AutomagicConfig:
     # Steps are counted on the device, and CUDA graphs may capture one.
     capturable: bool = _opt(False, _BOOL)
     backend: str | None = _opt(None, _or_none(_choice_rule("triton", "torch")))
-    profile: str | None = _opt(None, _or_none(_choice_rule("lean", "memory_optimized", "balanced", "quality_optimized")))
+    profile: str | None = _opt(
+        None, _or_none(_choice_rule("lean", "memory_optimized", "balanced", "quality_optimized"))
+    )
     verbose: bool = _opt(False, _BOOL_ONCE)
+    # A folder in which every step, or each of so many, leaves its metrics: options pass through trainers that have no
+    # callbacks.
+    run_log: str | None = _opt(None, _or_none(Rule("a folder", _parse_folder, "optimizer")))
+    run_log_every: int = _opt(10, _integer_rule("a whole number >= 1", 1, scope="optimizer"))
 
 
 RULES: dict[str, Rule] = {f.name: f.metadata["rule"] for f in dataclasses.fields(AutomagicConfig)}
@@ -402,8 +415,8 @@ class OptimizationProfiles:
 
     @staticmethod
     def memory_optimized() -> AutomagicConfig:
-        """The defaults, and matrices of less than 4,096 elements in 8 bits, too."""
-        return AutomagicConfig(min_8bit_size=256)
+        """Every feature on in 1.7 bytes a parameter: rates of single weights in 4 bits, means of v and r in 16."""
+        return AutomagicConfig(mask_bits=4, mean_bits=16)
 
     @staticmethod
     def balanced() -> AutomagicConfig:

@@ -14,6 +14,7 @@ from automagic_bnb import state as st
 from automagic_bnb.fused import FusedStep
 from automagic_bnb.groups import Facts, Group, ParameterGroups  # noqa: F401 (pickles of earlier versions name Facts here)
 from automagic_bnb.notices import warn_once
+from automagic_bnb.run_log import StepLog
 from automagic_bnb.scalars import step_scalars
 from automagic_bnb.state import local_tensor
 from automagic_bnb.stored import Blocks, read_mask
@@ -32,7 +33,8 @@ class Automagic(ParameterGroups):
             been found, and shows that as long as no scheduler drives the group. With `auto_lr=True` from 0.01 on a
             factor of the rate found, below it where the search starts.
         options: any field of `AutomagicConfig`, which lists them with their defaults. All but `backend`, `is_paged`,
-            `profile` and `verbose` may also stand in a parameter group or in a `GlobalOptimManager` override.
+            `profile`, `run_log`, `run_log_every` and `verbose` may also stand in a parameter group or in a
+            `GlobalOptimManager` override.
 
     Raises:
         TypeError: an unknown option (naming the nearest), a value of the wrong type, a parameter of another dtype.
@@ -43,11 +45,16 @@ class Automagic(ParameterGroups):
         >>> optimizer = Automagic8bit(model.parameters(), lr=1e-4, weight_decay=0.01)
     """
 
+    _step_log: StepLog | None = None
+    """What the option `run_log` writes."""
+
     def __init__(self, params: Iterable[Any], lr: float | None = None, **options: Any) -> None:
         self._fused = FusedStep(self)
         super().__init__(params, lr, **options)
         self._step_supports_amp_scaling = self.config.capturable
         """torch's GradScaler then hands over `grad_scale` and `found_inf`, and waits for nothing."""
+        if self.config.run_log is not None:
+            self._step_log = StepLog(self.config.run_log, self.config.run_log_every)
         if self.config.verbose:
             self.log_plan()
 
@@ -124,6 +131,8 @@ class Automagic(ParameterGroups):
                 tasks += self._update(group, p, scaler.grad_scale)
         self._fused.note_states()
         low_rank.shrink_ranks(tasks)
+        if self._step_log is not None:
+            self._step_log.stepped(self._steps_taken, self.get_metrics)
         return loss
 
     @torch.no_grad()
@@ -135,6 +144,8 @@ class Automagic(ParameterGroups):
     def _step_parameter(self, p: Tensor, group: Group) -> None:
         fused.check_capture(self.param_groups)
         self.adopt_overrides()
+        if self._step_log is not None and p.grad is not None:
+            self._step_log.stepped_one(p, self._steps_taken, self.get_metrics)
         if p.grad is not None and not self._fused.run_one(group, p):
             low_rank.shrink_ranks(self._update(group, p))
 
@@ -240,6 +251,9 @@ class Automagic(ParameterGroups):
         self._fused.settle()
         return metrics.collect(self, per_group, per_parameter)
 
+    def _steps_taken(self) -> int:
+        return max((int(state["step"]) for state in self.state.values() if "step" in state), default=0)
+
     def get_memory_efficiency_report(self) -> dict[str, Any]:
         """The bytes of state held, or to be allocated by the first step: `memory.efficiency_report` lists the figures.
 
@@ -279,6 +293,8 @@ class Automagic(ParameterGroups):
         self.state.clear()
         self.state.update({p: st.WatchedState(values) for p, values in state.items()})
         self._fused.forget()
+        if self._step_log is not None:
+            self._step_log.begin_again()
         for group, saved in zip(self.param_groups, groups, strict=True):
             for name in auto_lr.GROUP_KEYS:
                 group.pop(name, None)  # of the run that ends here; a checkpoint from before the first step has none

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import pickle
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ DEFAULTS = {
     "block_wise": True,
     "stable_emb": False,
     "force_8bit": False,
-    "factored": False,
+    "factored": True,
     "mask_bits": 8,
     "mean_bits": 32,
     "is_paged": False,
@@ -59,6 +60,8 @@ DEFAULTS = {
     "backend": None,
     "profile": None,
     "verbose": False,
+    "run_log": None,
+    "run_log_every": 10,
 }
 
 
@@ -146,6 +149,11 @@ VALUES: dict[str, Values] = {
     "mask_bits": whole(8, 4, 0, beyond=[1, 2, 5, 16, 32, -4]),
     "mean_bits": whole(32, 16, beyond=[0, 8, 24, 48]),
     "seed": whole(0, 2**63 - 1, 1234567890123456789, beyond=[-1, 2**63, "1e400"]),
+    "run_log": (
+        [("runs/a", "runs/a"), (Path("runs/a"), "runs/a"), (None, None), ("none", None)],
+        [1, True, b"runs", ["a"]],
+    ),
+    "run_log_every": whole(10, 1, 1000, beyond=[0, -1]),
     "block_wise": ([(True, True), ("true", True)], [False, "False", 1, None]),
     "backend": choice("triton", "torch"),
     "profile": choice("lean", "memory_optimized", "balanced", "quality_optimized"),
@@ -345,10 +353,15 @@ def test_whether_max_lr_was_set_survives_copying(carry: Any, options: dict[str, 
 # ------------------------------------------------------------------------------------------------------------- profiles
 
 PROFILES = {
-    "lean": {"factored": True, "mask_bits": 0, "came": False},
-    "memory_optimized": {"factored": True},
+    "lean": {"mask_bits": 0, "came": False},
+    "memory_optimized": {"mask_bits": 4, "mean_bits": 16},
     "balanced": {},
-    "quality_optimized": {"edge_penalty": 0.15, "frequency_penalty": 0.08, "rank_penalty_strength": 0.02},
+    "quality_optimized": {
+        "factored": False,
+        "edge_penalty": 0.15,
+        "frequency_penalty": 0.08,
+        "rank_penalty_strength": 0.02,
+    },
 }
 
 
@@ -395,10 +408,10 @@ def test_options_stand_above_their_profile() -> None:
 # ------------------------------------------------------------------------------------------------ groups and overrides
 
 
-WHOLE_OPTIMIZER = ("backend", "is_paged", "profile", "verbose")
+WHOLE_OPTIMIZER = ("backend", "is_paged", "profile", "run_log", "run_log_every", "verbose")
 
 
-def test_four_options_hold_for_the_whole_optimizer() -> None:
+def test_six_options_hold_for_the_whole_optimizer() -> None:
     """All others may stand in a group or an override."""
     assert set(config.GROUP_OPTIONS) == set(DEFAULTS) - set(WHOLE_OPTIMIZER)
 

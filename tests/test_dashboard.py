@@ -17,9 +17,9 @@ import pytest
 
 from automagic_bnb import Automagic8bit, RunLog, training_metrics, write_dashboard
 from automagic_bnb.command import cli
+from automagic_bnb.run_log import Run, Series, read_run
 from automagic_bnb.watch.dashboard import COLOURS, MOST_POINTS, comparison, run_name, summary, thinned
 from automagic_bnb.watch.panels import PANELS
-from automagic_bnb.watch.run_log import Run, Series, read_run
 
 pytest.importorskip("plotly", reason="plotly is not installed: pip install 'automagic-bnb[dashboard]'")
 

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from automagic_bnb import Automagic8bit, RunLog, read_run
-from automagic_bnb.watch.run_log import FILE_NAME, Run, as_run, find_runs
+from automagic_bnb.run_log import FILE_NAME, Run, as_run, find_runs
 
 
 def as_dict(run: Run) -> dict[str, dict[int, float]]:
@@ -141,7 +141,7 @@ def test_foreign_lines_are_counted_and_left_out(line: bytes, tmp_path: Path) -> 
 
 KILLED = """
 import os, signal, sys
-from automagic_bnb.watch.run_log import RunLog
+from automagic_bnb.run_log import RunLog
 log = RunLog(sys.argv[1])
 for step in range(20):
     log.log(step, {"loss": step / 2})

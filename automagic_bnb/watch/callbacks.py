@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from automagic_bnb import auto_lr, config, scalars
 from automagic_bnb import state as st
+from automagic_bnb.run_log import RunLog, as_number
 from automagic_bnb.watch.monitoring import automagic_of
-from automagic_bnb.watch.run_log import RunLog, as_number
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from automagic_bnb.run_log import Run, Series, find_runs, read_run
 from automagic_bnb.watch.panels import Panel, panels_of
 from automagic_bnb.watch.plots import MARKED, SMOOTHED, running_median
-from automagic_bnb.watch.run_log import Run, Series, find_runs, read_run
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

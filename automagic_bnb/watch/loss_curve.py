@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from automagic_bnb.watch.run_log import as_number
+from automagic_bnb.run_log import as_number
 
 DIVERGENCE_RISE = 0.2
 """Share of its best level by which the loss must have risen. Moving averages, harder data and restarts of a schedule

@@ -16,8 +16,8 @@ from automagic_bnb import bnb, config, scalars
 from automagic_bnb import state as st
 from automagic_bnb.memory import memory_by_parameter, planned, quantized_share
 from automagic_bnb.optimizer import Automagic
+from automagic_bnb.run_log import as_number
 from automagic_bnb.watch import loss_curve, schedulers
-from automagic_bnb.watch.run_log import as_number
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from automagic_bnb.watch.run_log import Run, Series
+from automagic_bnb.run_log import Run, Series
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from automagic_bnb.run_log import Run, Series, as_run
 from automagic_bnb.watch.panels import Curve, Panel, panels_of
-from automagic_bnb.watch.run_log import Run, Series, as_run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

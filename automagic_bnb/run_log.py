@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 import numbers
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
+import torch.distributed as dist
 
 from automagic_bnb import config
+from automagic_bnb.notices import warn_once
 
 FILE_NAME = "metrics.jsonl"
 
@@ -80,6 +82,55 @@ class RunLog:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class StepLog:
+    """What the option `run_log` writes: an optimizer's metrics, each time that so many steps have been taken.
+
+    Of several processes the first writes. A step that cannot be written (a full disk) is a warning, once.
+
+    Args:
+        directory: the run log's.
+        every: steps from one line to the next.
+    """
+
+    def __init__(self, directory: str, every: int) -> None:
+        self._directory, self._every = directory, every
+        self._log: RunLog | None = None
+        self._first: Any = None  # of parameters that are stepped one at a time: the one that begins a step
+        self._steps: int | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_log": None, "_first": None}  # a file that is open goes into no copy
+
+    def begin_again(self) -> None:
+        """States have been loaded: their steps count."""
+        self._steps = self._first = None
+
+    def stepped(self, steps: Callable[[], int], metrics: Callable[[], Mapping[str, float]]) -> None:
+        """A step has been taken. steps: what states count, asked for once; metrics: asked for when it is their turn."""
+        self._steps = steps() if self._steps is None else self._steps + 1
+        if self._steps % self._every or not _is_first_process():
+            return
+        try:
+            if self._log is None:
+                self._log = RunLog(self._directory)
+            self._log.log(self._steps, metrics())
+        except OSError as error:
+            warn_once(
+                f"option run_log={self._directory!r}: {error}; training goes on, and what could not be written is lost"
+            )
+
+    def stepped_one(self, p: Any, steps: Callable[[], int], metrics: Callable[[], Mapping[str, float]]) -> None:
+        """Called before a parameter is stepped alone: where a step begins anew, one has been taken."""
+        if self._first is None:
+            self._first = p
+        elif self._first is p:
+            self.stepped(steps, metrics)
+
+
+def _is_first_process() -> bool:
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 class Series(NamedTuple):
