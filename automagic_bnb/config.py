@@ -253,7 +253,9 @@ class AutomagicConfig:
     # How it runs.
     seed: int = _opt(0, _integer_rule("a whole number from 0 to 2**63 - 1", 0, 2**63 - 1))
     backend: str | None = _opt(None, _or_none(_choice_rule("triton", "torch")))
-    profile: str | None = _opt(None, _or_none(_choice_rule("lean", "memory_optimized", "balanced", "quality_optimized")))
+    profile: str | None = _opt(
+        None, _or_none(_choice_rule("lean", "memory_optimized", "balanced", "quality_optimized"))
+    )
     verbose: bool = _opt(False, _BOOL_ONCE)
 
 

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from automagic_bnb.quantization import BLOCK, FLOAT_TINY
 
-
 LEAST_WIDTH = 8
 """Of a tile: as many elements lie in one thread of the kernels."""
 
@@ -43,7 +42,7 @@ class Tiling:
     @classmethod
     def of(cls, p: Tensor) -> Tiling:
         columns = p.numel() // max(p.shape[0], 1) if p.dim() else 1
-        whole_rows = 0 < columns and BLOCK % columns == 0
+        whole_rows = columns > 0 and BLOCK % columns == 0
         strips = min(math.lcm(columns, BLOCK) // BLOCK, -(-p.numel() // BLOCK))
         return cls(p.numel(), max(columns, LEAST_WIDTH) if whole_rows else BLOCK, max(strips, 1))
 

@@ -129,7 +129,9 @@ class ParameterGroups(bnb.Optimizer2State):
             options["auto_lr"] = None  # a group with a rate of its own keeps it
         options = config.respelled(options)
         config.check_rates(options, where)
-        if {"force_8bit", "factored", "mask_bits"} & set(group):  # what a group has from the constructor it may make an exception of
+        if {"force_8bit", "factored", "mask_bits"} & set(
+            group
+        ):  # what a group has from the constructor it may make an exception of
             config.check_storage(options, where)
         if "lr" in group:
             config.warn_of_factor(options)

@@ -43,9 +43,7 @@ _HIGHEST = tl.constexpr(int(reference.K_MAX - reference.K_MIN) << 17)
 # In four bits it takes three, as one of eight; again a fraction from 1 to 2, which counts 1/8.
 _PAIR_SPAN = tl.constexpr(8 * q.PAIR_SPACING / reference.OCTAVE)
 _PAIR_SHIFT = tl.constexpr(_PAIR_SPAN.value - reference.K_MIN / reference.OCTAVE)
-_PAIR_HIGHEST = tl.constexpr(
-    int((stored.highest_exponent(q.PAIR_SPACING) - reference.K_MIN) / q.PAIR_SPACING) << 17
-)
+_PAIR_HIGHEST = tl.constexpr(int((stored.highest_exponent(q.PAIR_SPACING) - reference.K_MIN) / q.PAIR_SPACING) << 17)
 _PAIR_STEP = tl.constexpr(1 / q.PAIR_SPACING)
 
 
@@ -314,8 +312,8 @@ def random_at(key, index):
 def round_mean(x, key, index, DTYPE: tl.constexpr):
     """float32 x in DTYPE, float32 or bfloat16: there by the random bits of an element, its flat index."""
     if tl.bfloat16 == DTYPE:
-        return ((x.to(tl.uint32, bitcast=True) + random_at(key, index)) >> 16).to(tl.uint16).to(
-            tl.bfloat16, bitcast=True
+        return (
+            ((x.to(tl.uint32, bitcast=True) + random_at(key, index)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
         )
     else:
         return x

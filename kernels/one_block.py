@@ -317,9 +317,7 @@ def _move_rows(entry_ptr, COLUMN: tl.constexpr, seen, used, at, beta, gain, key,
     """Move the row means of factored v or r; used: int32 [256], 1 for what was not skipped."""
     rows_ptr = row_ptr(entry_ptr, COLUMN, at.block, S)
     start = at.block.to(tl.int64) * BLOCK
-    tiles.move_rows(
-        rows_ptr, seen, used, at.remaining, at.per, beta, gain, key, start, S.WIDTH, S.MEANS, CAREFUL
-    )
+    tiles.move_rows(rows_ptr, seen, used, at.remaining, at.per, beta, gain, key, start, S.WIDTH, S.MEANS, CAREFUL)
 
 
 @triton.jit

@@ -242,13 +242,9 @@ def _tile(entry_ptr, numbers, local, size, grad_address, clip, rule, S):
             done += BLOCKS
         if skipped.to(tl.float32) < tl.sum(counts, 0):  # a tile in which all was skipped keeps its very means
             start = first.to(tl.int64) * BLOCK
-            tiles.move_columns(
-                v_col_ptr, v_sums, counts, rule.beta2, rule.gain2, rule.key, start, S.WIDTH, S.MEANS
-            )
+            tiles.move_columns(v_col_ptr, v_sums, counts, rule.beta2, rule.gain2, rule.key, start, S.WIDTH, S.MEANS)
             if S.CAME:
-                tiles.move_columns(
-                    r_col_ptr, r_sums, counts, rule.beta3, rule.gain3, rule.key, start, S.WIDTH, S.MEANS
-                )
+                tiles.move_columns(r_col_ptr, r_sums, counts, rule.beta3, rule.gain3, rule.key, start, S.WIDTH, S.MEANS)
     return active, mask_sum, numerator, denominator
 
 

@@ -10,9 +10,8 @@ from hypothesis import strategies as some
 from rule_in_float64 import TileMeans
 from torch import Tensor
 
-from automagic_bnb import AutomagicConfig
+from automagic_bnb import AutomagicConfig, stored
 from automagic_bnb import state as st
-from automagic_bnb import stored
 from automagic_bnb.factored import Tiling
 
 SHAPES = some.one_of(
