@@ -111,8 +111,18 @@ class Automagic(ParameterGroups):
 
     @torch.no_grad()
     def step_parameter(self, p: Tensor, group: Group, i: int | None = None) -> None:
-        """Update one parameter, for a backward pass that steps as gradients arrive; equals `step()` over all."""
+        """Update one parameter, for a backward pass that steps as gradients arrive; equals `step()` over all.
+
+        Args:
+            group: whose options count. One that the parameter is not in (some trainers pass the last group for all) is
+                put right.
+
+        Raises:
+            KeyError: the parameter is in no group.
+        """
         self.adopt_overrides()
+        if (owner := self.group_of(p)) is not group and not any(q is p for q in group["params"]):
+            group = owner
         if p.grad is not None and not self._fused.run_one(group, p):
             low_rank.shrink_ranks(self._update(group, p))
 
@@ -135,7 +145,7 @@ class Automagic(ParameterGroups):
         st.check_shape(state, theta)
         t, is_lora = state["step"] + 1, facts.counts_as_lora(options)
         st.set_uncounted(state, "step", t)
-        scalars = step_scalars(options, t, is_lora, facts.ordinal)
+        scalars = step_scalars(options, t, is_lora, facts.key)
         d, watch = None, None
         if options["auto_lr"]:
             d = auto_lr.rate_tensor(group, theta.device).to(theta.device)
@@ -145,7 +155,7 @@ class Automagic(ParameterGroups):
         if flat is not theta:
             theta.copy_(flat)
         is_lora = is_lora and not self.is_sharded(p)
-        return low_rank.rank_tasks(theta, state, options, facts.ordinal, is_lora, d)
+        return low_rank.rank_tasks(theta, state, options, facts.key, is_lora, d)
 
     @staticmethod
     def is_sharded(p: Tensor) -> bool:
@@ -186,10 +196,10 @@ class Automagic(ParameterGroups):
         state = self.state.get(p, {})
         if "state1" not in state:
             raise KeyError(f"a parameter of shape {tuple(p.shape)} has not been stepped by this optimizer")
-        group = next(g for g in self.param_groups if any(q is p for q in g["params"]))
+        group = self.group_of(p)
         options, local, facts = self.effective_options(group, p), local_tensor(p), self.facts_of(p)
         is_lora = facts.counts_as_lora(options)
-        scalars = step_scalars(options, state["step"] + 1, is_lora, facts.ordinal)
+        scalars = step_scalars(options, state["step"] + 1, is_lora, facts.key)
         blocks = Blocks(local)
         k, _ = read_mask(state, blocks)
         d = None
@@ -236,8 +246,13 @@ class Automagic(ParameterGroups):
     def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
         """Load what `state_dict` returned; every dtype comes back exactly.
 
-        A key that an older checkpoint lacks starts at its first value. Checkpoints of bitsandbytes' Adam and AdamW, of
-        ai-toolkit's Automagic and of Automagic_CameAMP load too: `migration` says what is taken over.
+        A key that an older checkpoint lacks starts at its first value. Whether a rate is given or found is as the
+        constructor was told, whatever the checkpoint says. Checkpoints of other optimizers load too: `migration` says
+        of which, and what is taken over. As in torch, the groups are new dictionaries.
+
+        Args:
+            move_to_device: False leaves the tensors of the states on the checkpoint's devices, as bitsandbytes does;
+                they have to be moved before the next step.
 
         Raises:
             ValueError: groups, shapes or keys do not fit. The optimizer is then as it was.
@@ -245,14 +260,15 @@ class Automagic(ParameterGroups):
         state_dict = dict(state_dict)  # hooks may write into it
         for hook in list(getattr(self, "_optimizer_load_state_dict_pre_hooks", {}).values()):
             state_dict = hook(self, state_dict) or state_dict
-        state, groups = checkpoint.parse(self, state_dict)
+        state, groups = checkpoint.parse(self, state_dict, move_to_device)
         self.state.clear()
         self.state.update({p: st.WatchedState(values) for p, values in state.items()})
-        self._fused.forget()
-        for group, saved in zip(self.param_groups, groups, strict=True):
-            for name in auto_lr.GROUP_KEYS:
-                group.pop(name, None)  # of the run that ends here; a checkpoint from before the first step has none
-            group.update(saved)
+        self._fused = FusedStep(self)
+        self.param_groups = [
+            # What was found belongs to the run that ends here; a checkpoint from before the first step has none.
+            {**{name: value for name, value in group.items() if name not in auto_lr.GROUP_KEYS}, **saved}
+            for group, saved in zip(self.param_groups, groups, strict=True)
+        ]
         for hook in list(getattr(self, "_optimizer_load_state_dict_post_hooks", {}).values()):
             hook(self)
 
