@@ -118,8 +118,8 @@ def restore_managers(optimizer: Any) -> None:
 def code_book(signed: bool, device: torch.device) -> torch.Tensor:
     """bitsandbytes' dynamic map, float32 [256], ascending: `qmap1` (signed) or `qmap2` (unsigned).
 
-    A tensor of this package's own, for all parameters on a device. Give bitsandbytes' `quantize_blockwise` a clone: below
-    0.46, it writes into entry 0 of the code book that it is given on the CPU.
+    A tensor of this package's own, for all parameters on a device. Give bitsandbytes' `quantize_blockwise` a clone:
+    before 0.46 it writes into entry 0 of the code book that it is given on the CPU.
     """
     if not BITSANDBYTES_AVAILABLE:
         raise RuntimeError(f"8-bit states need bitsandbytes' code books. {MISSING_WARNING}")

@@ -160,7 +160,7 @@ def _parse_parameter(
     if unknown or "state1" not in saved or not {"state2", "exp_avg_sq_row"} & saved.keys():
         raise ValueError(
             f"{where}: this is a checkpoint of another optimizer (its state holds {sorted(saved)}); "
-            "start without it, or load one of this optimizer, of an Adam, Prodigy, Adafactor, ai-toolkit's Automagic or CameAMP"
+            "start without it, or load one of this optimizer, Adam, Prodigy, Adafactor, any Automagic or CameAMP"
         )
     state: st.State = {"step": int(saved.get("step", 0))}
     if state["step"] < 0:

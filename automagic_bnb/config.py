@@ -310,14 +310,18 @@ FOREIGN_OPTIONS: dict[str, str] = {
 SUGGESTED_FROM = 0.6
 """How like two names have to be for one to be taken for the other."""
 OTHER_NAMES = {
-    **{"learning_rate": "lr", "wd": "weight_decay", "bits": "optim_bits", "8bit": "force_8bit"},
-    **{"beta1": "betas", "beta2": "betas"},
+    "learning_rate": "lr",
+    "wd": "weight_decay",
+    "bits": "optim_bits",
+    "8bit": "force_8bit",
+    "beta1": "betas",
+    "beta2": "betas",
 }
 """Other libraries' words, too far from ours to be found by their letters."""
 
 
 def unknown_option(name: str, where: str = "Automagic") -> TypeError:
-    """The error for an option nobody knows: what is known of other optimizers', else the nearest name, if any is near."""
+    """The error for an option nobody knows: what is known of other optimizers', else a name that is near."""
     if name in FOREIGN_OPTIONS:
         return TypeError(f"{where} has no option {name!r}: {FOREIGN_OPTIONS[name]}")
     near = OTHER_NAMES.get(name) or next(iter(difflib.get_close_matches(name, RULES, n=1, cutoff=SUGGESTED_FROM)), None)
@@ -407,8 +411,8 @@ def warn_of_large_rate(options: dict[str, Any], where: str = "") -> None:
     """Say that a given rate is far beyond those of weights."""
     if not options["auto_lr"] and options["lr"] is not None and options["lr"] > LARGE_LR:
         warn_once(
-            f"option lr={options['lr']!r}{where}: is a rate here, and a large one; where lr=1 stands for a rate that is "
-            "found, as Prodigy's users write it, leave lr out or pass auto_lr=True"
+            f"option lr={options['lr']!r}{where}: is a rate here, and a large one; if it is to stand for a rate that "
+            "is found, as Prodigy's users write it, leave lr out or pass auto_lr=True"
         )
 
 

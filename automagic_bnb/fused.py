@@ -69,8 +69,8 @@ def takes(p: Tensor, backend: str | None) -> bool:
             return False
         if missing:
             warn_once(
-                f"{missing}; the optimizer runs in plain PyTorch, which is many times slower on a GPU. torch 2.7 and later "
-                "bring a Triton that will do; `automagic-bnb doctor` says more"
+                f"{missing}; the optimizer runs in plain PyTorch, which is many times slower on a GPU. torch 2.7 and "
+                "later bring a Triton that will do; `automagic-bnb doctor` says more"
             )
             return False
     elif missing:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from operator import is_
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
@@ -230,8 +229,8 @@ class ParameterGroups(bnb.Optimizer2State):
             and are_low_rank_pairs([p for p in parameters if p.requires_grad and not is_lazy(p)])
         ):
             warn_once(
-                "the LoRA parts of the rule are off: no parameter has a name or a mark that says it is LoRA's. To switch "
-                "them on pass lora=True, or model.named_parameters() in place of model.parameters()"
+                "the LoRA parts of the rule are off: no parameter has a name or a mark that says it is LoRA's. To "
+                "switch them on pass lora=True, or model.named_parameters() in place of model.parameters()"
             )
 
     def name_parameters(self, named: Iterable[tuple[str, Tensor]]) -> None:

@@ -211,8 +211,10 @@ class Reader:
         return blocks.join(q.decode(blocks.cut(value), absmax, book)).view(shape)
 
     def rates(self) -> Tensor | None:
-        """`lr_mask`: float numbers, or int8 with one scale, as a dict or as an object of ai-toolkit's class; or `lr`, one
-        for all weights."""
+        """`lr_mask`: float numbers, or int8 with one scale, as a dict or as an object of ai-toolkit's class.
+
+        Or `lr`, one for all weights.
+        """
         if "lr" in self.saved:
             return self.floats("lr", ()).expand(self.p.shape)
         value = self.saved.get("lr_mask")
@@ -282,7 +284,10 @@ def _from_adam(step: int, m: Tensor, v: Tensor, group: dict[str, Any]) -> Carrie
 
 
 def _read_prodigy(reader: Reader, group: dict[str, Any]) -> Carried:
-    """Its averages are Adam's of d·g and (d·g)², with the distance d of the group, which counts the steps, too."""
+    """Its averages are Adam's of d·g and (d·g)², with the distance d of the group, which counts the steps, too.
+
+    That is the last d: while it grows, the averages count as smaller than they are.
+    """
     d = float(group.get("d") or 1.0)
     return _from_adam(int(group.get("k", 0)), reader.floats("exp_avg") / d, reader.floats("exp_avg_sq") / d**2, group)
 

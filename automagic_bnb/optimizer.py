@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from automagic_bnb import auto_lr, checkpoint, estimate, low_rank, memory, metrics, reference, requantization
+from automagic_bnb import auto_lr, checkpoint, estimate, low_rank, memory, metrics, reference, requantization, signature
 from automagic_bnb import state as st
 from automagic_bnb.fused import FusedStep
 from automagic_bnb.groups import Facts, Group, ParameterGroups  # noqa: F401 (pickles of earlier versions name Facts here)
@@ -47,6 +47,11 @@ class Automagic(ParameterGroups):
         super().__init__(params, lr, **options)
         if self.config.verbose:
             self.log_plan()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__init__.__code__ is Automagic.__init__.__code__:  # not one with arguments of its own
+            cls.__init__ = signature.explicit(cls.__init__, cls._class_options)
 
     def requantize(
         self,
@@ -275,6 +280,9 @@ class Automagic(ParameterGroups):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._fused = FusedStep(self)
+
+
+Automagic.__init__ = signature.explicit(Automagic.__init__, Automagic._class_options)
 
 
 class Automagic8bit(Automagic):

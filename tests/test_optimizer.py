@@ -145,7 +145,7 @@ def small_model() -> nn.Module:
 @pytest.mark.parametrize("keyword", [False, True])
 @pytest.mark.parametrize("form", forms(small_model()))
 def test_parameters_may_come_in_any_form(form: str, keyword: bool, tools: Any) -> None:
-    """Whatever holds the parameters, positional or by keyword, the training is the same; names make other random bits."""
+    """Whatever holds the parameters, positional or by keyword, the training is the same; names make random bits."""
     results = []
     for chosen in (form, "named list" if "named" in form else "list"):
         model = small_model()

@@ -54,8 +54,7 @@ def lora(named: bool = False) -> list[Any]:
 def test_lora_without_names_is_said_once() -> None:
     """With how to switch it on."""
     with pytest.warns(UserWarning, match=rf"{SAYS_OFF}.*lora=True.*named_parameters") as said:
-        Automagic8bit(lora(), lr=1e-3)
-        Automagic8bit(lora(), lr=1e-3)
+        assert [Automagic8bit(lora(), lr=1e-3), Automagic8bit(lora(), lr=1e-3)]
     assert len([w for w in said if SAYS_OFF in str(w.message)]) == 1
 
 

@@ -69,7 +69,7 @@ def result(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("module", [True, False])
 def test_a_script_trains_with_ours(module: bool, tmp_path: Path) -> None:
-    """With its arguments and the files beside it; one line says what was replaced; LoRA is told by the model's names."""
+    """With its arguments and the files beside it; one line says what was replaced; LoRA is told by names."""
     done = run(tmp_path, "--set", "lora_rank_penalty=false", "--", "train.py", "AdamW8bit", "--set", "x", module=module)
     found = result(done)
     assert (found["class"], found["module"]) == ("Automagic8bit", "automagic_bnb.optimizer")

@@ -121,7 +121,8 @@ def add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         usage="automagic-bnb run [--set NAME=VALUE ...] -- SCRIPT.py [ARGUMENT ...]\n"
         "       automagic-bnb run [--set NAME=VALUE ...] -- -m MODULE [ARGUMENT ...]",
         description="Run a script in which bitsandbytes' AdamW8bit, PagedAdamW8bit and AdamW are Automagic8bit, "
-        "PagedAutomagic8bit and Automagic: for trainers with a list of optimizers of their own. Choose one of them there.",
+        "PagedAutomagic8bit and Automagic: for trainers with a list of optimizers of their own. Choose one of them "
+        "there.",
     )
     parser.add_argument(
         "--set",

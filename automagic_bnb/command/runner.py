@@ -19,7 +19,7 @@ def run(settings: list[str], program: list[str], trainer: str | None = None) -> 
 
     Args:
         settings: options as NAME=VALUE, over those of the environment's `AUTOMAGIC_BNB_OPTIONS`.
-        trainer: of which automagic_bnb.trainers has a module, and in which more than bitsandbytes' classes has to be replaced.
+        trainer: a module of automagic_bnb.trainers, for one in which more has to be replaced.
         program: a script or "-m" and a module, and its arguments; a "--" before it is left out.
     """
     program = program[1:] if program[:1] == ["--"] else program

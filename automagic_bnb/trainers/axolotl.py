@@ -23,7 +23,7 @@ class AutomagicArgs(BaseModel):
 
 
 class AutomagicPlugin(BasePlugin):
-    """Has axolotl's trainer make Automagic8bit, in place of what `optimizer` says; LoRA is told by the model's names."""
+    """Has axolotl's trainer make Automagic8bit, in place of what `optimizer` says; LoRA is told by names."""
 
     def get_input_args(self) -> str:
         return f"{__name__}.{AutomagicArgs.__name__}"

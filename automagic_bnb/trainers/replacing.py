@@ -44,12 +44,12 @@ def stand_in(name: str, theirs: type, options: dict[str, Any]) -> type[Automagic
             trainer passes none.
         options: ours, which stand over what the trainer passes.
     """
-    signature = inspect.signature(theirs.__init__)
+    names = list(inspect.signature(theirs.__init__).parameters)[1:]
     ours, said = PLACES[name]
 
     def __init__(self: Any, *args: Any, **given: Any) -> None:
-        passed = dict(signature.bind(self, *args, **given).arguments)
-        del passed["self"]
+        # By name, what any version of bitsandbytes knows: trainers pass what 0.50 does not take any more.
+        passed = {**dict(zip(names, args, strict=False)), **given}
         params, bits = passed.pop("params"), passed.pop("optim_bits", None)
         translated = {**migrate_options(passed, "bitsandbytes"), **said}
         if bits is not None and name in TAKE_BITS:
@@ -72,10 +72,20 @@ def subclass(ours: type[Automagic], init: Callable[..., None]) -> type[Automagic
     return type(ours.__name__, (ours,), {"__init__": init, "__doc__": ours.__doc__, "__module__": __name__})
 
 
+def without_rate(params: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Parameters and options without the rate that trainers always pass; where groups differ, it says their ratios."""
+    params = list(params)
+    groups = [group for group in params if isinstance(group, dict)]
+    if len({group.get("lr", given.get("lr")) for group in groups}) > 1:
+        return params, given
+    bare = [{k: v for k, v in x.items() if k != "lr"} if isinstance(x, dict) else x for x in params]
+    return bare, {name: value for name, value in given.items() if name != "lr"}
+
+
 def make(self: Any, ours: type[Automagic], name: str, params: Any, given: dict[str, Any], over: dict[str, Any]) -> None:
     """Construct one, and name its parameters by the models of this process, by which LoRA is told."""
     if over.get("auto_lr") and "lr" not in over:
-        given.pop("lr", None)  # trainers always pass one: it is to be found
+        params, given = without_rate(params, given)
     made.append(name)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the LoRA parts of the rule are off")  # until the names are known
