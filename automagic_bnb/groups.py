@@ -236,13 +236,10 @@ class ParameterGroups(bnb.Optimizer2State):
     def name_parameters(self, named: Iterable[tuple[str, Tensor]]) -> None:
         """Say what parameters are called, as `model.named_parameters()` does: LoRA and embeddings are told by names.
 
-        To be called before the first step. A name that is known already stays; parameters of others are left alone.
-
-        Raises:
-            RuntimeError: a step has been taken.
+        To be called before the first step, since random bits and the parts for LoRA follow from names from then on; or
+        after a checkpoint of a run with names has been loaded. A name that is known already stays; parameters of others
+        are left alone.
         """
-        if any(self.state.values()):
-            raise RuntimeError("name_parameters has to be called before the first step")
         for name, p in named:
             facts = self._facts.get(p)
             if facts is not None and not facts.name:

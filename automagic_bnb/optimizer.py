@@ -89,6 +89,10 @@ class Automagic(ParameterGroups):
             stable_emb=stable_emb,
         )
 
+    def name_parameters(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        super().name_parameters(named)
+        self._fused.forget()  # the plan rests on what is known of parameters
+
     # --- stepping -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()

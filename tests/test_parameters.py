@@ -76,7 +76,7 @@ def test_nothing_is_said_of_lora_where_it_is_known_or_is_none(parameters: Any, o
         Automagic8bit(parameters, lr=1e-3, **options)
 
 
-def test_names_are_read_from_the_parameters_and_may_come_later(tools: Any) -> None:
+def test_names_are_read_from_the_parameters_and_may_come_later() -> None:
     """`original_name` is what diffusion-pipe leaves; `name_parameters` takes a model's names before the first step."""
     first, second = lora()[:2], lora()[:2]
     for p, name in zip(first, ("x.lora_A.weight", "x.lora_B.weight"), strict=True):
@@ -86,9 +86,6 @@ def test_names_are_read_from_the_parameters_and_may_come_later(tools: Any) -> No
     later = Automagic8bit(second, lr=1e-3)
     later.name_parameters([("x.lora_A.weight", second[0]), ("elsewhere", first[1]), ("x.lora_B.weight", second[1])])
     assert [later.facts_of(p) for p in second] == [opt.facts_of(p) for p in first]
-    tools.train(later, second, range(1))
-    with pytest.raises(RuntimeError, match="before the first step"):
-        later.name_parameters([])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

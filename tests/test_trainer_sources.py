@@ -131,7 +131,7 @@ class Tiny(nn.Module):
 
 @pytest.mark.parametrize(
     ("automagic", "rate"),
-    [({"weight_decay": 0.02}, 2e-4), ({"auto_lr": True}, None), (None, 2e-4)],
+    [({"weight_decay": 0.02}, 2e-4), ({"auto_lr": True}, None), (None, 2e-4), ("page", 2e-4)],
 )
 def test_axolotl(automagic: Any, rate: float | None, tmp_path: Path) -> None:
     """Its plugin manager loads ours by its name, and its trainer's own create_optimizer makes Automagic8bit."""
@@ -143,6 +143,12 @@ def test_axolotl(automagic: Any, rate: float | None, tmp_path: Path) -> None:
     class Trainer(mixin.OptimizerMixin, transformers.Trainer):
         pass
 
+    if automagic == "page":  # what a user pastes
+        page = (Path(__file__).parents[1] / "docs/trainers/axolotl.md").read_text("utf-8")
+        pasted = pytest.importorskip("yaml").safe_load(page.split("```yaml\n")[1].split("```")[0])
+        assert pasted["plugins"] == ["automagic_bnb.trainers.axolotl.AutomagicPlugin"]
+        assert pasted["learning_rate"] == 2e-4
+        automagic = pasted["automagic"]
     manager = base.PluginManager.get_instance()
     manager.plugins.clear()
     manager.register("automagic_bnb.trainers.axolotl.AutomagicPlugin")
