@@ -37,9 +37,10 @@ if not BITSANDBYTES_AVAILABLE and not TYPE_CHECKING:
             super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
 
+SUPPORTED = ">=0.45.5,<0.52"
 MISSING_WARNING = (
     "bitsandbytes could not be imported, so all optimizer state is kept in 32 bits. "
-    'For 8-bit states: pip install "bitsandbytes>=0.50,<0.51"'
+    f'For 8-bit states: pip install "bitsandbytes{SUPPORTED}"'
 )
 
 
@@ -115,7 +116,11 @@ def restore_managers(optimizer: Any) -> None:
 
 @functools.cache
 def code_book(signed: bool, device: torch.device) -> torch.Tensor:
-    """bitsandbytes' dynamic map, float32 [256], ascending: `qmap1` (signed) or `qmap2` (unsigned)."""
+    """bitsandbytes' dynamic map, float32 [256], ascending: `qmap1` (signed) or `qmap2` (unsigned).
+
+    A tensor of this package's own, for all parameters on a device. Give bitsandbytes' `quantize_blockwise` a clone:
+    before 0.46 it writes into entry 0 of the code book that it is given on the CPU.
+    """
     if not BITSANDBYTES_AVAILABLE:
         raise RuntimeError(f"8-bit states need bitsandbytes' code books. {MISSING_WARNING}")
-    return _functional.create_dynamic_map(signed=signed).to(device)
+    return _functional.create_dynamic_map(signed=signed).to(device, copy=True)

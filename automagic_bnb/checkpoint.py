@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from automagic_bnb import bnb, config, migration
+from automagic_bnb import auto_lr, bnb, config, migration
 from automagic_bnb import quantization as q
 from automagic_bnb import state as st
 from automagic_bnb.factored import Tiling
 from automagic_bnb.groups import ParameterGroups
 from automagic_bnb.migration import WRAPPED
+from automagic_bnb.notices import warn_once
 from automagic_bnb.stored import FACTORED_NAMES, Blocks
 
 IGNORED = frozenset(["unorm_vec", "max1", "max2", "new_max1", "new_max2"])
@@ -32,9 +33,13 @@ SHARDED_WARNING = (
 
 
 def parse(
-    optimizer: ParameterGroups, state_dict: dict[str, Any]
+    optimizer: ParameterGroups, state_dict: dict[str, Any], move_to_device: bool = True
 ) -> tuple[dict[Tensor, st.State], list[dict[str, Any]]]:
     """The new state by parameter and the new group entries, as copies on the parameters' devices.
+
+    Args:
+        move_to_device: False leaves the tensors of a state where the checkpoint has them; those of another optimizer's
+            checkpoint are converted, and so moved, in any case.
 
     Raises:
         ValueError: the checkpoint does not fit this optimizer.
@@ -62,7 +67,7 @@ def parse(
     for key, saved in state_dict["state"].items():
         if key in by_id and saved:
             p, group = by_id[key]
-            state[p] = _parse_parameter(optimizer, p, group, saved, f"parameter {key}")
+            state[p] = _parse_parameter(optimizer, p, group, saved, f"parameter {key}", move_to_device)
     return state, new_groups
 
 
@@ -110,14 +115,35 @@ def _parse_group(saved: dict[str, Any], group: dict[str, Any], index: int) -> di
     if group["max_lr"] is None and "auto_lr_given" not in saved and "base_lr" in saved:
         # Up to version 0.2.0 a bound that was not set was saved as what it came to.
         entries |= {"max_lr": None} if entries.get("max_lr") == max(1e-3, 10 * saved["base_lr"]) else {}
+    entries = _with_the_constructors_word(entries, group, index)
     bounds = {name: entries.get(name, group[name]) for name in ("min_lr", "max_lr")}
     # The rates themselves are history: OneCycleLR has its own bounds in the group, below the rate it was built with.
     config.check_rates({**bounds, "lr": None}, f" in the checkpoint's group {index}")
     return entries
 
 
+def _with_the_constructors_word(entries: dict[str, Any], group: dict[str, Any], index: int) -> dict[str, Any]:
+    """The entries, without the checkpoint's rate where one of the two was given and the other found.
+
+    Whether a rate is given or found is what the constructor was told last; a rate that was found is none to be held,
+    and one that was given is none to go on searching from.
+    """
+    if "auto_lr" not in entries or bool(entries["auto_lr"]) == bool(group["auto_lr"]):
+        return entries
+    was, now = ("found", f"lr={group['lr']:g}") if entries["auto_lr"] else ("given", "auto_lr")
+    warn_once(
+        f"the checkpoint's rate of group {index} was {was}; this optimizer was made with {now}, which stands. A "
+        "scheduler that resumes from a checkpoint of its own may set the old rate again"
+    )
+    dropped = {"auto_lr", "auto_lr_given", "lr", "base_lr", "initial_lr", *auto_lr.GROUP_KEYS}
+    kept = {name: value for name, value in entries.items() if name not in dropped}
+    if "initial_lr" in entries:  # schedulers that resume want it
+        kept["initial_lr"] = group.get("initial_lr", group["lr"])
+    return kept
+
+
 def _parse_parameter(
-    optimizer: ParameterGroups, p: Tensor, group: dict[str, Any], saved: dict[str, Any], where: str
+    optimizer: ParameterGroups, p: Tensor, group: dict[str, Any], saved: dict[str, Any], where: str, move: bool
 ) -> st.State:
     saved = {**saved, **saved.get(WRAPPED, {})}
     saved.pop(WRAPPED, None)
@@ -134,7 +160,7 @@ def _parse_parameter(
     if unknown or "state1" not in saved or not {"state2", "exp_avg_sq_row"} & saved.keys():
         raise ValueError(
             f"{where}: this is a checkpoint of another optimizer (its state holds {sorted(saved)}); "
-            "start without it, or load one of this optimizer, a bitsandbytes Adam, ai-toolkit's Automagic or CameAMP"
+            "start without it, or load one of this optimizer, Adam, Prodigy, Adafactor, any Automagic or CameAMP"
         )
     state: st.State = {"step": int(saved.get("step", 0))}
     if state["step"] < 0:
@@ -151,7 +177,7 @@ def _parse_parameter(
                 f"{where}: the checkpoint's {name} has shape {shape}, "
                 f"a parameter of shape {tuple(local.shape)} needs {expected}"
             )
-        state[name] = _restored(name, value, local, optimizer.is_paged)
+        state[name] = _restored(name, value, local, optimizer.is_paged, move)
     _check_storage(state, local, optimizer.effective_options(group, p), where)
     return optimizer.completed(p, state, st.storage_held(state), optimizer.effective_options(group, p))
 
@@ -190,11 +216,11 @@ def _from_0_2_0(saved: dict[str, Any]) -> dict[str, Any]:
     return saved
 
 
-def _restored(name: str, value: Tensor, p: Tensor, paged: bool) -> Tensor:
-    if name in st.ELEMENT_KEYS:
+def _restored(name: str, value: Tensor, p: Tensor, paged: bool, move: bool) -> Tensor:
+    if name in st.ELEMENT_KEYS and move:
         return st.empty_element_state(p, value.dtype, paged, tuple(value.shape)).copy_(value)
     dtype = p.dtype if name == "probe_start" else value.dtype  # the parameter may be kept in another dtype by now
-    return value.detach().to(p.device, dtype, copy=True)
+    return value.detach().to(p.device if move else value.device, dtype, copy=True)
 
 
 def _check_storage(state: st.State, p: Tensor, options: dict[str, Any], where: str) -> None:

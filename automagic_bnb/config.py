@@ -26,6 +26,8 @@ START_LR = 1e-4
 """Where the search starts when no rate is given."""
 NOMINAL_LR = 1e-3
 """What a group's `lr` says, and a schedule is made for, until a rate has been found."""
+LARGE_LR = 0.03
+"""A given rate above it is said to be one, once."""
 FACTOR_LR = 0.01
 """With auto_lr=True an lr from here on is a factor of the rate found (Prodigy's lr=1), a lower one where it starts."""
 
@@ -277,14 +279,79 @@ GROUP_OPTIONS: tuple[str, ...] = tuple(name for name, rule in RULES.items() if r
 """The options that a parameter group, or an override of one parameter, may set."""
 
 
-OTHER_NAMES = {"learning_rate": "lr", "wd": "weight_decay", "beta1": "betas", "beta2": "betas", "bits": "optim_bits"}
+FOREIGN_OPTIONS: dict[str, str] = {
+    "fused": "the Triton kernels are used wherever they can be; see backend",
+    "foreach": "the Triton kernels take all parameters at once; see backend",
+    "capturable": "leave it out",
+    "differentiable": "a step cannot be differentiated here",
+    "maximize": "negate the loss instead",
+    "amsgrad": "there is no AMSGrad here; leave it out",
+    "decoupled_weight_decay": "weight decay is always decoupled here",
+    "decouple": "weight decay is always decoupled here",
+    "correct_bias": "averages are always corrected for their start; leave it out",
+    "bias_correction": "averages are always corrected for their start; leave it out",
+    "use_bias_correction": "averages are always corrected for their start; leave it out",
+    "safeguard_warmup": "it is Prodigy's; the rate found here follows no warm-up of the schedule",
+    "momentum": "the momentum is betas[0]",
+    "nesterov": "there is no Nesterov momentum here; leave it out",
+    "dampening": "it is SGD's; leave it out",
+    "rho": "the decays are betas",
+    "alpha": "the decay of the second moment is betas[1]",
+    "beta3": "it is betas[2] here",
+    "d0": "the search for the rate starts at lr, with auto_lr=True",
+    "d_coef": "with auto_lr=True an lr from 0.01 on is a factor of the rate found, as d_coef is of Prodigy's",
+    "growth_rate": "a rate that is found rises by at most a tenth a step; there is no option for it",
+    "fsdp_in_use": "sharded parameters are told by themselves; leave it out",
+    "slice_p": "it is Prodigy's; auto_lr watches one of 32 blocks as it is",
+    "relative_step": "it is Adafactor's; leave lr out to have the rate found",
+    "scale_parameter": "it is Adafactor's; the rate is no share of a weight's size here",
+    "warmup_init": "it is Adafactor's; use a scheduler for a warm-up",
+    "decay_rate": "it is Adafactor's; the decay of the second moment is betas[1]",
+    "clip_lambda": "gradients are clipped by clip_threshold, each block of 256",
+    "max_grad_norm": "gradients are clipped by the trainer, or by percentile_clipping and clip_threshold here",
+    "fused_back_pass": "call step_parameter from the trainer's hook: nothing has to be switched on",
+    "do_paramiter_swapping": "freeze what is not to be trained with requires_grad_(False)",
+    "paramiter_swapping_factor": "freeze what is not to be trained with requires_grad_(False)",
+    "lr_bump": "a weight's own rate moves by factors; migrate_options translates ai-toolkit's options",
+    "agreement_threshold": "it is ai-toolkit's Automagic 2; leave it out",
+    "polarity_history": "it is ai-toolkit's Automagic 3; leave it out",
+    "args": "pass the options themselves",
+    "max_unorm": "there is no bound by the weights' norm; see clip_threshold",
+    "skip_zeros": "it is of bitsandbytes' older versions; leave it out",
+    "optim_args": "pass the options themselves",
+    "adanorm": "there is no such norm here; leave it out",
+    "weight_decouple": "weight decay is always decoupled here",
+    "fixed_decay": "weight decay is multiplied by the rate; leave it out",
+    "rectify": "it is RAdam's; leave it out",
+    "schedule_free": "there is no schedule-free averaging here: use a scheduler, or none",
+    "use_stochastic_rounding": "it is stochastic_rounding here, and on by default",
+    "stochastic_round": "it is stochastic_rounding here, and on by default",
+    "bf16_stochastic_round": "it is stochastic_rounding here, and on by default",
+    "use_cautious": "it is cautious here, and on by default",
+    "cautious_mask": "it is cautious here, and on by default",
+    "eps2": "eps is a pair here",
+}
+"""What trainers pass to other optimizers, and what to say of it; nobody means one of ours by these."""
+SUGGESTED_FROM = 0.6
+"""How like two names have to be for one to be taken for the other."""
+OTHER_NAMES = {
+    "learning_rate": "lr",
+    "wd": "weight_decay",
+    "bits": "optim_bits",
+    "8bit": "force_8bit",
+    "beta1": "betas",
+    "beta2": "betas",
+}
 """Other libraries' words, too far from ours to be found by their letters."""
 
 
 def unknown_option(name: str, where: str = "Automagic") -> TypeError:
-    """The error for an option nobody knows, with the nearest name."""
-    near = OTHER_NAMES.get(name) or difflib.get_close_matches(name, RULES, n=1, cutoff=0.0)[0]
-    return TypeError(f"{where} has no option {name!r}; did you mean {near!r}?")
+    """The error for an option nobody knows: what is known of other optimizers', else a name that is near."""
+    if name in FOREIGN_OPTIONS:
+        return TypeError(f"{where} has no option {name!r}: {FOREIGN_OPTIONS[name]}")
+    near = OTHER_NAMES.get(name) or next(iter(difflib.get_close_matches(name, RULES, n=1, cutoff=SUGGESTED_FROM)), None)
+    hint = f"did you mean {near!r}?" if near else "AutomagicConfig lists those there are"
+    return TypeError(f"{where} has no option {name!r}; {hint}")
 
 
 def check_option(name: str, value: Any, where: str = "") -> Any:
@@ -362,6 +429,15 @@ def warn_of_factor(options: dict[str, Any]) -> None:
         warn_once(
             f"with auto_lr=True, lr={options['lr']!r} is taken as a factor of the rate that is found, as every lr from "
             f"{FACTOR_LR:g} on is; a lower one is where the search starts"
+        )
+
+
+def warn_of_large_rate(options: dict[str, Any], where: str = "") -> None:
+    """Say that a given rate is far beyond those of weights."""
+    if not options["auto_lr"] and options["lr"] is not None and options["lr"] > LARGE_LR:
+        warn_once(
+            f"option lr={options['lr']!r}{where}: is a rate here, and a large one; if it is to stand for a rate that "
+            "is found, as Prodigy's users write it, leave lr out or pass auto_lr=True"
         )
 
 

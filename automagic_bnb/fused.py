@@ -7,6 +7,7 @@ state's memory, a gradient's dtype, an option, an override.
 from __future__ import annotations
 
 import os
+import re
 import weakref
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -47,15 +48,19 @@ STALE_GRAPH = (
     "what a captured CUDA graph rests on has been replaced (by a checkpoint, or as an option or a parameter changed); "
     "its replays no longer move this optimizer; capture it again"
 )
+OLDEST_TRITON = (3, 3)
 STRUCTURAL = tuple(name for name in config.GROUP_OPTIONS if name not in READ_ANEW)
 
 
 def triton_missing() -> str:
     """Why Triton cannot be used here, or the empty string."""
     try:
-        import triton  # noqa: F401
+        import triton
     except ImportError as e:
         return f"Triton could not be imported ({e})"
+    found = re.match(r"(\d+)\.(\d+)", triton.__version__)
+    if found and (int(found[1]), int(found[2])) < OLDEST_TRITON:
+        return f"Triton {triton.__version__} is too old for the kernels (3.3 is the oldest that compiles them)"
     return ""
 
 
@@ -110,7 +115,10 @@ def takes(p: Tensor, backend: str | None) -> bool:
         if p.device.type != "cuda":
             return False
         if missing:
-            warn_once(f"{missing}; the optimizer runs in plain PyTorch, which is many times slower on a GPU")
+            warn_once(
+                f"{missing}; the optimizer runs in plain PyTorch, which is many times slower on a GPU. torch 2.7 and "
+                "later bring a Triton that will do; `automagic-bnb doctor` says more"
+            )
             return False
     elif missing:
         raise RuntimeError(f"option backend='triton': {missing}; install it, or use backend='torch'")
@@ -423,7 +431,7 @@ class FusedStep:
             group=group,
             source=source,
             seed=options["seed"],
-            ordinal=facts.ordinal,
+            key=facts.key,
             is_lora=facts.counts_as_lora(options),
             sharded=st.local_tensor(p) is not p,
             rate=auto_lr.rate_tensor(group, theta.device) if options["auto_lr"] else None,

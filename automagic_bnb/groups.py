@@ -5,10 +5,13 @@ The ground that the step, checkpoints, conversion and reports stand on.
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import logging
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import is_
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +28,6 @@ logger = logging.getLogger("automagic_bnb")
 
 LORA_NAME_PARTS = ("lora_A", "lora_B", "lora_up", "lora_down", "lora_embedding", "lokr_", "hada_")
 EMBEDDING_NAME_PARTS = ("embed", "emb.", "wte", "wpe")
-PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FOREIGN_OVERRIDES = ("alpha", "t_alpha", "t_beta3", "max_unorm", "skip_zeros")
 """Keys that bitsandbytes' own optimizers read from an override and that say nothing to this one."""
 
@@ -37,16 +39,45 @@ class Facts:
     """What is known of a parameter for as long as it is optimized."""
 
     ordinal: int
-    """Its place among all parameters: part of the key of its random bits."""
+    """Its place among all parameters."""
     is_lora: bool
     is_embedding: bool
     name: str
     probe_stride: int = st.PROBE_STRIDE
     """Of how many blocks auto_lr watches one, by the size of the parameter's group when it came."""
 
+    @property
+    def key(self) -> int:
+        """Below 2**64, part of the key of its random bits: of its name, which is the same in whatever optimizer the
+        parameter is, alone or among others; without a name its ordinal."""
+        if not self.name:
+            return self.ordinal
+        return int.from_bytes(hashlib.blake2b(self.name.encode(), digest_size=8).digest(), "big")
+
     def counts_as_lora(self, options: dict[str, Any]) -> bool:
         """Whether the parameter is treated as LoRA's: as its group says, else as its mark or name do."""
         return self.is_lora if options["lora"] is None else options["lora"]
+
+
+def is_lora_name(name: str) -> bool:
+    return any(part in name for part in LORA_NAME_PARTS)
+
+
+def is_embedding_name(name: str) -> bool:
+    return any(part in name for part in EMBEDDING_NAME_PARTS)
+
+
+def are_low_rank_pairs(parameters: list[Tensor]) -> bool:
+    """Whether matrices come as LoRA's do: in twos that multiply to one, of a rank well below its sides."""
+    matrices = [p for p in parameters if p.dim() >= 2 and p.numel() > 0]
+    twos = list(zip(matrices[::2], matrices[1::2], strict=False))
+    return bool(twos) and 2 * len(twos) == len(matrices) and all(_make_a_product(*two) for two in twos)
+
+
+def _make_a_product(down: Tensor, up: Tensor) -> bool:
+    """Of rank × inputs and outputs × rank; of a convolution the kernel is the first's."""
+    rank = down.shape[0]
+    return rank == up.shape[1] and 2 * rank <= min(down.numel() // rank, up.shape[0])
 
 
 class ParameterGroups(bnb.Optimizer2State):
@@ -74,6 +105,8 @@ class ParameterGroups(bnb.Optimizer2State):
             warn_once(bnb.MISSING_WARNING)
         self._lr = lr if isinstance(lr, Tensor) else None
         self._facts: dict[Tensor, Facts] = {}
+        self._owners: tuple[list[Group], dict[Tensor, Group]] = ([], {})
+        """The groups, and by parameter the one that it is in."""
         self._overrides: dict[Tensor, dict[str, Any]] = {}
         """Options of single parameters that `requantize` was given; they stand over `GlobalOptimManager`'s."""
         super().__init__(
@@ -93,6 +126,7 @@ class ParameterGroups(bnb.Optimizer2State):
             self.defaults["lr"] = config.NOMINAL_LR
         self.non_castable_tensor_keys = set(st.KEYS)
         self.check_embeddings()
+        self.check_lora()
 
     # --- groups -------------------------------------------------------------------------------------------------
 
@@ -138,6 +172,7 @@ class ParameterGroups(bnb.Optimizer2State):
         if "lr" in group:
             config.warn_of_factor(options)
         config.resolve_rates(options)
+        config.warn_of_large_rate(options, where if "lr" in group else "")
         if not options["auto_lr"] and 0 < options["lr"] < options["min_lr"]:
             warn_once(
                 f"option lr={options['lr']!r}{where}: lies below min_lr={options['min_lr']!r}, which has no effect "
@@ -166,22 +201,19 @@ class ParameterGroups(bnb.Optimizer2State):
 
     @staticmethod
     def _check_parameter(p: Tensor) -> None:
-        if p.dtype not in PARAMETER_DTYPES:
-            raise TypeError(
-                f"a parameter of shape {tuple(p.shape)} has dtype {p.dtype}; "
-                "supported are float32, bfloat16 and float16: convert it, or leave it out"
-            )
+        if p.requires_grad:  # of frozen weights in codes (QLoRA's), none ever has a gradient
+            st.check_dtype(p)
 
     def _index_parameters(self, first: int = 0) -> None:
         """Note each parameter's ordinal, name and kind, from this group on; facts already known stay as they were."""
         known, self._facts = self._facts, self._facts if first else {}
         ordinal = sum(len(group["params"]) for group in self.param_groups[:first])
         for group in self.param_groups[first:]:
-            names = group.get("param_names") or [""] * len(group["params"])
+            names = group.get("param_names") or [getattr(p, "original_name", "") for p in group["params"]]
             stride = st.probe_stride(sum(local_tensor(p).numel() for p in group["params"] if not is_lazy(p)))
             for p, name in zip(group["params"], names, strict=True):
-                marked = getattr(p, "_is_lora_layer", False) or any(part in name for part in LORA_NAME_PARTS)
-                embedding = getattr(p, "_is_embedding", False) or any(x in name for x in EMBEDDING_NAME_PARTS)
+                marked = getattr(p, "_is_lora_layer", False) or is_lora_name(name)
+                embedding = getattr(p, "_is_embedding", False) or is_embedding_name(name)
                 self._facts[p] = known.get(p, Facts(ordinal, bool(marked), bool(embedding), name, stride))
                 ordinal += 1
 
@@ -200,6 +232,36 @@ class ParameterGroups(bnb.Optimizer2State):
                 "model.named_parameters() in place of model.parameters(), or set _is_embedding = True on the weights"
             )
 
+    def check_lora(self) -> None:
+        """Say where matrices come in pairs like LoRA's and nothing tells whether they are."""
+        parameters = [p for group in self.param_groups if group["lora"] is None for p in group["params"]]
+        told = any(self._facts[p].name or self._facts[p].is_lora for p in parameters)
+        if (
+            parameters
+            and not told
+            and are_low_rank_pairs([p for p in parameters if p.requires_grad and not is_lazy(p)])
+        ):
+            warn_once(
+                "the LoRA parts of the rule are off: no parameter has a name or a mark that says it is LoRA's. To "
+                "switch them on pass lora=True, or model.named_parameters() in place of model.parameters()"
+            )
+
+    def name_parameters(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        """Say what parameters are called, as `model.named_parameters()` does: LoRA and embeddings are told by names.
+
+        To be called before the first step, since random bits and the parts for LoRA follow from names from then on; or
+        after a checkpoint of a run with names has been loaded. A name that is known already stays; parameters of others
+        are left alone.
+        """
+        for name, p in named:
+            facts = self._facts.get(p)
+            if facts is not None and not facts.name:
+                is_lora, is_embedding = (
+                    facts.is_lora or is_lora_name(name),
+                    facts.is_embedding or is_embedding_name(name),
+                )
+                self._facts[p] = dataclasses.replace(facts, name=name, is_lora=is_lora, is_embedding=is_embedding)
+
     def log_plan(self) -> None:
         """Say how each group finds its rate and keeps its states."""
         if not logger.handlers and not logging.getLogger().handlers:
@@ -213,6 +275,20 @@ class ParameterGroups(bnb.Optimizer2State):
                 kinds[kind] = kinds.get(kind, 0) + p.numel()
             rate = "found during training" if group["auto_lr"] else f"{group['lr']:g}"
             logger.info("group %d: lr %s; elements by storage: %s", index, rate, kinds)
+
+    def group_of(self, p: Tensor) -> Group:
+        """The group that a parameter is in.
+
+        Raises:
+            KeyError: it is in none.
+        """
+        groups, owners = self._owners
+        if p not in owners or len(groups) != len(self.param_groups) or not all(map(is_, groups, self.param_groups)):
+            owners = {q: group for group in self.param_groups for q in group["params"]}
+            self._owners = (list(self.param_groups), owners)
+        if p not in owners:
+            raise KeyError(f"a tensor of shape {tuple(p.shape)} is no parameter of this optimizer")
+        return owners[p]
 
     def facts_of(self, p: Tensor) -> Facts:
         if p not in self._facts:  # a wrapper has put another tensor into the group
@@ -327,7 +403,7 @@ class ParameterGroups(bnb.Optimizer2State):
         if facts is None:
             return
         self.non_castable_tensor_keys = set(st.KEYS)
-        self.name2qmap, self.initialized = {}, False
+        self.name2qmap, self.initialized, self._owners = {}, False, ([], {})
         bnb.restore_managers(self)
         self.state = defaultdict(st.WatchedState, {p: st.WatchedState(held) for p, held in self.state.items()})
         parameters = [p for group in self.param_groups for p in group["params"]]

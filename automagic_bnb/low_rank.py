@@ -84,7 +84,7 @@ class RankTask:
 
 
 def rank_tasks(
-    theta: Tensor, state: st.State, options: dict[str, Any], ordinal: int, is_lora: bool, d: Tensor | None
+    theta: Tensor, state: st.State, options: dict[str, Any], key: int, is_lora: bool, d: Tensor | None
 ) -> list[RankTask]:
     """Step 9 of one parameter, where it is due: every 10th step, for LoRA matrices with a short side."""
     t = state["step"]
@@ -92,7 +92,7 @@ def rank_tasks(
     if not wanted or theta.dim() != 2 or min(theta.shape) > LOW_RANK_MAX:
         return []
     threshold = rank_threshold(options) if d is None else d * rank_threshold(options)
-    key = q.mix_in(q.parameter_key(options["seed"], ordinal, q.RANK_STREAM), t)
+    key = q.mix_in(q.parameter_key(options["seed"], key, q.RANK_STREAM), t)
     weights = Weights(theta, state.get("master_residual"), st.rounds_stochastically(theta, options))
     return [RankTask(weights, threshold, key)]
 

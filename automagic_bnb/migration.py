@@ -2,8 +2,11 @@
 
 | from | what is carried over |
 |---|---|
-| bitsandbytes' Adam, AdamW (8 or 32 bits, paged) | second moment; first moment in units of its root; step |
+| bitsandbytes' Adam, AdamW (8 or 32 bits, paged), torch's | second moment; first moment in units of its root; step |
+| Prodigy | the same |
+| Adafactor (transformers', torch's) | second moment (row and column means), step; a first moment as from Adam |
 | ai-toolkit's Automagic | the weights' own rates, last signs, second moment (row and column means), step |
+| ai-toolkit's Automagic 2 and 3 | the same, with one rate for each parameter; 3 has no last signs |
 | Automagic_CameAMP and its variants | the same, and the direction of the momentum |
 
 It goes into the storage that the new optimizer's options ask for; everything else starts anew. Where auto_lr is on, the
@@ -32,6 +35,9 @@ WRAPPED = "__bnb_optimizer_quant_state__"
 """bitsandbytes moves block-wise tensors under this key, so that FSDP does not gather them."""
 OWN_KEYS = frozenset(["tensor_stats", "torque"])
 """A state with neither is another optimizer's, unless its group is one of ours."""
+ADAM_KEYS = frozenset(["step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"])
+SECOND_OF_ADAFACTOR = frozenset(["exp_avg_sq_row", "exp_avg_sq", "row_var", "variance"])
+ADAFACTOR_KEYS = SECOND_OF_ADAFACTOR | {"step", "exp_avg", "exp_avg_sq_col", "col_var", "RMS"}
 ADAM_BETAS = (0.9, 0.999)
 SECOND_DECAY = 0.999
 """beta2 of ai-toolkit's Automagic, where its group has none."""
@@ -55,14 +61,25 @@ class Carried:
 
 
 def source_of(state_dict: dict[str, Any]) -> str | None:
-    """ "bitsandbytes" (an Adam) or "automagic" (ai-toolkit's, CameAMP); None for one of ours and for any other."""
+    """Whose a checkpoint is, by the keys of its states; None for one of ours and for any other.
+
+    "bitsandbytes" (an Adam), "adam" (torch's), "prodigy", "adafactor" or "automagic" (ai-toolkit's three, CameAMP).
+    """
     states, groups = state_dict["state"].values(), state_dict["param_groups"]
     keys = {key for saved in states for key in (*saved, *saved.get(WRAPPED, {}))}
     if keys & OWN_KEYS or any("base_lr" in group for group in groups):
         return None
     if {"state1", "state2"} <= keys:
         return None if any("warmup_steps" in group for group in groups) else "bitsandbytes"
-    return "automagic" if keys & {"lr_mask", "lr_mask_q"} and "state1" not in keys else None
+    if "state1" in keys:
+        return None
+    if keys & {"lr_mask", "lr_mask_q"} or ("lr" in keys and keys & {"last_polarity", "sign_history"}):
+        return "automagic"
+    if {"exp_avg", "exp_avg_sq"} <= keys <= ADAM_KEYS:
+        return "adam"
+    if {"exp_avg", "exp_avg_sq", "s", "p0"} <= keys:
+        return "prodigy"
+    return "adafactor" if keys <= ADAFACTOR_KEYS and keys & SECOND_OF_ADAFACTOR else None
 
 
 def read(source: str, saved: dict[str, Any], group: dict[str, Any], options: Options, p: Tensor, where: str) -> Carried:
@@ -79,7 +96,15 @@ def read(source: str, saved: dict[str, Any], group: dict[str, Any], options: Opt
         ValueError: sizes or kinds of the tensors do not fit the parameter, or values are not finite.
     """
     reader = Reader({**saved, **saved.get(WRAPPED, {})}, p, where)
-    return _read_adam(reader, group) if source == "bitsandbytes" else _read_automagic(reader, group, options)
+    if source == "automagic":
+        return _read_automagic(reader, group, options)
+    if source == "adafactor":
+        return _read_adafactor(reader, group)
+    if source == "prodigy":
+        return _read_prodigy(reader, group)
+    if source == "adam":
+        return _from_adam(reader.step, reader.floats("exp_avg"), reader.floats("exp_avg_sq"), group)
+    return _from_adam(reader.step, reader.adam_moment(1), reader.adam_moment(2), group)
 
 
 def fill(state: st.State, carried: Carried, p: Tensor, options: Options) -> None:
@@ -185,7 +210,12 @@ class Reader:
         return blocks.join(q.decode(blocks.cut(value), absmax, book)).view(shape)
 
     def rates(self) -> Tensor | None:
-        """`lr_mask`: float numbers, or int8 with one scale, as a dict or as an object of ai-toolkit's class."""
+        """`lr_mask`: float numbers, or int8 with one scale, as a dict or as an object of ai-toolkit's class.
+
+        Or `lr`, one for all weights.
+        """
+        if "lr" in self.saved:
+            return self.floats("lr", ()).expand(self.p.shape)
         value = self.saved.get("lr_mask")
         if value is None or isinstance(value, Tensor):
             found = self.optional("lr_mask")
@@ -205,6 +235,12 @@ class Reader:
     def second(self) -> Tensor | None:
         """`exp_avg_sq`, or row means times column means over their mean (Adafactor's, over the last two dimensions)."""
         shape = tuple(self.p.shape)
+        if "row_var" in self.saved:  # torch's Adafactor keeps the dimensions
+            row = self.floats("row_var", (*shape[:-1], 1))
+            col = self.floats("col_var", (*shape[:-2], 1, shape[-1]))
+            return row * col / row.mean(dim=-2, keepdim=True).clamp_min(FLOAT_TINY)
+        if "variance" in self.saved:
+            return self.floats("variance")
         if "exp_avg_sq_row" in self.saved:
             row = self.floats("exp_avg_sq_row", shape[:-1])
             col = self.floats("exp_avg_sq_col", (*shape[:-2], *shape[-1:]))
@@ -237,13 +273,30 @@ class Reader:
         return self.finite(name, values.view(shape))
 
 
-def _read_adam(reader: Reader, group: dict[str, Any]) -> Carried:
+def _from_adam(step: int, m: Tensor, v: Tensor, group: dict[str, Any]) -> Carried:
     """Adam's m and v. Ours is the momentum of u = g / √v, of which Adam's m / √v is the nearest thing."""
-    step, (beta1, beta2) = reader.step, (group.get("betas") or ADAM_BETAS)[:2]
-    m = _unbiased(reader.adam_moment(1), beta1, step)
+    beta1, beta2 = (group.get("betas") or ADAM_BETAS)[:2]
+    m = _unbiased(m, beta1, step)
     # A mean of squares is no less than the square of the mean; 8-bit codes can say 0 where it is small.
-    v = torch.maximum(_unbiased(reader.adam_moment(2), beta2, step), m.square())
+    v = torch.maximum(_unbiased(v, beta2, step), m.square())
     return Carried(step, momentum=(m / v.sqrt().clamp_min(FLOAT_TINY)).clamp(-1, 1), second=v)
+
+
+def _read_prodigy(reader: Reader, group: dict[str, Any]) -> Carried:
+    """Its averages are Adam's of d·g and (d·g)², with the distance d of the group, which counts the steps, too.
+
+    That is the last d: while it grows, the averages count as smaller than they are.
+    """
+    d = float(group.get("d") or 1.0)
+    return _from_adam(int(group.get("k", 0)), reader.floats("exp_avg") / d, reader.floats("exp_avg_sq") / d**2, group)
+
+
+def _read_adafactor(reader: Reader, group: dict[str, Any]) -> Carried:
+    """Its second moment needs no correction: the decay 1 - t^-0.8 is 0 in the first step."""
+    second = reader.second()
+    if second is None or (momentum := reader.optional("exp_avg")) is None:
+        return Carried(reader.step, second=second)
+    return Carried(reader.step, _direction(momentum, group.get("beta1") or ADAM_BETAS[0]), second)
 
 
 def _read_automagic(reader: Reader, group: dict[str, Any], options: Options) -> Carried:

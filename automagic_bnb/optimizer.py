@@ -9,7 +9,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from automagic_bnb import auto_lr, checkpoint, estimate, fused, low_rank, memory, metrics, reference, requantization
+from automagic_bnb import (
+    auto_lr,
+    checkpoint,
+    estimate,
+    fused,
+    low_rank,
+    memory,
+    metrics,
+    reference,
+    requantization,
+    signature,
+)
 from automagic_bnb import state as st
 from automagic_bnb.fused import FusedStep
 from automagic_bnb.groups import Facts, Group, ParameterGroups  # noqa: F401 (pickles of earlier versions name Facts here)
@@ -58,6 +69,11 @@ class Automagic(ParameterGroups):
         if self.config.verbose:
             self.log_plan()
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__init__.__code__ is Automagic.__init__.__code__:  # not one with arguments of its own
+            cls.__init__ = signature.explicit(cls.__init__, cls._class_options)
+
     def requantize(
         self,
         parameters: Tensor | Iterable[Tensor] | None = None,
@@ -99,6 +115,10 @@ class Automagic(ParameterGroups):
             stable_emb=stable_emb,
         )
 
+    def name_parameters(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        super().name_parameters(named)
+        self._fused.forget()  # the plan rests on what is known of parameters
+
     # --- stepping -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -137,13 +157,23 @@ class Automagic(ParameterGroups):
 
     @torch.no_grad()
     def step_parameter(self, p: Tensor, group: Group, i: int | None = None) -> None:
-        """Update one parameter, for a backward pass that steps as gradients arrive; equals `step()` over all."""
+        """Update one parameter, for a backward pass that steps as gradients arrive; equals `step()` over all.
+
+        Args:
+            group: whose options count. One that the parameter is not in (some trainers pass the last group for all) is
+                put right.
+
+        Raises:
+            KeyError: the parameter is in no group.
+        """
         self._step_parameter(p, group)
 
     @uncompiled
     def _step_parameter(self, p: Tensor, group: Group) -> None:
         fused.check_capture(self.param_groups)
         self.adopt_overrides()
+        if (owner := self.group_of(p)) is not group and not any(q is p for q in group["params"]):
+            group = owner
         if self._step_log is not None and p.grad is not None:
             self._step_log.stepped_one(p, self._steps_taken, self.get_metrics)
         if p.grad is not None and not self._fused.run_one(group, p):
@@ -173,7 +203,7 @@ class Automagic(ParameterGroups):
         st.check_shape(state, theta)
         t, is_lora = state["step"] + 1, facts.counts_as_lora(options)
         st.set_uncounted(state, "step", t)
-        scalars = step_scalars(options, t, is_lora, facts.ordinal)
+        scalars = step_scalars(options, t, is_lora, facts.key)
         d, watch = None, None
         if options["auto_lr"]:
             d = auto_lr.rate_tensor(group, theta.device).to(theta.device)
@@ -183,7 +213,7 @@ class Automagic(ParameterGroups):
         if flat is not theta:
             theta.copy_(flat)
         is_lora = is_lora and not self.is_sharded(p)
-        return low_rank.rank_tasks(theta, state, options, facts.ordinal, is_lora, d)
+        return low_rank.rank_tasks(theta, state, options, facts.key, is_lora, d)
 
     @staticmethod
     def is_sharded(p: Tensor) -> bool:
@@ -225,10 +255,10 @@ class Automagic(ParameterGroups):
         state = self.state.get(p, {})
         if "state1" not in state:
             raise KeyError(f"a parameter of shape {tuple(p.shape)} has not been stepped by this optimizer")
-        group = next(g for g in self.param_groups if any(q is p for q in g["params"]))
+        group = self.group_of(p)
         options, local, facts = self.effective_options(group, p), local_tensor(p), self.facts_of(p)
         is_lora = facts.counts_as_lora(options)
-        scalars = step_scalars(options, state["step"] + 1, is_lora, facts.ordinal)
+        scalars = step_scalars(options, state["step"] + 1, is_lora, facts.key)
         blocks = Blocks(local)
         k, _ = read_mask(state, blocks)
         d = None
@@ -280,8 +310,13 @@ class Automagic(ParameterGroups):
     def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
         """Load what `state_dict` returned; every dtype comes back exactly.
 
-        A key that an older checkpoint lacks starts at its first value. Checkpoints of bitsandbytes' Adam and AdamW, of
-        ai-toolkit's Automagic and of Automagic_CameAMP load too: `migration` says what is taken over.
+        A key that an older checkpoint lacks starts at its first value. Whether a rate is given or found is as the
+        constructor was told, whatever the checkpoint says. Checkpoints of other optimizers load too: `migration` says
+        of which, and what is taken over. As in torch, the groups are new dictionaries.
+
+        Args:
+            move_to_device: False leaves the tensors of the states on the checkpoint's devices, as bitsandbytes does;
+                they have to be moved before the next step.
 
         Raises:
             ValueError: groups, shapes or keys do not fit. The optimizer is then as it was.
@@ -289,18 +324,17 @@ class Automagic(ParameterGroups):
         state_dict = dict(state_dict)  # hooks may write into it
         for hook in list(getattr(self, "_optimizer_load_state_dict_pre_hooks", {}).values()):
             state_dict = hook(self, state_dict) or state_dict
-        state, groups = checkpoint.parse(self, state_dict)
+        state, groups = checkpoint.parse(self, state_dict, move_to_device)
         self.state.clear()
         self.state.update({p: st.WatchedState(values) for p, values in state.items()})
         self._fused.forget()
         if self._step_log is not None:
             self._step_log.begin_again()
-        for group, saved in zip(self.param_groups, groups, strict=True):
-            for name in auto_lr.GROUP_KEYS:
-                group.pop(name, None)  # of the run that ends here; a checkpoint from before the first step has none
-            if isinstance(group["lr"], Tensor) and "lr" in saved:
-                group["lr"].fill_(saved.pop("lr"))  # the very tensor, which schedulers and graphs know
-            group.update(saved)
+        self.param_groups = [
+            # What was found belongs to the run that ends here; a checkpoint from before the first step has none.
+            {**{name: value for name, value in group.items() if name not in auto_lr.GROUP_KEYS}, **saved}
+            for group, saved in zip(self.param_groups, self._keep_rate_tensors(groups), strict=True)
+        ]
         for hook in list(getattr(self, "_optimizer_load_state_dict_post_hooks", {}).values()):
             hook(self)
 
@@ -308,10 +342,20 @@ class Automagic(ParameterGroups):
         self._fused.settle()
         return super().__getstate__()
 
+    def _keep_rate_tensors(self, saved: list[Group]) -> list[Group]:
+        """The groups of a checkpoint; an `lr` that is a tensor here stays that very one, which schedulers know."""
+        for group, new in zip(self.param_groups, saved, strict=True):
+            if isinstance(group["lr"], Tensor) and "lr" in new:
+                new["lr"] = group["lr"].fill_(new["lr"])
+        return saved
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._fused = FusedStep(self)
         self._step_supports_amp_scaling = any(group.get("capturable") for group in self.param_groups)
+
+
+Automagic.__init__ = signature.explicit(Automagic.__init__, Automagic._class_options)
 
 
 class Automagic8bit(Automagic):

@@ -106,9 +106,9 @@ def mix_in(key: Any, word: Any) -> Any:
     return key
 
 
-def parameter_key(seed: int, ordinal: Any, stream: int) -> Any:
-    """The key of a parameter's random bits, for one purpose; `mix_in` the step, then `random_bits`."""
-    return mix_in(mix_in(mix_in(0x9E3779B9, seed), ordinal), stream)
+def parameter_key(seed: int, key: Any, stream: int) -> Any:
+    """The key of a parameter's random bits, for one purpose, of its own key; `mix_in` the step, then `random_bits`."""
+    return mix_in(mix_in(mix_in(0x9E3779B9, seed), key), stream)
 
 
 def random_bits(key: int | Tensor, shape: torch.Size, device: torch.device) -> Tensor:

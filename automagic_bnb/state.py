@@ -244,13 +244,27 @@ def shard_of(p: Any) -> int | None:
     return number if parts > 1 else None
 
 
+PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_dtype(p: Tensor) -> None:
+    """Raise TypeError where the weights of a parameter are of a dtype that is not stepped."""
+    if p.dtype not in PARAMETER_DTYPES:
+        raise TypeError(
+            f"a parameter of shape {tuple(p.shape)} has dtype {p.dtype}; "
+            "supported are float32, bfloat16 and float16: convert it, or leave it out"
+        )
+
+
 def checked_gradient(p: Tensor) -> Tensor:
     """The (local) gradient of a parameter that has one.
 
     Raises:
         RuntimeError: it is sparse.
+        TypeError: the parameter has been given another dtype.
     """
     assert p.grad is not None
+    check_dtype(p)
     grad = local_tensor(p.grad)
     if grad.is_sparse:
         raise RuntimeError(

@@ -224,7 +224,7 @@ class Matrices:
         """Of these matrices in the bucket."""
         members = [bucket.members[row] for row in bucket.rank_rows]
         self.table = np.array([_entry(m) for m in members], dtype=np.int64).reshape(-1, len(Column))
-        self.keys = np.array([q.parameter_key(m.seed, m.ordinal, q.RANK_STREAM) for m in members], np.uint64)
+        self.keys = np.array([q.parameter_key(m.seed, m.key, q.RANK_STREAM) for m in members], np.uint64)
         self.sources = np.array([m.source for m in members], dtype=np.int64)
         ranks = [_rank_class(m.theta) if takes(m, bucket.spec) else 0 for m in members]
         self.ranks = np.array(ranks, dtype=np.int64)
@@ -251,7 +251,7 @@ class Matrices:
 
     def _task(self, index: int, sources: list[dict[str, Any]]) -> list[low_rank.RankTask]:
         m = self.bucket.members[self.rows[index]]
-        return low_rank.rank_tasks(m.theta, m.state, sources[m.source], m.ordinal, m.is_lora, m.rate)
+        return low_rank.rank_tasks(m.theta, m.state, sources[m.source], m.key, m.is_lora, m.rate)
 
     def _launch(self, rank: int, chosen: np.ndarray, steps: np.ndarray, sources: list[dict[str, Any]]) -> None:
         host = self.table[chosen]

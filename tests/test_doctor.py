@@ -79,7 +79,11 @@ def test_a_sound_installation_without_a_gpu(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("how", "detail", "remedy"),
     [
-        ("missing", "is missing, so all optimizer state is kept in 32 bits", 'pip install "bitsandbytes>=0.50,<0.51"'),
+        (
+            "missing",
+            "is missing, so all optimizer state is kept in 32 bits",
+            'pip install "bitsandbytes>=0.45.5,<0.52"',
+        ),
         (
             "broken",
             "installed but cannot be imported (bitsandbytes is broken: lib",
@@ -95,7 +99,7 @@ def test_without_bitsandbytes_and_triton(how: str, detail: str, remedy: str, tmp
     assert found["bitsandbytes"]["status"] == "problem"
     assert detail in found["bitsandbytes"]["detail"]
     assert remedy in found["bitsandbytes"]["remedy"]
-    assert 'bitsandbytes>=0.50,<0.51"' in found["bitsandbytes"]["remedy"]
+    assert 'bitsandbytes>=0.45.5,<0.52"' in found["bitsandbytes"]["remedy"]
     assert found["self-test on cpu, 32 bits"]["status"] == "ok"
     assert found["self-test on cpu, 8 bits"]["detail"] == "left out: needs bitsandbytes"
     assert [name for name, finding in found.items() if finding["status"] == "problem"] == ["bitsandbytes"]
@@ -122,15 +126,17 @@ def test_a_checkout_in_the_place_of_kernels(tmp_path: Path) -> None:
         ("0.50.0", "ok"),
         ("0.50.2", "ok"),
         ("0.50.1.dev0", "ok"),
-        ("0.49.2", "problem"),
-        ("0.51.0", "problem"),
+        ("0.45.5", "ok"),
+        ("0.49.1", "ok"),
+        ("0.45.4", "problem"),
+        ("0.52.0", "problem"),
         ("0.5.0", "problem"),
         ("1.50.0", "problem"),
         ("unknown", "problem"),
     ],
 )
 def test_the_supported_range_of_bitsandbytes(version: str, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only 0.50: the class that ours extends moves between minor versions."""
+    """The class that ours extends moves between minor versions: those that were tried, and what lies between."""
     monkeypatch.setattr(sys.modules["bitsandbytes"], "__version__", version)
     finding = doctor.check_bitsandbytes()
     assert (finding.status, bool(finding.remedy)) == (status, status == "problem")
@@ -139,9 +145,10 @@ def test_the_supported_range_of_bitsandbytes(version: str, status: str, monkeypa
 
 def test_the_range_is_the_one_the_package_requires() -> None:
     """pyproject.toml and the message of the library say the same."""
-    assert f'"bitsandbytes{doctor.SUPPORTED_BITSANDBYTES}"' in (HERE.parent / "pyproject.toml").read_text("utf-8")
+    assert f'"bitsandbytes{bnb.SUPPORTED}"' in (HERE.parent / "pyproject.toml").read_text("utf-8")
     assert doctor.INSTALL_BITSANDBYTES in bnb.MISSING_WARNING
-    assert doctor.version_pair(doctor.SUPPORTED_BITSANDBYTES.lstrip(">=")) == doctor.SUPPORTED_MINOR
+    oldest, beyond = (doctor.version_numbers(bound.lstrip("<>=")) for bound in bnb.SUPPORTED.split(","))
+    assert (oldest, beyond) == (doctor.OLDEST_BITSANDBYTES, doctor.BEYOND_BITSANDBYTES)
 
 
 def test_an_old_bitsandbytes_that_fails_to_import(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +156,7 @@ def test_an_old_bitsandbytes_that_fails_to_import(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(bnb, "BITSANDBYTES_AVAILABLE", False)
     monkeypatch.setattr(doctor, "installed_version", lambda name: "0.41.1")
     finding = doctor.check_bitsandbytes()
-    assert (finding.status, finding.remedy) == ("problem", 'pip install "bitsandbytes>=0.50,<0.51"')
+    assert (finding.status, finding.remedy) == ("problem", 'pip install "bitsandbytes>=0.45.5,<0.52"')
     assert "0.41.1 is not supported" in finding.detail
 
 

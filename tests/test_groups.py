@@ -143,7 +143,12 @@ def test_a_failed_add_param_group_changes_nothing(tools: Any) -> None:
     a, b = tools.parameters(BIG, BIG)
     opt = Automagic8bit([a], lr=1e-3)
     before, defaults = tools.snapshot(opt), dict(opt.defaults)
-    for group in ({"params": [b], "lr": -1}, {"params": [a]}, {"params": [b.detach().double()]}, {"params": ["x"]}):
+    for group in (
+        {"params": [b], "lr": -1},
+        {"params": [a]},
+        {"params": [b.detach().double().requires_grad_()]},
+        {"params": ["x"]},
+    ):
         with pytest.raises((TypeError, ValueError)):
             opt.add_param_group(group)
     assert opt.defaults == defaults

@@ -26,7 +26,7 @@ LAST = q.LAST_CODE
 
 
 def book_of(kind: str) -> Tensor:
-    return bnb.code_book(BOOKS[kind], CPU)
+    return bnb.code_book(BOOKS[kind], CPU).clone()  # below 0.46, bitsandbytes writes into what it is given
 
 
 def absmax_of(values: Tensor, book: Tensor) -> Tensor:

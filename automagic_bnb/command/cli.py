@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_demo(commands)
     add_doctor(commands)
     add_dashboard(commands)
+    add_run(commands)
     args = parser.parse_args(argv)
     try:
         return args.run(args)
@@ -110,6 +111,39 @@ def run_dashboard(args: argparse.Namespace) -> int:
         return 1
     sys.stdout.write(f"{path}\n")
     return 0
+
+
+def add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare `run`."""
+    parser = commands.add_parser(
+        "run",
+        help="run a trainer's script with our optimizer in the place of bitsandbytes' AdamW",
+        usage="automagic-bnb run [--set NAME=VALUE ...] -- SCRIPT.py [ARGUMENT ...]\n"
+        "       automagic-bnb run [--set NAME=VALUE ...] -- -m MODULE [ARGUMENT ...]",
+        description="Run a script in which bitsandbytes' AdamW8bit, PagedAdamW8bit and AdamW are Automagic8bit, "
+        "PagedAutomagic8bit and Automagic: for trainers with a list of optimizers of their own. Choose one of them "
+        "there.",
+    )
+    parser.add_argument(
+        "--set",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="an option of the optimizer, which stands over what the trainer passes; may be repeated. "
+        "AUTOMAGIC_BNB_OPTIONS in the environment takes the same, separated by spaces",
+    )
+    parser.add_argument(
+        "--trainer", choices=["onetrainer"], help="a trainer in which more has to be replaced; start in its folder"
+    )
+    parser.add_argument("program", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    parser.set_defaults(run=run_run)
+
+
+def run_run(args: argparse.Namespace) -> int:
+    """`automagic-bnb run`."""
+    from automagic_bnb.command import runner
+
+    return runner.run(args.set, args.program, args.trainer)
 
 
 def natural_number(text: str) -> int:

@@ -24,9 +24,9 @@ import automagic_bnb
 from automagic_bnb import bnb, fused
 from automagic_bnb.optimizer import Automagic
 
-SUPPORTED_BITSANDBYTES = ">=0.50,<0.51"
-SUPPORTED_MINOR = (0, 50)
-INSTALL_BITSANDBYTES = f'pip install "bitsandbytes{SUPPORTED_BITSANDBYTES}"'
+OLDEST_BITSANDBYTES, BEYOND_BITSANDBYTES = (0, 45, 5), (0, 52, 0)
+INSTALL_BITSANDBYTES = f'pip install "bitsandbytes{bnb.SUPPORTED}"'
+NEWER_TRITON = "install torch 2.7 or later, which brings a Triton that will do"
 INSTALL_SELF = "pip install automagic-bnb, or pip install -e . in a checkout"
 
 SHAPE, MIN_8BIT_SIZE = (32, 64), 1024
@@ -149,12 +149,10 @@ def describe_gpu(index: int) -> dict[str, str]:
 def check_bitsandbytes() -> Finding:
     """Whether it is there, of a supported version, and can be imported."""
     name, version = "bitsandbytes", bitsandbytes_version()
-    if version and version_pair(version) != SUPPORTED_MINOR:
-        return Finding(
-            name, "problem", f"{version} is not supported ({SUPPORTED_BITSANDBYTES} is)", INSTALL_BITSANDBYTES
-        )
+    if version and not OLDEST_BITSANDBYTES <= version_numbers(version) < BEYOND_BITSANDBYTES:
+        return Finding(name, "problem", f"{version} is not supported ({bnb.SUPPORTED} is)", INSTALL_BITSANDBYTES)
     if bnb.BITSANDBYTES_AVAILABLE:
-        return Finding(name, "ok", f"{version} is supported ({SUPPORTED_BITSANDBYTES})")
+        return Finding(name, "ok", f"{version} is supported ({bnb.SUPPORTED})")
     lost = "so all optimizer state is kept in 32 bits"
     if not version:
         return Finding(name, "problem", f"is missing, {lost}", INSTALL_BITSANDBYTES)
@@ -167,10 +165,10 @@ def check_bitsandbytes() -> Finding:
     )
 
 
-def version_pair(version: str) -> tuple[int, int]:
-    """Major and minor number of a version; (0, 0) where it has none."""
-    found = re.match(r"(\d+)\.(\d+)", version)
-    return (int(found[1]), int(found[2])) if found else (0, 0)
+def version_numbers(version: str) -> tuple[int, int, int]:
+    """Major, minor and micro number of a version; 0 for those it has not."""
+    found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version)
+    return (int(found[1]), int(found[2]), int(found[3] or 0)) if found else (0, 0, 0)
 
 
 def check_devices(driver: str) -> Finding:
@@ -201,6 +199,8 @@ def check_fused() -> Finding:
     if missing:
         windows = platform.system() == "Windows"
         remedy = "pip install triton-windows (a community build, not tried here)" if windows else "pip install triton"
+        if "too old" in missing:
+            remedy = NEWER_TRITON
         return Finding(
             name, "problem", f"not in use: {missing}; plain PyTorch does the work, many times slower", remedy
         )

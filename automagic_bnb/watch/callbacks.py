@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from automagic_bnb import auto_lr, config, scalars
 from automagic_bnb import state as st
+from automagic_bnb.notices import warn_once
 from automagic_bnb.run_log import RunLog, as_number
 from automagic_bnb.watch.monitoring import automagic_of
 
@@ -220,7 +221,9 @@ def _trainer_callback_class() -> type:
             self._metrics: dict[str, float] = {}
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            automagic_of(kwargs["optimizer"])  # an unfitting one is an error before the first step
+            optimizer = automagic_of(kwargs["optimizer"])  # an unfitting one is an error before the first step
+            optimizer.name_parameters(kwargs["model"].named_parameters())  # the trainer passes them without
+            warn_of_decay(optimizer, args.weight_decay)
             if state.is_world_process_zero:
                 self._sinks = Sinks(*self._where)
 
@@ -267,6 +270,7 @@ def _lightning_callback_class() -> type:
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             self._optimizer = first_automagic(trainer.optimizers)
+            automagic_of(self._optimizer).name_parameters(pl_module.named_parameters())
             self._last = trainer.global_step
             if trainer.is_global_zero:
                 self._sinks = Sinks(*self._where)
@@ -291,6 +295,16 @@ def _lightning_callback_class() -> type:
                 self._sinks = None
 
     return AutomagicLightningCallback
+
+
+def warn_of_decay(optimizer: Any, stated: float) -> None:
+    """Say that TrainingArguments' decay, which the trainer writes into the groups, stands over the optimizer's."""
+    wanted = optimizer.config.weight_decay
+    if stated != wanted and any(group["weight_decay"] == stated for group in optimizer.param_groups):
+        warn_once(
+            f"TrainingArguments' weight_decay={stated!r} stands over the optimizer's {wanted!r}: Hugging Face's "
+            "Trainer writes it into the groups. Set the one that you want there"
+        )
 
 
 def first_automagic(optimizers: list[Any]) -> Any:
