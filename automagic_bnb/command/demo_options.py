@@ -1,4 +1,4 @@
-"""What the command line sets of the demo: a file of its own, since `--help` shows defaults and is not to wait for torch."""
+"""What the command line sets of the demo: a file of its own, as `--help` shows defaults and does not wait for torch."""
 
 from __future__ import annotations
 
