@@ -3,7 +3,7 @@
     python benchmarks/readme_table.py           # writes docs/images/loss-by-rate.png and both READMEs' tables
     python benchmarks/readme_table.py --check   # exits with status 1 where they are not what the results give
 
-Results are all benchmarks/quality/results/*.jsonl, later files (by name) winning, and benchmarks/results/step_time*.json
+Results are all benchmarks/quality/results/*.jsonl, of which later names win, and benchmarks/results/step_time*.json.
 """
 
 from __future__ import annotations
@@ -56,16 +56,16 @@ TEXTS = {
     "README.md": {
         "header": ["optimizer", "loss, %", "bytes a parameter", "step, ms"],
         "picture": "Loss against learning rate: AdamW8bit has a valley, Automagic8bit finds its rate by itself",
-        "notes": "Loss: validation loss over `AdamW8bit`'s at its best rate and β2 for each task, mean over {tasks} small\n"
-        "tasks, lower is better ([all tasks and peers](benchmarks/quality/results/quality.md)). Bytes of state and time of\n"
-        "a step: {workload}, bf16, {device}. –: not measured there yet.",
+        "notes": "Loss: validation loss over `AdamW8bit`'s at its best rate and β2 for each task, mean over {tasks}\n"
+        "small tasks, lower is better ([all tasks and peers](benchmarks/quality/results/quality.md)). Bytes of state\n"
+        "and time of a step: {workload}, bf16, {device}. –: not measured there yet.",
     },
     "README.zh-TW.md": {
         "header": ["最佳化器", "損失，%", "每個參數的位元組", "一步，ms"],
         "picture": "損失與學習率：AdamW8bit 有一個谷底，Automagic8bit 自行找出學習率",
-        "notes": "損失：驗證損失相對於 `AdamW8bit` 在各任務最佳學習率與 β2 下的差距，取 {tasks} 個小任務的平均，越低越好\n"
-        "（[所有任務與對照](benchmarks/quality/results/quality.md)）。狀態的位元組與一步的時間：{workload}，bf16，{device}。\n"
-        "–：尚未在該處測量。",
+        "notes": "損失：驗證損失相對於 `AdamW8bit` 在各任務最佳學習率與 β2 下的差距，\n"
+        "取 {tasks} 個小任務的平均，越低越好（[所有任務與對照](benchmarks/quality/results/quality.md)）。\n"
+        "狀態的位元組與一步的時間：{workload}，bf16，{device}。–：尚未在該處測量。",
     },
 }
 
