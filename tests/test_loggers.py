@@ -53,6 +53,7 @@ def test_wandb_takes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with wandb.init(mode="offline", dir=str(tmp_path), project="test") as run:
         metrics = training_metrics(stepped(), prefix="automagic/")
         run.log({"loss": 1.0, **metrics}, step=3)
+    wandb.teardown()
     (file,) = tmp_path.rglob("*.wandb")
     held = file.read_bytes()
     assert [name for name in metrics if name.encode() not in held] == []
