@@ -65,13 +65,13 @@ def run_demo(args: argparse.Namespace) -> int:
     """`automagic-bnb demo`."""
     from automagic_bnb.command import demo
 
-    options = {name: value for name, value in vars(args).items() if name != "run"}
+    options = DemoOptions(**{name: value for name, value in vars(args).items() if name != "run"})
     try:
-        runs = demo.run_demo(demo.DemoOptions(**options))
+        runs = demo.run_demo(options)
     except demo.DemoError as e:
         sys.stderr.write(f"automagic-bnb demo: error: {e}\n")
         return 1
-    return 0 if demo.is_complete(runs) else INTERRUPTED
+    return 0 if demo.is_complete(runs, options) else INTERRUPTED
 
 
 def add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -435,6 +435,6 @@ def run_demo(options: DemoOptions) -> list[Run]:
     return runs
 
 
-def is_complete(runs: list[Run]) -> bool:
+def is_complete(runs: list[Run], options: DemoOptions) -> bool:
     """Whether all optimizers ran to the end."""
-    return bool(runs) and not any(run.history.interrupted for run in runs)
+    return len(runs) == len(contestants(options)) and not any(run.history.interrupted for run in runs)
