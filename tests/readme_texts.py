@@ -1,4 +1,8 @@
-"""The READMEs, in English and in Traditional Chinese, and their parts; the files that they are compared with."""
+"""The manuals, in English and in Traditional Chinese, and their parts; the files that they are compared with.
+
+A manual is a README and the pages beside it, one after the other, with the pages' headings one level down: then a page
+is a section of the manual.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,41 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-CHINESE = (ROOT / "README.zh-TW.md").read_text(encoding="utf-8")
+NAMES = (
+    "install",
+    "trainers",
+    "options",
+    "learning-rate",
+    "memory",
+    "watching",
+    "hardware",
+    "migration",
+    "troubleshooting",
+    "checkpoints",
+    "rule",
+    "limits",
+)
+"""The pages that are in both languages."""
+FILES = {
+    "README.md": ["README.md", *(f"docs/{name}.md" for name in NAMES)],
+    "README.zh-TW.md": ["README.zh-TW.md", *(f"docs/zh-TW/{name}.md" for name in NAMES)],
+}
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for names in FILES.values() for name in names}
+
+
+def lowered(text: str) -> str:
+    """With every heading one level down; a line of code may begin as a heading does."""
+    parts = re.split(r"(^```.*?^```$)", text, flags=re.MULTILINE | re.DOTALL)
+    return "".join(part if part.startswith("```") else re.sub(r"^#", "##", part, flags=re.MULTILINE) for part in parts)
+
+
+def manual(readme: str) -> str:
+    first, *pages = FILES[readme]
+    return "\n".join([TEXTS[first], *(lowered(TEXTS[page]) for page in pages)])
+
+
+README = manual("README.md")
+CHINESE = manual("README.zh-TW.md")
 READMES = {"README.md": README, "README.zh-TW.md": CHINESE}
 both = pytest.mark.parametrize("text", READMES.values(), ids=READMES)
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html.parser
 import math
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,16 +13,16 @@ from typing import Any
 import matplotlib.image
 import numpy as np
 import pytest
+from browser import BROWSER, Browser
 
 from automagic_bnb import Automagic8bit, RunLog, training_metrics, write_dashboard
 from automagic_bnb.command import cli
 from automagic_bnb.run_log import Run, Series, read_run
-from automagic_bnb.watch.dashboard import COLOURS, MOST_POINTS, comparison, run_name, summary, thinned
+from automagic_bnb.watch.dashboard import HUES, MOST_POINTS, colour_of, comparison, run_name, summary, thinned
 from automagic_bnb.watch.panels import PANELS
 
 pytest.importorskip("plotly", reason="plotly is not installed: pip install 'automagic-bnb[dashboard]'")
 
-BROWSER = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome", "chrome"])), None)
 needs_a_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
 HOSTILE = '<img src=x onerror="document.title=1"> & co'
 
@@ -118,8 +117,8 @@ def test_the_curves_are_what_was_logged(logdir: Path) -> None:
                 count += 1
                 assert (run.name, steps.tolist(), values.tolist()) in drawn, name
     assert count == len(drawn) > 20
-    assert {t.line.color for t in figure.data} == set(COLOURS[:2])
-    assert [t.name for t in figure.data if t.showlegend is None] == ["given", "found"]
+    assert {t.line.color for t in figure.data} == set(HUES[:2])
+    assert not figure.layout.showlegend  # the table is the legend
 
 
 def test_lost_losses_are_marked() -> None:
@@ -135,7 +134,7 @@ def test_lost_losses_are_marked() -> None:
     marks = {t.legendgroup: t for t in figure.data if t.mode == "markers"}
     assert set(marks) == {"lossy", "all", "below 0"}
     assert (list(marks["lossy"].x), list(marks["lossy"].y)) == ([1, 3], [0, 0])
-    assert marks["lossy"].marker.color == COLOURS[1]
+    assert marks["lossy"].marker.color == HUES[1]
     assert list(marks["below 0"].y) == [-5]
     assert 1000 < len(marks["all"].x) <= MOST_POINTS
     assert "×: NaN or infinite" in figure.layout.annotations[0].text
@@ -236,9 +235,9 @@ def test_a_browser_draws_every_curve_and_asks_nobody(page: Path, logdir: Path, t
         assert panel.title in dom
     assert "<title>1</title>" not in dom  # what the third run's name would do
     pixels = matplotlib.image.imread(picture)[..., :3]
-    seen = [(np.abs(pixels - rgb(colour)).max(axis=-1) < 0.02).sum() for colour in COLOURS]
+    seen = [(np.abs(pixels - rgb(colour)).max(axis=-1) < 0.02).sum() for colour in HUES]
     assert min(seen[1:3]) > 300
-    assert seen[0] > 80  # two points, and the legend
+    assert seen[0] > 80  # two points, and its row of the table
     assert max(seen[3:5]) == 0
 
 
@@ -250,7 +249,7 @@ def rgb(colour: str) -> np.ndarray:
 def test_a_request_would_be_seen(page: Path, tmp_path: Path) -> None:
     """Negative control: the same page with a script from elsewhere, a broken script, and no graphs."""
     text = page.read_text(encoding="utf-8")
-    bare = text[: text.index("</table>")] + '</table><script src="https://example.org/x.js"></script>'
+    bare = text[: text.index('<div class="wide"')] + '<script src="https://example.org/x.js"></script>'
     bad = tmp_path / "bad.html"
     bad.write_text(bare.replace("<title>", WATCH + "<title>", 1) + "<script>nothing()</script>", encoding="utf-8")
     dom, picture = browse(bad, tmp_path)
@@ -259,7 +258,114 @@ def test_a_request_would_be_seen(page: Path, tmp_path: Path) -> None:
     assert "data-error" in root
     assert 'class="js-line"' not in dom
     pixels = matplotlib.image.imread(picture)[..., :3]
-    assert (np.abs(pixels - rgb(COLOURS[0])).max(axis=-1) < 0.02).sum() == 0
+    assert (np.abs(pixels - rgb(HUES[0])).max(axis=-1) < 0.02).sum() == 0
+
+
+@pytest.fixture(scope="module")
+def twenty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page of twenty runs of 60 losses, the later the lower, with rates."""
+    folder = tmp_path_factory.mktemp("twenty")
+    for index in range(20):
+        with RunLog(folder / f"a-run-with-quite-a-long-name-{index:02}") as log:
+            for step in range(60):
+                log.log(step, {"loss": 30.0 - index + step % 2, "lr/mean": 1e-3, "lr/p10": 1e-4, "lr/p90": 1e-2})
+    return write_dashboard(folder)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with Browser(tmp_path_factory.mktemp("browser")) as browser:
+        yield browser
+
+
+TITLES = "[...document.querySelectorAll('.annotation-text')].map(e => e.getBoundingClientRect())"
+FIRST_NAMES = "[...document.querySelectorAll('tbody tr')].slice(0, 2).map(r => r.cells[0].textContent.slice(-2))"
+HIDDEN = "graphs.data.filter(t => t.visible === false).map(t => t.legendgroup.slice(-2))"
+
+
+@needs_a_browser
+@pytest.mark.parametrize(("width", "columns"), [(390, 1), (1600, 2)])
+def test_it_fits_the_screen(browser: Any, twenty: Path, page: Path, width: int, columns: int) -> None:
+    """A phone's and a desk's: nothing wider than the screen but the table in its frame, no title over another."""
+    for shown in (twenty, page):
+        browser.open(shown, width)
+        assert browser.run("graphs.dataset.columns") == str(columns)
+        assert browser.run("document.documentElement.scrollWidth") <= width
+        browser.wait_for("document.querySelectorAll('.js-line').length > 3")
+        titles = browser.run(f"{TITLES}.map(b => [b.left, b.right, b.top, b.bottom])")
+        assert len(titles) >= 2
+        for i, (left, right, top, bottom) in enumerate(titles):
+            assert left >= 0
+            assert right <= width
+            for other in titles[:i]:
+                assert right <= other[0] or left >= other[1] or bottom <= other[2] or top >= other[3]
+
+
+@needs_a_browser
+def test_it_follows_the_screen(browser: Any, twenty: Path) -> None:
+    """A phone that is turned."""
+    browser.open(twenty, 1600)
+    browser.resize(390)
+    browser.wait_for("graphs.dataset.columns === '1'")
+    browser.wait_for("graphs.layout.xaxis2.domain[0] === 0")
+    assert browser.run("graphs.layout.yaxis2.domain[1] < graphs.layout.yaxis.domain[0]")
+
+
+@needs_a_browser
+@pytest.mark.parametrize("width", [390, 1600])
+def test_a_click_on_a_head_sorts(browser: Any, twenty: Path, width: int) -> None:
+    """By number where there are numbers: 9 before 10; again, the other way round; names as text."""
+    browser.open(twenty, width)
+    browser.click("th:nth-child(3) button")
+    assert browser.run(FIRST_NAMES) == ["19", "18"]
+    assert browser.run("document.querySelector('th:nth-child(3)').ariaSort") == "ascending"
+    browser.click("th:nth-child(3) button")
+    assert browser.run(FIRST_NAMES) == ["00", "01"]
+    browser.click("th:nth-child(1) button")
+    browser.click("th:nth-child(1) button")
+    assert browser.run(FIRST_NAMES) == ["19", "18"]
+    assert browser.run("document.querySelectorAll('th[aria-sort]').length") == 1
+
+
+@needs_a_browser
+def test_a_click_on_a_run_hides_its_curves(browser: Any, twenty: Path) -> None:
+    """In all panels, and shows them again; its colour is that of its row."""
+    browser.open(twenty, 390)
+    colour = browser.run("getComputedStyle(document.querySelector('tbody tr:nth-child(4) .swatch')).backgroundColor")
+    assert [int(part) for part in re.findall(r"\d+", colour)] == [round(255 * part) for part in rgb(HUES[3])]
+    browser.click("tbody tr:nth-child(4) button")
+    hidden = browser.run(HIDDEN)
+    assert set(hidden) == {"03"}
+    assert len(hidden) >= 4  # losses, their median, rates and the band
+    assert browser.run("document.querySelector('tbody tr:nth-child(4) button').ariaPressed") == "false"
+    browser.click("tbody tr:nth-child(4) button")
+    assert browser.run(HIDDEN) == []
+
+
+@needs_a_browser
+def test_the_keyboard_does_all_of_it(browser: Any, twenty: Path) -> None:
+    """Tab to the table, its heads and its rows; Enter sorts and hides."""
+    browser.open(twenty, 1600)
+    browser.press("Tab", 9)  # the table's frame, which arrows scroll
+    assert browser.run("document.activeElement.className") == "wide"
+    browser.press("Tab", 9)
+    browser.press("Enter", 13)
+    browser.press("Enter", 13)
+    assert browser.run(FIRST_NAMES) == ["19", "18"]
+    for _ in range(7):
+        browser.press("Tab", 9)
+    browser.press("Enter", 13)
+    assert set(browser.run(HIDDEN)) == {"19"}
+
+
+def test_losses_are_smoothed_from_50_on(tmp_path: Path) -> None:
+    for count, curves in ((49, 1), (50, 2)):
+        figure: Any = comparison([Run("a", {"loss": Series(np.arange(count), np.arange(count) % 2 + 1.0)})])
+        assert len(figure.data) == curves
+
+
+def test_twenty_runs_have_twenty_colours() -> None:
+    assert len({colour_of(index) for index in range(20)}) == 20
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import io
 import runpy
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import matplotlib.image
 import pytest
@@ -16,7 +17,7 @@ from automagic_bnb.command import cli, demo, demo_model, demo_pictures
 from automagic_bnb.watch import plots
 
 CPU = torch.device("cpu")
-PICTURES = ["effective_rank.png", "learning_rates.png", "loss.png", "samples.png"]
+PICTURES = ["effective_rank.png", "learning_rates.png", "loss.png", "result.png", "samples.png"]
 SHORT = ["demo", "--steps", "2", "--base-steps", "2", "--device", "cpu"]
 needs_bitsandbytes = pytest.mark.skipif(not bnb.BITSANDBYTES_AVAILABLE, reason="bitsandbytes is not installed")
 
@@ -66,7 +67,7 @@ def test_command_prints_the_comparison_and_writes_the_pictures(tmp_path, capsys)
     assert cli.main([*SHORT, "--out", str(folder)]) == 0
     out = capsys.readouterr().out
     assert str(folder) in out
-    for text in ("validation loss before", "validation loss after", "bytes per parameter", "ms", "learning rate"):
+    for text in ("Automagic8bit", "tuned", "as usual", "loss", "bytes per", "parameter", "step, ms", "learning rate"):
         assert text in out
     assert sorted(p.name for p in folder.iterdir()) == PICTURES
     for picture in folder.iterdir():
@@ -90,7 +91,7 @@ def test_module_is_the_same_command(monkeypatch, capsys):
         runpy.run_module("automagic_bnb", run_name="__main__")
     assert stopped.value.code == 0
     out = capsys.readouterr().out
-    for option in ("steps", "base-steps", "seed", "out", "profile", "lr", "adamw-lr", "rank", "device"):
+    for option in ("steps", "base-steps", "seed", "out", "profile", "lr", "adamw-lr", "rank", "device", "compare"):
         assert f"--{option} " in out
 
 
@@ -104,6 +105,7 @@ def test_module_is_the_same_command(monkeypatch, capsys):
         ["--adamw-lr", "nan"],
         ["--rank", "0"],
         ["--profile", "fastest"],
+        ["--compare", "nothing"],
         ["--unknown"],
     ],
 )
@@ -159,8 +161,8 @@ def test_an_early_interrupt_leaves_nothing_to_compare(call, tmp_path, capsys, mo
 def test_interrupted_comparison_shows_what_there_is(call, labels, tmp_path, capsys, monkeypatch):
     interrupt_at(monkeypatch, call)
     assert cli.main([*SHORT, "--out", str(tmp_path)]) == cli.INTERRUPTED
-    header = next(line for line in capsys.readouterr().out.splitlines() if "Automagic" in line)
-    assert [name for name in ("Automagic", "AdamW") if name in header] == labels
+    rows = [line.split("│")[1] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert [name for name in ("Automagic", "AdamW") if any(name in row for row in rows)] == labels
     for name in PICTURES:
         assert_picture(tmp_path / name)
 
@@ -172,7 +174,8 @@ def test_equal_optimizers_would_tie(monkeypatch):
     def sgd(parameters):
         return torch.optim.SGD(parameters, lr=0.1)
 
-    monkeypatch.setattr(demo, "contestants", lambda options: {"one": sgd, "other": sgd})
+    same = demo.Contestant(sgd, "given")
+    monkeypatch.setattr(demo, "contestants", lambda options: {"one": same, "other": same})
     one, other = short_comparison()
     assert one.history.train_loss == other.history.train_loss
     assert one.history.validation_loss == other.history.validation_loss
@@ -185,7 +188,7 @@ def test_both_optimizers_start_as_the_base(runs):
     first_losses = [run.history.validation_loss[0] for run in runs]
     _, held_out = demo.load_digits(demo.LORA_CLASSES, seed=0)
     batch = demo.validation_batch(held_out, seed=0, device=CPU)
-    assert first_losses == [pytest.approx(demo.flow_matching_loss(base, batch).item(), rel=1e-6)] * 2
+    assert first_losses == [pytest.approx(demo.flow_matching_loss(base, batch).item(), rel=1e-6)] * 3
     # The batches are the same, so the first step's training losses are too; later ones part.
     assert runs[0].history.train_loss[0] == runs[1].history.train_loss[0]
     assert runs[0].history.train_loss[1] != runs[1].history.train_loss[1]
@@ -220,10 +223,11 @@ def test_global_random_state_is_left_alone():
 
 def test_automagic_is_given_a_rate_only_on_request(runs):
     assert runs[0].optimizer.param_groups[0]["auto_lr"]
-    assert [run.rate_origin for run in runs] == ["found", "given"]
+    assert [run.rate_origin for run in runs] == ["found", "best of 6", "usual start"]
+    assert [run.optimizer.param_groups[0]["lr"] for run in runs[1:]] == [2e-3, 1e-4]
     given = short_comparison(lr=2e-4, adamw_lr=5e-4)
-    assert [run.optimizer.param_groups[0]["lr"] for run in given] == [2e-4, 5e-4]
-    assert [run.rate_origin for run in given] == ["given", "given"]
+    assert [run.optimizer.param_groups[0]["lr"] for run in given] == [2e-4, 5e-4, 1e-4]
+    assert [run.rate_origin for run in given] == ["given", "given", "usual start"]
 
 
 # --- figures ----------------------------------------------------------------------------------------------------
@@ -287,22 +291,52 @@ def test_adamw8bit_takes_the_bytes_its_format_says(runs):
 
 def test_table_shows_what_the_runs_hold(runs):
     text = io.StringIO()
-    Console(file=text, width=120).print(demo.result_table(runs))
-    lines = {line.split("│")[1].strip(): line for line in text.getvalue().splitlines() if line.startswith("│")}
-    for run in runs:
-        assert f"{run.history.validation_loss[0]:.4f}" in lines["validation loss before LoRA"]
-        assert f"{run.history.validation_loss[-1]:.4f}" in lines["validation loss after"]
-        size = demo.state_bytes_per_parameter(run.optimizer)
-        assert f" {size:.2f} " in lines["state, bytes per parameter"]
-    assert f"{demo.ADAMW_LR:.2e} given" in lines["learning rate, mean"]
-    learned = [runs[0].optimizer.element_learning_rates(p) for p in demo.trainable(runs[0].model)]
-    assert f"{torch.stack([x.mean() for x in learned]).mean():.2e} found" in lines["learning rate, mean"]
+    Console(file=text, width=80).print(demo.result_table(runs))
+    cells = [[x.strip() for x in line.split("│")[1:-1]] for line in text.getvalue().splitlines() if line[:1] == "│"]
+    assert [row[0] for row in cells] == [run.label for run in runs]
+    for run, (_, rate, loss, size, _) in zip(runs, cells, strict=True):
+        assert rate == f"{demo.learning_rate(run.optimizer):.2e} {run.rate_origin}"
+        assert loss == f"{run.history.validation_loss[-1]:.4f}"
+        assert size == f"{demo.state_bytes_per_parameter(run.optimizer):.2f}"
+    assert f"{runs[0].history.validation_loss[0]:.4f} before" in text.getvalue()
+
+
+def test_bar_table_and_pictures_show_one_rate(runs, tmp_path, monkeypatch):
+    """The optimizer's mean rate."""
+    shown = {}
+    monkeypatch.setattr(demo_pictures, "save_learning_rates", lambda path, learned, marks: shown.update(marks))
+    demo.save_pictures(tmp_path, demo.make_base(0, CPU), runs, 0)
+    mean = float(runs[0].optimizer.get_avg_learning_rate())
+    assert shown["mean"] == demo.learning_rate(runs[0].optimizer) == mean == runs[0].history.learning_rate[-1]
+    assert f"{mean:.1e}" in demo.rate_words(runs[0])
+
+
+def test_prodigy_runs_where_it_is_installed(monkeypatch):
+    """Its rate is d; where it is missing, that is an error before any training."""
+    prodigyopt = ModuleType("prodigyopt")
+    monkeypatch.setitem(sys.modules, "prodigyopt", None)
+    with pytest.raises(demo.DemoError, match="pip install prodigyopt"):
+        demo.contestants(demo.DemoOptions(compare="prodigy"))
+
+    class Prodigy(torch.optim.SGD):
+        def __init__(self, parameters, lr):
+            super().__init__(parameters, lr=lr)
+            self.param_groups[0]["d"] = 1e-3
+
+    prodigyopt.Prodigy = Prodigy
+    monkeypatch.setitem(sys.modules, "prodigyopt", prodigyopt)
+    labels = list(demo.contestants(demo.DemoOptions(compare="prodigy")))
+    assert labels[-1] == "Prodigy"
+    assert len(labels) == 4
+    run = short_comparison(compare="prodigy")[-1]
+    assert demo.learning_rate(run.optimizer) == 1e-3
+    assert run.rate_origin == "found"
 
 
 @pytest.mark.filterwarnings("ignore:bitsandbytes could not be imported")
 def test_without_bitsandbytes_both_run_in_32_bits_and_say_so(monkeypatch):
     monkeypatch.setattr(bnb, "BITSANDBYTES_AVAILABLE", False)
-    ours, peer = short_comparison()
+    ours, peer, _ = short_comparison()
     assert "32-bit" in ours.label
     assert "32-bit" in peer.label
     assert isinstance(ours.optimizer, Automagic8bit)

@@ -59,7 +59,7 @@ def modules_of(folder: str) -> set[str]:
 def package_files() -> set[str]:
     """Every module, where it must lie once installed."""
     package = {f"{room}/{name}" for room in ROOMS for name in modules_of(room)}
-    return package | {f"automagic_bnb/kernels/{name}" for name in modules_of("kernels")}
+    return package | {f"automagic_bnb/kernels/{name}" for name in modules_of("kernels")} | {"automagic_bnb/py.typed"}
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
@@ -140,7 +140,7 @@ modules, state, handlers = set(sys.modules), torch.get_rng_state(), list(logging
 threads, mode = torch.get_num_threads(), torch.is_grad_enabled()
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    import automagic_bnb
+    from automagic_bnb import *
 ours = [m for m in set(sys.modules) - modules if m.split(".")[0] not in sys.stdlib_module_names]
 print(json.dumps({
     "modules": sorted(ours),

@@ -1,6 +1,7 @@
-"""The READMEs' tables are the code's, their commands are the ones CI runs, and the two of them agree.
+"""The manuals' tables are the code's, their commands are the ones CI runs, and the two languages agree.
 
-Where a test says "the README" it is the English one; what could differ between the two is tested of both.
+Where a test says "the README" it is the English one with its pages (see `readme_texts`); what could differ between the
+two languages is tested of both.
 """
 
 from __future__ import annotations
@@ -15,7 +16,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from readme_texts import CHANGELOG, CHINESE, CI, README, READMES, ROOT, both, code_blocks, section, without_code
+from readme_texts import (
+    CHANGELOG,
+    CHINESE,
+    CI,
+    FILES,
+    README,
+    READMES,
+    ROOT,
+    TEXTS,
+    both,
+    code_blocks,
+    section,
+    without_code,
+)
 
 import automagic_bnb
 from automagic_bnb import AutomagicConfig, hardware, metrics, state
@@ -152,7 +166,8 @@ def test_every_state_tensor_is_in_the_changelog() -> None:
     """A new one changes the format, and the changelog marks that."""
     text = CHANGELOG.partition("### State format")[2]
     assert {key for key in state.KEYS if f"`{key}`" not in text} == set()
-    assert f"## [{automagic_bnb.__version__}]" in CHANGELOG
+    version = "Unreleased" if "dev" in automagic_bnb.__version__ else automagic_bnb.__version__
+    assert f"## [{version}]" in CHANGELOG
 
 
 # ------------------------------------------------------------------------------------------------------------ commands
@@ -176,9 +191,9 @@ def test_ci_runs_the_two_commands_of_the_readme(tmp_path: Path) -> None:
     for extra, words in {"demo": "automagic-bnb demo", "test": "pytest"}.items():
         (command,) = [line for line in shell_lines() if words in line]
         assert taken(extra, ROOT) == command + "\n"
-        assert command in CHINESE.splitlines()
+        assert all(TEXTS[readme].splitlines().count(command) == 1 for readme in READMES)
         assert CI.count(f"{extra}=$(readme_command {extra})\n") == CI.count(f'\neval "${extra}"\n') == 1
-        (tmp_path / "README.md").write_text(README.replace(command, ""), encoding="utf-8")
+        (tmp_path / "README.md").write_text(TEXTS["README.md"].replace(command, ""), encoding="utf-8")
         with pytest.raises(subprocess.CalledProcessError):
             taken(extra, tmp_path)
 
@@ -206,7 +221,7 @@ def test_the_commands_exist(capsys: pytest.CaptureFixture[str]) -> None:
     """All those that the READMEs name, and no other is there."""
     commands = {command.split()[0] for line in shell_lines() for command in line.split("automagic-bnb ")[1:]}
     commands |= {name for text in READMES.values() for name in re.findall(r"`automagic-bnb (\w+)[^`]*`", text)}
-    assert commands == {"demo", "doctor", "dashboard"}
+    assert commands == {"demo", "doctor", "dashboard", "inspect"}
     for command in commands:
         with pytest.raises(SystemExit) as stopped:
             cli.main([command, "--help"])
@@ -214,19 +229,8 @@ def test_the_commands_exist(capsys: pytest.CaptureFixture[str]) -> None:
         assert command in capsys.readouterr().out
 
 
-@both
-def test_files_that_the_readme_names_exist(text: str) -> None:
-    """Links, and scripts to run."""
-    links = [target for target in re.findall(r"\]\(([^)#]+)", text) if "://" not in target]
-    scripts = re.findall(r"^python (\S+)", "\n".join(shell_lines()), re.MULTILINE)
-    assert {"CHANGELOG.md", "LICENSE", "benchmarks/step_time.py"} <= {*links, *scripts}
-    assert [name for name in (*links, *scripts) if not (ROOT / name).is_file()] == []
-
-
-def test_each_readme_links_to_the_other() -> None:
-    """At its top."""
-    assert "(README.zh-TW.md)" in README[:200]
-    assert "(README.md)" in CHINESE[:200]
+MORE = ("docs/README.md", "docs/zh-TW/README.md", ".github/CONTRIBUTING.md", ".github/SECURITY.md")
+LINKED = {**TEXTS, **{name: (ROOT / name).read_text(encoding="utf-8") for name in MORE}}
 
 
 def anchors(text: str) -> list[str]:
@@ -235,17 +239,54 @@ def anchors(text: str) -> list[str]:
     return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
-@both
-def test_headings_that_the_readme_links_to_exist(text: str) -> None:
-    """In itself and in the other, each by one anchor."""
+@pytest.mark.parametrize("name", LINKED)
+def test_links_lead_somewhere(name: str) -> None:
+    """To files that exist, from where the page lies, and to headings that they have, each by one anchor."""
+    text = without_code(LINKED[name])
     assert len(anchors(text)) == len(set(anchors(text)))
-    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= set(anchors(text))
-    for name, anchor in re.findall(r"\]\((README[\w.-]*)#([^)]+)\)", text):
-        assert anchor in anchors(READMES[name])
+    targets = [target for target in re.findall(r"\]\(([^)]+)\)", text) if "://" not in target]
+    for target in targets:
+        file, _, anchor = target.partition("#")
+        path = (ROOT / name).parent / file if file else ROOT / name
+        assert path.exists(), target
+        assert path.resolve().is_relative_to(ROOT), target
+        if anchor:
+            assert anchor in anchors(path.read_text(encoding="utf-8")), target
+
+
+@both
+def test_scripts_that_the_readme_names_exist(text: str) -> None:
+    scripts = re.findall(r"^python (\S+)", "\n".join(code for _, code in code_blocks("bash", text)), re.MULTILINE)
+    assert "benchmarks/step_time.py" in scripts
+    assert [name for name in scripts if not (ROOT / name).is_file()] == []
+
+
+def test_there_are_links() -> None:
+    """That the test above looks at."""
+    assert sum(len(re.findall(r"\]\([^)]+\)", text)) for text in LINKED.values()) > 150
+
+
+def test_every_page_is_linked_to_from_both_fronts() -> None:
+    """From the README and from the list of pages; and each language's README links to the other at its top."""
+    for readme, (_, *pages) in FILES.items():
+        index = f"{Path(pages[0]).parent.as_posix()}/README.md"
+        for front in (readme, index):
+            targets = re.findall(r"\]\(([^)#]+)", LINKED[front])
+            linked = {((ROOT / front).parent / target).resolve() for target in targets if "://" not in target}
+            assert {(ROOT / page).resolve() for page in pages} <= linked
+    assert "(README.zh-TW.md)" in README[:200]
+    assert "(README.md)" in CHINESE[:200]
+
+
+@both
+def test_the_readme_is_short(text: str) -> None:
+    """By itself, without its pages."""
+    (readme,) = [name for name in READMES if READMES[name] == text]
+    assert len(TEXTS[readme].splitlines()) <= 300
 
 
 def test_both_have_the_same_sections() -> None:
-    """As many, of the same levels, up to the part on development."""
+    """As many, of the same levels."""
     levels = [re.findall(r"^(#+) ", without_code(text), re.MULTILINE) for text in READMES.values()]
     assert levels[0] == levels[1]
 

@@ -1,4 +1,4 @@
-"""The READMEs' code runs as it is written, and does what they say."""
+"""The code of the READMEs and of the pages beside them runs as it is written, and does what they say."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from readme_texts import CHINESE, README, READMES, both, code_blocks
+from readme_texts import CHINESE, README, TEXTS, both, code_blocks
 
 from automagic_bnb import state
 
 PYTHON = code_blocks("python")
-EXAMPLES = [(name, line, code) for name, text in READMES.items() for line, code in code_blocks("python", text)]
+EXAMPLES = [(name, line, code) for name, text in TEXTS.items() for line, code in code_blocks("python", text)]
 NEEDED = {
     "transformers": "transformers",
     "Trainer(": "accelerate",
@@ -68,11 +68,10 @@ def bare(language: str, code: str) -> str:
 
 
 def test_both_have_the_same_code() -> None:
-    """Block by block, in the same order; comments are in the reader's language, the development part in English."""
+    """Block by block, in the same order; comments are in the reader's language."""
     fence = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
     english, chinese = (
-        [(language, bare(language, code)) for language, code in fence.findall(text)]
-        for text in (README.partition("\n## Development\n")[0], CHINESE)
+        [(language, bare(language, code)) for language, code in fence.findall(text)] for text in (README, CHINESE)
     )
     assert [language for language, _ in english] == [language for language, _ in chinese]
     for one, other in zip(english, chinese, strict=True):

@@ -11,6 +11,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from automagic_bnb import __version__
+from automagic_bnb.command import quiet
+from automagic_bnb.command.demo_options import PEERS, DemoOptions
+
 PROFILES = ("memory_optimized", "balanced", "quality_optimized")
 INTERRUPTED = 130
 """The exit status that shells expect after Ctrl-C."""
@@ -19,12 +23,15 @@ INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status; wrong usage exits with status 2 and a message."""
     parser = argparse.ArgumentParser(prog="automagic-bnb", description="Tools around the Automagic optimizers.")
+    parser.add_argument("--version", action="version", version=f"automagic-bnb {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_demo(commands)
     add_doctor(commands)
     add_dashboard(commands)
     add_run(commands)
+    add_inspect(commands)
     args = parser.parse_args(argv)
+    quiet.hold_import_warnings()
     try:
         return args.run(args)
     except KeyboardInterrupt:
@@ -34,13 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Declare `demo`; its defaults are those of `DemoOptions`."""
-    from automagic_bnb.command.demo import DemoOptions
-
     parser = commands.add_parser(
         "demo",
         help="train a small image generator with Automagic8bit and with AdamW8bit, and compare",
-        description="Adapt a small generator of handwritten digits to new classes by a LoRA, with Automagic8bit and "
-        "with AdamW8bit; print a comparison and write pictures. Takes about two minutes on two CPU cores.",
+        description="Adapt a small generator of handwritten digits to new classes by a LoRA: with Automagic8bit, which "
+        "is given no rate, and with AdamW8bit at the rate that people start with and at its best; print a comparison "
+        "and write pictures. Takes about a minute on a CPU.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--steps", type=positive_int, help="LoRA steps for each optimizer")
@@ -49,7 +55,8 @@ def add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument("--out", type=Path, help="folder for the pictures")
     parser.add_argument("--profile", choices=PROFILES, help="profile of Automagic8bit")
     parser.add_argument("--lr", type=positive_float, help="rate for Automagic8bit (None: it finds its own)")
-    parser.add_argument("--adamw-lr", type=positive_float, help="rate for AdamW8bit")
+    parser.add_argument("--adamw-lr", type=positive_float, help="best rate of AdamW8bit")
+    parser.add_argument("--compare", choices=PEERS, help="one more optimizer to run")
     parser.add_argument("--rank", type=positive_int, help="rank of the LoRA; below 8 its states stay in 32 bits")
     parser.add_argument("--device", help="torch device (None: a GPU if there is one)")
     parser.set_defaults(run=run_demo, **vars(DemoOptions()))
@@ -59,13 +66,13 @@ def run_demo(args: argparse.Namespace) -> int:
     """`automagic-bnb demo`."""
     from automagic_bnb.command import demo
 
-    options = {name: value for name, value in vars(args).items() if name != "run"}
+    options = DemoOptions(**{name: value for name, value in vars(args).items() if name != "run"})
     try:
-        runs = demo.run_demo(demo.DemoOptions(**options))
+        runs = demo.run_demo(options)
     except demo.DemoError as e:
         sys.stderr.write(f"automagic-bnb demo: error: {e}\n")
         return 1
-    return 0 if demo.is_complete(runs) else INTERRUPTED
+    return 0 if demo.is_complete(runs, options) else INTERRUPTED
 
 
 def add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -144,6 +151,32 @@ def run_run(args: argparse.Namespace) -> int:
     from automagic_bnb.command import runner
 
     return runner.run(args.set, args.program, args.trainer)
+
+
+def add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare `inspect`."""
+    parser = commands.add_parser(
+        "inspect",
+        help="show what an optimizer's checkpoint holds",
+        description="Show version, groups, options, storage, bytes, rates and skipped elements of an optimizer's "
+        "checkpoint: ours, bitsandbytes' or torch's, by itself or within a trainer's file. Runs no code from the file.",
+    )
+    parser.add_argument("file", metavar="FILE", type=Path, help="what torch.save wrote of optimizer.state_dict()")
+    parser.add_argument("--json", action="store_true", help="print JSON, with every parameter")
+    parser.add_argument("--picture", metavar="PNG", type=Path, help="draw bytes and rates into this file")
+    parser.set_defaults(run=run_inspect)
+
+
+def run_inspect(args: argparse.Namespace) -> int:
+    """`automagic-bnb inspect`."""
+    from automagic_bnb.command import inspection
+
+    try:
+        inspection.run_inspect(args.file, args.json, args.picture)
+    except (ImportError, OSError, ValueError) as e:
+        sys.stderr.write(f"automagic-bnb inspect: error: {e}\n")
+        return 1
+    return 0
 
 
 def natural_number(text: str) -> int:

@@ -1,11 +1,12 @@
 """The demo: a small image generator that knows the digits 0-4 learns 5-9 through a LoRA, with two optimizers.
 
 The data are scikit-learn's bundled handwritten digits (8×8 pixels). A class-conditional flow-matching model is trained
-once on 0-4 with `torch.optim.AdamW`. A LoRA then adapts it to 5-9: once with `Automagic8bit` and once with
-bitsandbytes' `AdamW8bit`, from the same base weights, the same LoRA initialisation and the same batches. The
-validation loss is taken on held-out images with noise and times drawn once, so its values are comparable.
+once on 0-4 with `torch.optim.AdamW`. A LoRA then adapts it to 5-9: with `Automagic8bit` and with bitsandbytes'
+`AdamW8bit`, from the same base weights, the same LoRA initialisation and the same batches. The validation loss is taken
+on held-out images with noise and times drawn once, so its values are comparable.
 
-`Automagic8bit` is given no learning rate unless the user passes one. `AdamW8bit` needs one: see `ADAMW_LR`.
+`Automagic8bit` is given no learning rate unless the user passes one. `AdamW8bit` needs one, and runs with two: its best
+of several (`ADAMW_LR`), which nobody knows beforehand, and the one that people start with (`USUAL_LR`).
 """
 
 from __future__ import annotations
@@ -38,36 +39,19 @@ from automagic_bnb.command.demo_model import (
     trainable,
     with_lora,
 )
+from automagic_bnb.command.demo_options import ADAMW_LR, USUAL_LR, DemoOptions
 from automagic_bnb.watch import singular
 
 BASE_CLASSES = range(5)
 LORA_CLASSES = range(5, 10)
-BATCH = 128
+BATCH = 64
 BASE_LR = 1e-3
-ADAMW_LR = 2e-3
-"""AdamW8bit's default rate: its best of 5e-4, 1e-3, 2e-3, 3e-3, 5e-3 and 1e-2 by validation loss after 400 steps at
-seed 0, and of the four rates from 1e-3 to 5e-3 by the mean over the seeds 0, 1 and 2."""
 VALIDATION_INTERVAL = 25
 SAMPLES_PER_CLASS = 8
 
 
 class DemoError(RuntimeError):
     """The demo cannot run here; the message says why and what to do."""
-
-
-@dataclass(frozen=True)
-class DemoOptions:
-    """What the command line sets; rates are per step, `lr=None` lets `Automagic8bit` find its own."""
-
-    steps: int = 400
-    base_steps: int = 800
-    seed: int = 0
-    out: Path = Path("automagic_demo")
-    profile: str = "balanced"
-    lr: float | None = None
-    adamw_lr: float = ADAMW_LR
-    rank: int = 8
-    device: str | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -100,7 +84,7 @@ def draw_batch(examples: Examples, generator: torch.Generator, device: torch.dev
     return FlowBatch(*(x.to(device) for x in batch))
 
 
-def validation_batch(examples: Examples, seed: int, device: torch.device, draws: int = 8) -> FlowBatch:
+def validation_batch(examples: Examples, seed: int, device: torch.device, draws: int = 4) -> FlowBatch:
     """Every held-out image `draws` times, with fixed noise and with times spread evenly over 0…1."""
     generator = random_stream(seed, "validation")
     images, labels = examples.images.repeat(draws, 1), examples.labels.repeat(draws)
@@ -193,10 +177,11 @@ def synchronize(device: torch.device) -> None:
 
 
 def learning_rate(optimizer: Any) -> float:
-    """The rate in force: Automagic's mean, which it may have found itself, or another optimizer's `lr`."""
+    """The mean rate in force, as bar, table and pictures show it: Automagic's and Prodigy's may have been found."""
     if hasattr(optimizer, "get_avg_learning_rate"):
         return float(optimizer.get_avg_learning_rate())
-    return float(optimizer.param_groups[0]["lr"])
+    group = optimizer.param_groups[0]
+    return float(group["lr"] * group.get("d", 1.0))
 
 
 # ---------------------------------------------------------------------------------------------------------- comparison
@@ -211,11 +196,22 @@ class Run:
     optimizer: Optimizer
     history: History
     rate_origin: str
-    """Whether the learning rate was "found" by the optimizer or "given" to it."""
+    """Where the learning rate is from, in a word or two: "found" by the optimizer, "given" by the user, …"""
 
 
-def contestants(options: DemoOptions) -> dict[str, Callable[[list[Parameter]], Optimizer]]:
-    """The two optimizers by label. Without bitsandbytes both keep their state in 32 bits, and the labels say so."""
+class Contestant(NamedTuple):
+    """An optimizer to run: how it is made of the parameters, and where its rate is from."""
+
+    make: Callable[[list[Parameter]], Optimizer]
+    rate_origin: str
+
+
+def contestants(options: DemoOptions) -> dict[str, Contestant]:
+    """The optimizers by label. Without bitsandbytes their state is in 32 bits, and the labels say so.
+
+    Raises:
+        DemoError: prodigyopt, where Prodigy is asked for, is not installed.
+    """
     from automagic_bnb import Automagic8bit
     from automagic_bnb.bnb import BITSANDBYTES_AVAILABLE
 
@@ -223,14 +219,24 @@ def contestants(options: DemoOptions) -> dict[str, Callable[[list[Parameter]], O
         rate: dict[str, Any] = {} if options.lr is None else {"lr": options.lr}
         return Automagic8bit(parameters, profile=options.profile, seed=options.seed, **rate)
 
-    def adamw(parameters: list[Parameter]) -> Optimizer:
+    def adamw(lr: float) -> Callable[[list[Parameter]], Optimizer]:
         if not BITSANDBYTES_AVAILABLE:
-            return torch.optim.AdamW(parameters, lr=options.adamw_lr)
-        return optional_import("bitsandbytes").optim.AdamW8bit(parameters, lr=options.adamw_lr)
+            return lambda parameters: torch.optim.AdamW(parameters, lr=lr)
+        return lambda parameters: optional_import("bitsandbytes").optim.AdamW8bit(parameters, lr=lr)
 
-    if BITSANDBYTES_AVAILABLE:
-        return {"Automagic8bit": automagic, "AdamW8bit": adamw}
-    return {"Automagic, 32-bit state": automagic, "torch AdamW, 32-bit state": adamw}
+    ours, peer = ("Automagic8bit", "AdamW8bit")
+    if not BITSANDBYTES_AVAILABLE:
+        ours, peer = ("Automagic, 32-bit state", "torch AdamW, 32-bit state")
+    chosen = "best of 6" if options.adamw_lr == ADAMW_LR else "given"
+    found = {
+        ours: Contestant(automagic, "found" if options.lr is None else "given"),
+        f"{peer}, tuned": Contestant(adamw(options.adamw_lr), chosen),
+        f"{peer}, as usual": Contestant(adamw(USUAL_LR), "usual start"),
+    }
+    if options.compare == "prodigy":
+        prodigy = optional_import("prodigyopt", "prodigyopt").Prodigy
+        found["Prodigy"] = Contestant(lambda parameters: prodigy(parameters, lr=1.0), "found")
+    return found
 
 
 def train_base(base: VelocityModel, options: DemoOptions) -> bool:
@@ -248,12 +254,11 @@ def compare(base: VelocityModel, options: DemoOptions) -> list[Run]:
     steps, seed = options.steps, options.seed
     examples, held_out = load_digits(LORA_CLASSES, seed)
     validation = validation_batch(held_out, seed, base.class_codes.device)
-    for label, make_optimizer in contestants(options).items():
+    for label, contestant in contestants(options).items():
         model = with_lora(base, options.rank, seed)
-        optimizer = make_optimizer(trainable(model))
+        optimizer = contestant.make(trainable(model))
         history = train(model, optimizer, examples, steps=steps, seed=seed, title=label, validation=validation)
-        found = options.lr is None and hasattr(optimizer, "get_avg_learning_rate")
-        runs.append(Run(label, model, optimizer, history, "found" if found else "given"))
+        runs.append(Run(label, model, optimizer, history, contestant.rate_origin))
         if history.interrupted:
             break
     return runs
@@ -278,38 +283,34 @@ def learned_rates(run: Run) -> dict[str, Tensor]:
     }
 
 
-def mean_rate(run: Run) -> float:
-    """The learning rate after the last step, as the mean over all weights where they differ."""
-    rates = learned_rates(run)
-    return torch.cat(list(rates.values())).mean().item() if rates else learning_rate(run.optimizer)
-
-
 def result_table(runs: list[Run]) -> Any:
-    """The figures as a `rich.table.Table`: a row per figure, a column per optimizer."""
+    """The figures as a `rich.table.Table`: a row for each optimizer, every column for every row."""
     on_cpu = runs[0].model.class_codes.device.type == "cpu"
-    caption = "On the CPU Automagic runs as plain PyTorch; its one-pass kernel needs a GPU." if on_cpu else None
-    table = optional_import("rich.table").Table(title="LoRA onto the digits 5-9", caption=caption)
-    table.add_column("")
+    steps = sorted({len(run.history.train_loss) for run in runs})
+    caption = f"{steps[0] if len(steps) == 1 else f'{steps[0]} to {steps[-1]}'} steps"
+    caption += f"; loss on held-out digits, {runs[0].history.validation_loss[0]:.4f} before: lower is better."
+    if on_cpu:
+        caption += " On a CPU Automagic runs as plain PyTorch; its one-pass kernel needs a GPU."
+    table = optional_import("rich.table").Table(title="A LoRA learns the digits 5-9", caption=caption)
+    table.add_column("optimizer")
+    for title in ("learning rate", "loss", "bytes per\nparameter", "step, ms\n(median)"):
+        table.add_column(title, justify="right")
     for run in runs:
-        table.add_column(run.label, justify="right")
-
-    def add_row(title: str, cell: Callable[[Run], str]) -> None:
-        table.add_row(title, *map(cell, runs))
-
-    add_row("validation loss before LoRA", lambda run: f"{run.history.validation_loss[0]:.4f}")
-    add_row("validation loss after", lambda run: f"{run.history.validation_loss[-1]:.4f}")
-    add_row("steps taken", lambda run: f"{len(run.history.train_loss)}")
-    add_row("state, bytes per parameter", lambda run: f"{state_bytes_per_parameter(run.optimizer):.2f}")
-    add_row("optimizer step, ms (median)", lambda run: f"{statistics.median(run.history.step_ms):.2f}")
-    add_row("learning rate, mean", lambda run: f"{mean_rate(run):.2e} {run.rate_origin}")
+        table.add_row(
+            run.label,
+            f"{learning_rate(run.optimizer):.2e} {run.rate_origin}",
+            f"{run.history.validation_loss[-1]:.4f}",
+            f"{state_bytes_per_parameter(run.optimizer):.2f}",
+            f"{statistics.median(run.history.step_ms):.2f}",
+        )
     return table
 
 
 # ------------------------------------------------------------------------------------------------------------- command
 
 
-def optional_import(name: str) -> Any:
-    """A module that only the demo needs.
+def optional_import(name: str, to_install: str = '"automagic-bnb[demo]"') -> Any:
+    """A module that only the demo needs, and what pip is to install for it.
 
     Raises:
         DemoError: it is not installed.
@@ -317,7 +318,7 @@ def optional_import(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as e:
-        raise DemoError(f'the demo needs {name.split(".")[0]}: pip install "automagic-bnb[demo]"') from e
+        raise DemoError(f"the demo needs {name.split('.')[0]}: pip install {to_install}") from e
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -350,7 +351,7 @@ def prepare_folder(folder: Path) -> Path:
 
 
 def save_pictures(folder: Path, base: VelocityModel, runs: list[Run], seed: int) -> None:
-    """Write samples.png, loss.png, learning_rates.png and effective_rank.png."""
+    """Write result.png, samples.png, loss.png, learning_rates.png and effective_rank.png."""
     from automagic_bnb.command import demo_pictures
 
     labels = torch.tensor(LORA_CLASSES).repeat_interleave(SAMPLES_PER_CLASS)
@@ -359,15 +360,24 @@ def save_pictures(folder: Path, base: VelocityModel, runs: list[Run], seed: int)
     panels = {"real digits, held out": torch.cat(real), "samples before the LoRA": sample(base, labels, seed)}
     panels |= {f"samples, {run.label}": sample(run.model, labels, seed) for run in runs}
     images = {title: images.cpu().numpy() for title, images in panels.items()}
+    curves = {f"{run.label}: {rate_words(run)}": run.history for run in runs}
+    demo_pictures.save_result(folder / "result.png", list(images.values())[:3], curves, list(LORA_CLASSES))
     demo_pictures.save_samples(folder / "samples.png", images, list(LORA_CLASSES))
 
     demo_pictures.save_curves(folder / "loss.png", {run.label: run.history for run in runs})
 
     learned = {f"{runs[0].label}, {kind}": rates.numpy() for kind, rates in learned_rates(runs[0]).items()}
-    marks = {"mean": mean_rate(runs[0]), "upper bound (max_lr)": auto_lr.upper_bound(runs[0].optimizer.param_groups[0])}
-    marks |= {f"{run.label}, all weights": mean_rate(run) for run in runs[1:]}
+    ours = runs[0].optimizer
+    marks = {"mean": learning_rate(ours), "upper bound (max_lr)": auto_lr.upper_bound(ours.param_groups[0])}
+    marks |= {f"{run.label}, all weights": learning_rate(run.optimizer) for run in runs[1:]}
     demo_pictures.save_learning_rates(folder / "learning_rates.png", learned, marks)
     save_ranks(folder / "effective_rank.png", runs)
+
+
+def rate_words(run: Run) -> str:
+    """What is to be known of its rate, beside a curve."""
+    rate = f"{learning_rate(run.optimizer):.1e}"
+    return f"no rate given, found {rate}" if run.rate_origin == "found" else f"{rate}, {run.rate_origin}"
 
 
 def save_ranks(path: Path, runs: list[Run]) -> None:
@@ -409,6 +419,7 @@ def run_demo(options: DemoOptions) -> list[Run]:
     device = choose_device(options.device)
     for name in ("sklearn.datasets", "tqdm", "matplotlib.figure", "rich.console"):
         optional_import(name)
+    contestants(options)  # one that is asked for may be missing
     folder = prepare_folder(options.out)  # which makes it, so only when all else is there
     console = optional_import("rich.console").Console()
     with one_cpu_thread():
@@ -420,10 +431,10 @@ def run_demo(options: DemoOptions) -> list[Run]:
             return []
         console.print(result_table(runs))
         save_pictures(folder, base, runs, options.seed)
-    console.print(f"Pictures: {folder}", soft_wrap=True, highlight=False)
+    console.print(f"Pictures, result.png first: {folder}", soft_wrap=True, highlight=False)
     return runs
 
 
-def is_complete(runs: list[Run]) -> bool:
-    """Whether both optimizers ran to the end."""
-    return len(runs) == 2 and not any(run.history.interrupted for run in runs)
+def is_complete(runs: list[Run], options: DemoOptions) -> bool:
+    """Whether all optimizers ran to the end."""
+    return len(runs) == len(contestants(options)) and not any(run.history.interrupted for run in runs)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from automagic_bnb.command.demo import History
 
 SHADES = ("#56b4e9", "#0072b2")
-MARK_STYLES = (("black", "-"), ("black", ":"), (COLOURS[1], "--"))
+MARK_STYLES = (("black", "-"), ("black", ":"), *((colour, "--") for colour in COLOURS[1:]))
 SMOOTHING = 25
 """Steps of the trailing mean over the training loss, whose batches are far noisier than the differences shown."""
 BINS_PER_OCTAVE = 8
@@ -23,8 +23,37 @@ CELL = 10
 """Side of a picture with its rim, in pixels."""
 
 
+def save_result(path: Path, images: Sequence[np.ndarray], curves: Mapping[str, History], digits: Sequence[int]) -> None:
+    """The picture to begin with, as wide as a phone: what was to be learned, before, after; and how fast it went.
+
+    Args:
+        path: the PNG to write.
+        images: real digits, drawn before the training and after it, each float [n, 64] as in `save_samples`.
+        curves: by the words for its legend, a history.
+        digits: that the pictures show, in rows.
+    """
+    figure = new_figure("A small model that draws 0-4 learns to draw 5-9", width=6, height=7.5)
+    above, below = figure.subfigures(2, 1, height_ratios=(2, 3))
+    titles = ("what it is to draw", "before the training", "after, Automagic8bit")
+    for axes, title, pictures in zip(above.subplots(1, 3), titles, images, strict=True):
+        axes.imshow(tile(pictures, len(digits)), cmap="gray_r", vmin=-1, vmax=1, interpolation="bicubic")
+        axes.set_title(title, fontsize=11)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.spines[:].set_color("lightgrey")
+    axes = below.subplots()
+    for colour, (words, history) in zip(COLOURS, curves.items(), strict=False):
+        loss = history.validation_loss
+        axes.plot(history.validation_step, loss, color=colour, lw=2.5, label=f"{words} → {loss[-1]:.3f}")
+    axes.set_xlabel("training steps")
+    axes.set_ylabel("error on digits it has not seen\n(lower is better)")
+    axes.grid(alpha=0.3)
+    axes.legend(title="optimizer: its learning rate → error at the end", fontsize=10, title_fontsize=10)
+    saved(figure, path)
+
+
 def save_samples(path: Path, images: Mapping[str, np.ndarray], digits: Sequence[int]) -> None:
-    """Four panels at most, two in a row: in each a row per digit.
+    """Panels, two in a row: in each a row per digit.
 
     Args:
         path: the PNG to write.

@@ -22,12 +22,16 @@ from torch import Tensor
 
 import automagic_bnb
 from automagic_bnb import bnb, fused
+from automagic_bnb.command import quiet
+from automagic_bnb.command.progress import progress
 from automagic_bnb.optimizer import Automagic
 
 OLDEST_BITSANDBYTES, BEYOND_BITSANDBYTES = (0, 45, 5), (0, 52, 0)
 INSTALL_BITSANDBYTES = f'pip install "bitsandbytes{bnb.SUPPORTED}"'
 NEWER_TRITON = "install torch 2.7 or later, which brings a Triton that will do"
 INSTALL_SELF = "pip install automagic-bnb, or pip install -e . in a checkout"
+
+HARMLESS = "it looks for an optional package for 4-bit layers on CPUs, which no optimizer uses"
 
 SHAPE, MIN_8BIT_SIZE = (32, 64), 1024
 STEPS, LR = 10, 3e-2
@@ -57,16 +61,28 @@ class Report:
     def problems(self) -> int:
         return sum(finding.status == "problem" for finding in self.findings)
 
+    @property
+    def verdict(self) -> str:
+        """Whether all is well, in one line; what is wrong, and what to do about the first of it."""
+        wrong = [finding for finding in self.findings if finding.status == "problem"]
+        if not wrong:
+            notes = sum(finding.status == "note" for finding in self.findings)
+            return "All is well" + (f" ({notes} {'note' if notes == 1 else 'notes'} below)." if notes else ".")
+        first = wrong[0]
+        text = f"Not well: {first.name}: {first.detail}"
+        text += f". What to do: {first.remedy}" if first.remedy else ""
+        return text + (f" (and {len(wrong) - 1} more below)" if len(wrong) > 1 else "")
+
     def __str__(self) -> str:
-        lines = [f"{name:<14}{version}" for name, version in self.versions.items()]
+        lines = [self.verdict, ""]
+        lines += [f"{name:<14}{version}" for name, version in self.versions.items()]
         lines += [f"{gpu['device']:<14}{gpu['name']}, {gpu['capability']}, {gpu['memory']}" for gpu in self.gpus]
         lines.append("")
         for finding in self.findings:
             lines.append(f"[{finding.status}] {finding.name}: {finding.detail}")
             if finding.remedy:
                 lines.append(f"    what to do: {finding.remedy}")
-        verdict = f"problems found: {self.problems}" if self.problems else "no problems found"
-        return "\n".join([*lines, "", verdict])
+        return "\n".join(lines)
 
 
 def run_doctor(as_json: bool = False) -> int:
@@ -74,7 +90,8 @@ def run_doctor(as_json: bool = False) -> int:
     if torch.cuda.is_available():
         sys.stderr.write("The self-test compiles the kernels first, which can take a minute.\n")
     report = examine()
-    text = json.dumps(dataclasses.asdict(report), indent=2, ensure_ascii=False) if as_json else str(report)
+    as_dict = {"verdict": report.verdict, **dataclasses.asdict(report)}
+    text = json.dumps(as_dict, indent=2, ensure_ascii=False) if as_json else str(report)
     sys.stdout.write(f"{text}\n")
     return 1 if report.problems else 0
 
@@ -84,8 +101,10 @@ def examine() -> Report:
     driver = nvidia_driver()
     indices = range(torch.cuda.device_count()) if torch.cuda.is_available() else range(0)
     findings = [check_bitsandbytes(), check_devices(driver), check_fused(), check_kernels_package()]
-    for device in [torch.device("cpu"), *(torch.device("cuda", i) for i in indices)]:
-        findings += [self_test(device, bits) for bits in (32, 8)]
+    findings += [Finding("bitsandbytes' CPU kernels", "note", f"{quiet.OPENING}: {HARMLESS}")] if quiet.held else []
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in indices)]
+    tests = [(device, bits) for device in devices for bits in (32, 8)]
+    findings += [self_test(device, bits) for device, bits in progress(tests, "self-test")]
     return Report(versions(driver), [describe_gpu(i) for i in indices], findings)
 
 

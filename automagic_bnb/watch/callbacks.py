@@ -22,7 +22,7 @@ PREFIX = "automagic/"
 """What the optimizer's metrics are called by beside those of others."""
 
 
-def training_metrics(optimizer: Any) -> dict[str, float]:
+def training_metrics(optimizer: Any, prefix: str = "") -> dict[str, float]:
     """`get_metrics`, the state's bytes ("state_bytes"), and the bounds of the rates at this point of the schedule.
 
     "lr/bound_min" and "lr/bound_max" are the lowest `min_lr` and the highest `max_lr` of all groups, multiplied by how
@@ -30,18 +30,25 @@ def training_metrics(optimizer: Any) -> dict[str, float]:
 
     Args:
         optimizer: an Automagic optimizer, or what a trainer wrapped around one.
+        prefix: put before every name, and NaN is left out, as loggers want it; "automagic/" gives the names that
+            `TensorBoardLogger` and the trainers' callbacks log.
 
     Raises:
         TypeError: another optimizer.
+
+    Example:
+        >>> wandb.log({"loss": loss, **training_metrics(optimizer, prefix="automagic/")}, step=step)
+        >>> mlflow.log_metrics(training_metrics(optimizer, prefix="automagic/"), step=step)
     """
     inner = automagic_of(optimizer)
     groups = [(group, scalars.relative_rate(group)) for group in inner.param_groups if group["params"]]
-    return {
+    found = {
         **inner.get_metrics(),
         "lr/bound_min": min((group["min_lr"] * relative for group, relative in groups), default=math.nan),
         "lr/bound_max": max((auto_lr.upper_bound(group) for group, _ in groups), default=math.nan),
         "state_bytes": float(sum(st.state_bytes(state) for state in inner.state.values())),
     }
+    return prefixed(found, prefix) if prefix else found
 
 
 class TensorBoardLogger:
@@ -187,9 +194,9 @@ def new_writer(logdir: str | Path) -> SummaryWriter:
     return SummaryWriter(str(logdir))
 
 
-def prefixed(metrics: Mapping[str, float]) -> dict[str, float]:
+def prefixed(metrics: Mapping[str, float], prefix: str = PREFIX) -> dict[str, float]:
     """Under names that say whose they are, without NaN, which loggers do not expect."""
-    return {PREFIX + name: value for name, value in metrics.items() if not math.isnan(value)}
+    return {prefix + name: value for name, value in metrics.items() if not math.isnan(value)}
 
 
 def checked_every(every: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from automagic_bnb.run_log import Run, Series, find_runs, read_run
 from automagic_bnb.watch.panels import Panel, panels_of
-from automagic_bnb.watch.plots import MARKED, SMOOTHED, running_median
+from automagic_bnb.watch.plots import MARKED, SMOOTHED, SMOOTHED_FROM, running_median, window_of
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -19,29 +20,94 @@ if TYPE_CHECKING:
 FILE_NAME = "dashboard.html"
 MOST_POINTS = 2000
 """Of one curve, about as many as a screen has columns; of more, each stretch shows its least and its greatest."""
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#a6761d", "#666666", "#e6ab02", "#7570b3", "#1b1b1b")
+HUES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#a6761d", "#666666", "#e6ab02", "#7570b3", "#1b1b1b")
 ROW_HEIGHT = 380
 """Pixels of a row of panels."""
+NARROW = 900
+"""Pixels of the page's width below which panels stand one below the other."""
+KEY_WIDTH = 46
+"""Letters of a line below a panel's title: what a phone shows."""
+GRAPHS = "graphs"
+"""The id of the element with the panels."""
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline'; \
 style-src 'unsafe-inline'; img-src data: blob:">
 <title>{title}</title>
 <style>
-body {{ font-family: sans-serif; margin: 1.5em; color: #222; }}
-table {{ border-collapse: collapse; margin-bottom: 1em; }}
-th, td {{ padding: 0.3em 0.9em; text-align: right; border-bottom: 1px solid #ddd; }}
-th:first-child, td:first-child {{ text-align: left; }}
+{style}
 </style>
 </head>
 <body>
 <h1>{title}</h1>
-{table}
+<p>A head of the table sorts by its column; a run's name hides and shows its curves.</p>
+<div class="wide" tabindex="0" role="region" aria-label="runs">{table}</div>
 {graphs}
+<script>
+{script}
+</script>
 </body>
 </html>
+"""
+STYLE = """
+body { font-family: sans-serif; margin: 1em; color: #222; background: #fff; }
+h1 { font-size: 1.4em; overflow-wrap: anywhere; }
+.wide { overflow-x: auto; max-height: 60vh; margin-bottom: 1em; }
+table { border-collapse: collapse; font-size: 0.9em; }
+th, td { padding: 0.25em 0.6em; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
+th { position: sticky; top: 0; background: #fff; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; max-width: 45vw; }
+button { font: inherit; color: inherit; background: none; border: 0; padding: 0.2em 0; cursor: pointer; }
+td button { max-width: 45vw; overflow: hidden; text-overflow: ellipsis; }
+button:focus-visible, .wide:focus-visible { outline: 2px solid #0072b2; }
+button[aria-pressed="false"] { opacity: 0.35; }
+th[aria-sort="ascending"] button::after { content: " \\25b2"; }
+th[aria-sort="descending"] button::after { content: " \\25bc"; }
+.swatch { display: inline-block; width: 1.4em; height: 0.5em; margin-right: 0.5em; vertical-align: middle; }
+"""
+SCRIPT = """
+const graphs = document.getElementById("graphs"), table = document.querySelector("table");
+// Panels two abreast where there is room, else one below the other: domains of the axes, and their titles with them.
+function arrange() {
+  const {panels, row, top, narrow} = graphs.layout.meta;
+  const columns = Math.min(panels, document.documentElement.clientWidth < narrow ? 1 : 2);
+  const rows = Math.ceil(panels / columns), height = row * rows + top, gap = 150 / height, change = {height};
+  if (graphs.dataset.columns === String(columns)) return;
+  graphs.dataset.columns = columns;
+  for (let i = 0; i < panels; i++) {
+    const n = i ? i + 1 : "", at = i % columns, down = Math.floor(i / columns);
+    const x = columns === 1 ? [0, 1] : at ? [0.545, 1] : [0, 0.455];
+    const each = (1 - gap * (rows - 1)) / rows, high = 1 - down * (each + gap);
+    change[`xaxis${n}.domain`] = x;
+    change[`yaxis${n}.domain`] = [Math.max(0, high - each), high];
+    change[`annotations[${i}].x`] = (x[0] + x[1]) / 2;
+    change[`annotations[${i}].y`] = high;
+  }
+  Plotly.relayout(graphs, change);
+}
+function toggle(button) {
+  const shown = button.getAttribute("aria-pressed") !== "true";
+  button.setAttribute("aria-pressed", shown);
+  const own = graphs.data.flatMap((trace, i) => trace.legendgroup === button.dataset.run ? [i] : []);
+  if (own.length) Plotly.restyle(graphs, {visible: shown}, own);
+}
+function sort(head) {
+  const column = [...head.parentNode.children].indexOf(head), up = head.getAttribute("aria-sort") !== "ascending";
+  for (const other of head.parentNode.children) other.removeAttribute("aria-sort");
+  head.setAttribute("aria-sort", up ? "ascending" : "descending");
+  const key = row => row.children[column].dataset.value, number = text => text === "" ? Infinity : Number(text);
+  const body = table.tBodies[0], order = column ? (a, b) => number(a) - number(b) || 0 : (a, b) => a.localeCompare(b);
+  [...body.rows].sort((a, b) => (up ? 1 : -1) * order(key(a), key(b))).forEach(row => body.append(row));
+}
+table.addEventListener("click", event => {
+  const button = event.target.closest("button");
+  if (button) button.dataset.run === undefined ? sort(button.parentNode) : toggle(button);
+});
+window.addEventListener("resize", arrange);
+arrange();
 """
 
 
@@ -64,11 +130,13 @@ def write_dashboard(logdir: str | Path, out: str | Path | None = None) -> Path:
     """
     folder = Path(logdir)
     runs = [dataclasses.replace(read_run(path), name=run_name(path, folder)) for path in find_runs(folder)]
-    graphs = comparison(runs).to_html(full_html=False, include_plotlyjs=True, config={"displaylogo": False})
+    config = {"displaylogo": False, "responsive": True}
+    graphs = comparison(runs).to_html(full_html=False, include_plotlyjs=True, config=config, div_id=GRAPHS)
     title = html.escape(f"Training runs in {folder.resolve().name}")
     path = folder / FILE_NAME if out is None else Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(PAGE.format(title=title, table=summary_table(runs), graphs=graphs), encoding="utf-8")
+    parts = {"style": STYLE, "script": SCRIPT, "table": summary_table(runs), "graphs": graphs}
+    path.write_text(PAGE.format(title=title, **parts), encoding="utf-8")
     return path
 
 
@@ -82,10 +150,31 @@ def run_name(path: Path, folder: Path) -> str:
 
 
 def summary_table(runs: list[Run]) -> str:
-    """A row for each run: how far it came, its loss, what it held and skipped."""
-    head = ("run", "last step", "loss at the end", "lowest loss", "NaN losses", "state, MB", "skipped elements")
-    rows = "".join(table_row("td", summary(run)) for run in runs)
-    return f"<table>{table_row('th', head)}{rows}</table>"
+    """A row for each run: its curves' colour, how far it came, its loss, what it held and skipped."""
+    names = ("run", "last step", "loss at the end", "lowest loss", "NaN losses", "state, MB", "skipped elements")
+    head = "".join(f'<th scope="col"><button type="button">{name}</button></th>' for name in names)
+    rows = "".join(table_row(run, colour_of(index)) for index, run in enumerate(runs))
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def table_row(run: Run, colour: str) -> str:
+    """Its cells, with the value that each is sorted by; the first hides and shows the run."""
+    name, *cells = summary(run)
+    escaped = html.escape(name)
+    swatch = f'<span class="swatch" style="background:{colour}"></span>'
+    button = (
+        f'<button type="button" aria-pressed="true" data-run="{escaped}" title="{escaped}">{swatch}{escaped}</button>'
+    )
+    values = "".join(f'<td data-value="{cell.replace("–", "")}">{cell}</td>' for cell in cells)
+    return f'<tr><td data-value="{escaped}">{button}</td>{values}</tr>\n'
+
+
+def colour_of(index: int) -> str:
+    """Of the run at this place: twenty of them, the second ten being paler."""
+    hue, pale = HUES[index % len(HUES)], index // len(HUES) % 2
+    if not pale:
+        return hue
+    return "#" + "".join(f"{(int(hue[i : i + 2], 16) + 255) // 2:02x}" for i in (1, 3, 5))
 
 
 def summary(run: Run) -> tuple[str, ...]:
@@ -111,15 +200,11 @@ def number(value: Any) -> str:
     return "–" if value is None else f"{value:.4g}"
 
 
-def table_row(tag: str, cells: tuple[str, ...]) -> str:
-    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>\n"
-
-
 # --- the graphs ------------------------------------------------------------------------------------------------------
 
 
 def comparison(runs: list[Run]) -> Figure:
-    """All panels of all runs, a colour for each run; a click in the legend hides a run everywhere.
+    """All panels of all runs, a colour for each run; the table of the page is their legend.
 
     Raises:
         ValueError: there is nothing to draw.
@@ -132,27 +217,30 @@ def comparison(runs: list[Run]) -> Figure:
         raise ImportError('the dashboard needs plotly: pip install "automagic-bnb[dashboard]"') from e
     columns = min(len(panels), 2)
     rows = -(-len(panels) // columns)
-    titles = [f"{panel.title}<br><sup>{key(panel, runs)}</sup>" for panel in panels]
+    titles = [f"<b>{panel.title}</b><br><sup>{key(panel, runs)}</sup>" for panel in panels]
     figure = make_subplots(rows, columns, subplot_titles=titles, vertical_spacing=0.32 / rows, horizontal_spacing=0.09)
     for place, panel in enumerate(panels):
         at: dict[str, Any] = {"row": place // columns + 1, "col": place % columns + 1}
         drawn = {name for run in runs for name in panel.drawn(run)}
         for index, run in enumerate(runs):
-            add_run(figure, panel, run, drawn, COLOURS[index % len(COLOURS)], at)
+            add_run(figure, panel, run, drawn, colour_of(index), at)
         figure.update_xaxes(title_text="step", **at)
         figure.update_yaxes(title_text=panel.unit, **at)
         figure.update_yaxes(
             **({"type": "log", "exponentformat": "power"} if panel.logarithmic else {"rangemode": "tozero"}), **at
         )
-    add_legend(figure, runs)
     figure.update_xaxes(matches="x", showticklabels=True)
-    top = 120 + 25 * (len(runs) // 3)  # the buttons, and a legend of about three names a line
+    figure.update_yaxes(automargin=True)
+    figure.update_annotations(yanchor="bottom", font_size=14)
+    top = 110  # the buttons, and the first row's titles
     figure.update_layout(
         template="plotly_white",
+        autosize=True,
         height=ROW_HEIGHT * rows + top,
         hovermode="closest",
-        legend={"orientation": "h", "yanchor": "bottom", "y": 1 + 0.16 / rows, "x": 0},
-        margin={"t": top, "l": 70, "r": 30, "b": 60},
+        showlegend=False,
+        margin={"t": top, "l": 60, "r": 15, "b": 60},
+        meta={"panels": len(panels), "row": ROW_HEIGHT, "top": top, "narrow": NARROW},  # for the script
     )
     return figure
 
@@ -168,7 +256,7 @@ def key(panel: Panel, runs: list[Run]) -> str:
     parts = [f"{kind}: {', '.join(labels)}" for kind, labels in kinds.items()]
     parts += ["×: NaN or infinite"] if any(len(lost_losses(panel, run)) for run in runs) else []
     parts += ["shaded: 10 % to 90 % of elements"] if panel.band and set(panel.band) <= drawn else []
-    return "; ".join(parts) if len(parts) > 1 else ""
+    return "<br>".join(textwrap.wrap("; ".join(parts), KEY_WIDTH)) if len(parts) > 1 else ""
 
 
 def lost_losses(panel: Panel, run: Run) -> np.ndarray:
@@ -202,12 +290,12 @@ def add_run(figure: Figure, panel: Panel, run: Run, drawn: set[str], colour: str
             "shape": "hv" if panel.stepped else "linear",
         }
         hover = f"{html.escape(run.name)}<br>{curve.label} %{{y:.4g}}<br>step %{{x}}<extra></extra>"
-        if curve.metric == "loss" and len(steps) >= 10 * SMOOTHED:
+        if curve.metric == "loss" and len(steps) >= SMOOTHED_FROM:
             keep, thin = thinned(series[curve.metric]), {**line, "width": 1}
             figure.add_scatter(
                 x=steps[keep], y=values[keep], line=thin, mode="lines", opacity=0.3, hoverinfo="skip", **common, **at
             )
-            values = running_median(values)
+            values = running_median(values, window_of(values))
         keep = thinned(Series(steps, values))
         mode = "lines+markers" if len(steps) <= MARKED else "lines"
         figure.add_scatter(x=steps[keep], y=values[keep], line=line, hovertemplate=hover, mode=mode, **common, **at)
@@ -219,15 +307,6 @@ def add_run(figure: Figure, panel: Panel, run: Run, drawn: set[str], colour: str
         cross = {"symbol": "x", "size": 7, "color": colour}
         figure.add_scatter(
             x=lost, y=np.full(len(lost), bottom), mode="markers", marker=cross, hovertemplate=hover, **common, **at
-        )
-
-
-def add_legend(figure: Figure, runs: list[Run]) -> None:
-    """An entry for each run, whatever it has to draw."""
-    for index, run in enumerate(runs):
-        line = {"color": COLOURS[index % len(COLOURS)], "width": 3}
-        figure.add_scatter(
-            x=[None], y=[None], mode="lines", line=line, name=html.escape(run.name), legendgroup=run.name, row=1, col=1
         )
 
 

@@ -25,7 +25,9 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 """Blue, vermilion, green and purple, told apart with any colour vision."""
 DPI = 150
 SMOOTHED = 21
-"""Losses in a running median, which is drawn from ten times as many on."""
+"""Losses in a running median, of fewer where there are few."""
+SMOOTHED_FROM = 50
+"""Losses from which on their running median is drawn."""
 
 LINES = {"solid": "-", "dash": "--", "dot": ":"}
 MARKED = 30
@@ -201,9 +203,9 @@ def draw_curve(axes: Axes, curve: Curve, series: Series, style: dict[str, Any]) 
     """One metric; of a loss also where it is no number, and of a long one the running median."""
     steps, values = series
     label, is_loss = curve.label, curve.metric == "loss"
-    if is_loss and len(steps) >= 10 * SMOOTHED:
+    if is_loss and len(steps) >= SMOOTHED_FROM:
         axes.plot(steps, values, color=style["color"], lw=0.8, alpha=0.35)
-        label, values = f"{label}, running median", running_median(values)
+        label, values = f"{label}, running median", running_median(values, window_of(values))
     marker = "o" if len(steps) <= MARKED else ""
     axes.plot(steps, values, lw=1.8, marker=marker, ms=4, label=label, **style)
     lost = steps[~np.isfinite(series.values)]
@@ -212,9 +214,14 @@ def draw_curve(axes: Axes, curve: Curve, series: Series, style: dict[str, Any]) 
         axes.plot(lost, np.full(len(lost), 0.02), "x", color="#c00000", label="NaN or infinite", **at_the_bottom)
 
 
-def running_median(values: np.ndarray) -> np.ndarray:
-    """The median of the finite ones among `SMOOTHED` values around each; NaN where the value itself is not finite."""
-    half = SMOOTHED // 2
+def window_of(values: np.ndarray) -> int:
+    """How many values a running median that is drawn covers: a fifth of them, `SMOOTHED` at most."""
+    return min(SMOOTHED, 2 * (len(values) // 10) + 1)
+
+
+def running_median(values: np.ndarray, window: int = SMOOTHED) -> np.ndarray:
+    """The median of the finite ones among the values around each; NaN where the value itself is not finite."""
+    half = window // 2
     if not len(values):
         return np.zeros(0)
     finite = np.where(np.isfinite(values), values, np.nan)
