@@ -21,8 +21,10 @@ LAST_CODE = 254
 
 FLOAT_TINY = 1e-37
 """What stands in for 0 where something is divided by it."""
-EMPTY_MASK = 64
-"""The byte of k = 0 and π = 0: see `pack_mask`."""
+NO_SIGN = 2
+"""π of an element that has not had a gradient yet: neither sign agrees with it."""
+EMPTY_MASK = 128 + 64
+"""The byte of k = 0 and no sign: see `pack_mask`."""
 STEP_STREAM, RANK_STREAM = 0, 1
 """The streams of random bits of the main update and of the low-rank step."""
 # Blocks below it share this absmax, so that quotients stay exact where float32 runs out of normal numbers.
@@ -54,13 +56,16 @@ def encode(values: Tensor, code_book: Tensor, uniform: Tensor | None = None) -> 
 
 
 def pack_mask(k: Tensor, polarity: Tensor) -> Tensor:
-    """One uint8 holding the learning-rate exponent k (whole, -32..31) and the gradient's last polarity (bool)."""
-    return ((k + 32) * 2 + polarity).to(torch.uint8)
+    """One uint8 of the learning-rate exponent k (whole, -32..31) and π, the last gradient's sign (uint8).
+
+    From bit 0 up: whether it was positive, six bits of k + 32, whether there was none yet (`NO_SIGN`).
+    """
+    return ((k + 32) * 2 + (polarity & 1) + (polarity >> 1) * 128).to(torch.uint8)
 
 
 def unpack_mask(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """k as float32 and the polarity as bool."""
-    return (packed >> 1).float() - 32, (packed & 1).bool()
+    """k as float32 and π as uint8: 0, 1 or `NO_SIGN`."""
+    return ((packed & 127) >> 1).float() - 32, (packed & 1) | ((packed >> 7) << 1)
 
 
 _M32 = 0xFFFFFFFF

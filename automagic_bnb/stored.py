@@ -20,7 +20,7 @@ class Blocks:
         self.n = p.numel()
         self.blocks = st.block_count(p)
         self.padding = self.blocks * q.BLOCK - self.n
-        counts = torch.full((self.blocks, 1), float(q.BLOCK), device=p.device)
+        counts = torch.full((self.blocks, 1), float(q.BLOCK), dtype=torch.float32, device=p.device)
         if self.padding:
             counts[-1] -= self.padding
         self.counts = counts
@@ -159,15 +159,15 @@ def moments_of(state: st.State, blocks: Blocks, keep: Tensor) -> Moments:
 
 
 def read_mask(state: st.State, blocks: Blocks) -> tuple[Tensor, Tensor]:
-    """k float32 and π bool, [blocks, 256]."""
+    """k float32 and π uint8 (see `quantization.pack_mask`), [blocks, 256]."""
     packed = blocks.cut(state["lr_mask"])
     if packed.dtype == torch.uint8:
         return q.unpack_mask(packed)
-    return packed, blocks.cut(state["last_polarity"]).bool()
+    return packed, blocks.cut(state["last_polarity"])
 
 
 def write_mask(state: st.State, blocks: Blocks, k: Tensor, polarity: Tensor) -> None:
-    """Store k, float32 and in 8-bit storage whole, and π, bool; each [blocks, 256]."""
+    """Store k, float32 and in 8-bit storage whole, and π, uint8; each [blocks, 256]."""
     if state["lr_mask"].dtype == torch.uint8:
         state["lr_mask"].view(-1).copy_(blocks.join(q.pack_mask(k, polarity)))
     else:
@@ -200,5 +200,5 @@ class Weights:
             rounded = list(q.split_master(values, bits))
         for tensor, new in zip((self.p.detach(), self.residual), rounded, strict=False):
             assert tensor is not None
-            old = tensor.view(-1)
-            old.copy_(new.view(-1) if keep is None else torch.where(keep.view(-1), new.view(-1), old))
+            new = new.reshape(tensor.shape)  # whose elements may lie in any order: `p` may be a transposed view
+            tensor.copy_(new if keep is None else torch.where(keep.reshape(tensor.shape), new, tensor))

@@ -227,14 +227,15 @@ def mask_steps(change):
 def move_mask(byte, positive, up, down, taken, random):
     """The uint8 of k and π after a step: k moves `up` or `down`, rounded by 16 random bits, and π is `positive`.
 
-    taken: 0x10000; or 0 where, with up and down 0, nothing is to move.
+    taken: 0x810000; or 0 where, with up and down 0, nothing is to move.
     """
-    # k + 32 in units of 2^-17, π below it.
+    # k + 32 in units of 2^-17, π below it, and above it whether there was no sign yet: then k stays.
     placed = byte.to(tl.int32) << 16
     polarity = tl.where(positive, 0x10000, 0)
-    moved = (placed & 0xFE0000) + tl.where(((placed ^ polarity) & 0x10000) == 0, up, down)
+    turned = tl.where(((placed ^ polarity) & 0x10000) == 0, up, down)
+    moved = (placed & 0x7E0000) + tl.where((placed & 0x800000) == 0, turned, 0)
     moved = tl.minimum(tl.maximum(moved, 0), _HIGHEST) + (random.to(tl.int32) << 1)
-    moved = ((moved & 0xFE0000) | (polarity & taken)) | (placed & (0x10000 - taken))
+    moved = ((moved & 0x7E0000) | (polarity & taken)) | (placed & (0x810000 - taken))
     return _third_bytes(moved.to(tl.uint32, bitcast=True))
 
 

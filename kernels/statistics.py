@@ -128,8 +128,8 @@ def _clip_kernel(table_ptr, grads_ptr, numbers_ptr, partials_ptr, clips_ptr, WIN
 def clip_factors(bucket: Bucket, addresses: Tensor, numbers: Tensor, switches: Switches) -> Tensor:
     """percentile_clipping's factor of each gradient, float32 [tensors]; the norms are remembered on the way."""
     device = bucket.spec.device
-    partials = torch.empty(bucket.programs, device=device)
-    clips = torch.empty(len(bucket.members), device=device)
+    partials = torch.empty(bucket.programs, dtype=torch.float32, device=device)
+    clips = torch.empty(len(bucket.members), dtype=torch.float32, device=device)
     _square_sums_kernel[(bucket.programs,)](
         table_ptr=bucket.table,
         grads_ptr=addresses,

@@ -125,7 +125,7 @@ def _blocks(
             low_raw = tl.load(low_ptr + place, mask=valid, other=0, volatile=EARLY)
         held = tl.load(statistics_ptr + block, mask=kept, other=0.0, volatile=EARLY)
         if S.SCALED:
-            g_raw = g_raw * clip
+            g_raw = stencil.scaled(g_raw, clip)
         g = g_raw
         if CAREFUL:
             g = tl.where(stencil.usable(g_raw), g_raw, 0.0)
@@ -135,17 +135,14 @@ def _blocks(
                 lap = stencil.laplacian_even(g_ptr, g, elements, place, column, lead, tail, width, clip, S.SCALED)
             else:
                 lap = stencil.laplacian(g_ptr, g, elements, start, size, rows, cols, valid, clip, S.SCALED)
-                lap = tl.where(valid, lap, 0.0)
+        sum_squares = tl.sum(g * g, 0)
         if CAREFUL:
-            lap = tl.where(stencil.usable(g_raw), lap, 0.0)
-            sum_squares = tl.sum(g * g, 0)
             mine = ((unusual >> i) & 1) != 0
         else:
-            # The block and what lies beside it are finite if the sum of squares is below the bound's square and no
-            # Laplacian reaches the bound. The careful way is right in any case.
-            sum_squares = tl.sum(g * g, 0)
-            mine = sum_squares < stencil.MAX_GRADIENT * stencil.MAX_GRADIENT
-            mine = mine & (stencil.largest_bits(lap) < stencil.MAX_GRADIENT_BITS)
+            # The block and what lies beside it are finite if neither the sum of squares nor a Laplacian is near the
+            # bound. The careful way is right in any case.
+            mine = sum_squares < stencil.USUAL_GRADIENT * stencil.USUAL_GRADIENT
+            mine = mine & (stencil.largest_bits(lap) < stencil.USUAL_GRADIENT_BITS)
         if mine:
             pointers = one_block.Elements(theta_ptr, low_ptr, m_ptr, v_ptr, r_ptr, k_ptr, statistics_ptr + block)
             loaded = one_block.Elements(theta_raw, low_raw, m_raw, v_raw, r_raw, mask_raw, held)
@@ -336,7 +333,8 @@ def launch(bucket: Bucket, grads: np.ndarray, sources: list[dict[str, Any]]) -> 
     if switches.SCALED:
         clips = statistics.clip_factors(bucket, addresses, numbers, switches)
     book1, book2 = bnb.code_book(True, device), bnb.code_book(False, device)
-    partials = torch.empty(statistics.PARTS.value * bucket.programs if warm or switches.AUTO else 0, device=device)
+    parts = statistics.PARTS.value * bucket.programs if warm or switches.AUTO else 0
+    partials = torch.empty(parts, dtype=torch.float32, device=device)
     step_kernel[(bucket.programs,)](
         table_ptr=bucket.table,
         numbers_ptr=numbers,

@@ -39,7 +39,7 @@ def training_metrics(optimizer: Any) -> dict[str, float]:
         **inner.get_metrics(),
         "lr/bound_min": min((group["min_lr"] * relative for group, relative in groups), default=math.nan),
         "lr/bound_max": max((auto_lr.upper_bound(group) for group, _ in groups), default=math.nan),
-        "state_bytes": float(sum(st.state_bytes(state) for state in inner.state.values())),
+        "state_bytes": float(sum(st.state_bytes(state) for state in inner.state.values() if isinstance(state, dict))),
     }
 
 
