@@ -37,8 +37,8 @@ WRAPPERS = frozenset(["module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoin
 
 NONE_ALLOWED = frozenset(["max_lr", "auto_lr_steps", "lora"])
 """Options that a group may have as None; of the others it has what None stood for."""
-RATES = frozenset(["base_lr", "initial_lr", "auto_lr_rate", "auto_lr_given", "auto_lr_peak", "effective_lr"])
-"""Numbers of a group that are no options, each >= 0."""
+RATES = frozenset(["lr", "base_lr", "initial_lr", "auto_lr_rate", "auto_lr_given", "auto_lr_peak", "effective_lr"])
+"""Numbers of a group that a schedule or a search has left there, each >= 0."""
 
 
 def checked_form(state_dict: Any) -> dict[str, Any]:
@@ -172,7 +172,9 @@ def _parse_group(saved: dict[str, Any], group: dict[str, Any], index: int) -> di
         if name == "params" or (name == "param_names" and "param_names" in group):
             continue
         _check_group_entry(name, value, where)
-        if name in config.GROUP_OPTIONS:
+        if name == "lr":  # as a schedule left it, which may be less than an option can be
+            entries[name] = float(value)
+        elif name in config.GROUP_OPTIONS:
             entries[name] = config.check_option(name, value, where)
         elif isinstance(value, Tensor):
             entries[name] = value.detach().to(device, copy=True)
@@ -191,10 +193,9 @@ def _parse_group(saved: dict[str, Any], group: dict[str, Any], index: int) -> di
 
 def _check_group_entry(name: str, value: Any, where: str) -> None:
     """Raise ValueError where one of a group's numbers is nonsense; options have a check of their own, but for None."""
-    if name in config.GROUP_OPTIONS:
-        if value is None and name not in NONE_ALLOWED:
-            raise ValueError(f"option {name}=None{where}: must be {config.RULES[name].legal.removesuffix(', or None')}")
-    elif name in RATES and not (value is None and name == "auto_lr_given"):
+    if value is None and name in config.GROUP_OPTIONS and name not in NONE_ALLOWED:
+        raise ValueError(f"option {name}=None{where}: must be {config.RULES[name].legal.removesuffix(', or None')}")
+    if name in RATES and not (value is None and name == "auto_lr_given"):
         number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
         if not config.is_number(number) or not 0 <= number <= st.FLOAT_MAX:
             raise ValueError(f"{name}={number!r}{where}: must be a finite number >= 0")

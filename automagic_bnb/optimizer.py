@@ -96,6 +96,12 @@ class Automagic(ParameterGroups):
         Returns:
             The closure's result, or None.
         """
+        if torch.is_inference_mode_enabled():  # states made in it could not be changed outside
+            with torch.inference_mode(False), torch.no_grad():
+                return self._step(closure)
+        return self._step(closure)
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():

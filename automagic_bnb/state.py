@@ -249,6 +249,11 @@ def checked_gradient(p: Tensor) -> Tensor:
 def check_shape(state: State, p: Tensor) -> None:
     """Raise ValueError where a state was made for a (local) parameter of another shape, or none can be."""
     check_layout(p)
+    if p.is_inference():
+        raise ValueError(
+            f"a parameter of shape {tuple(p.shape)} was made inside torch.inference_mode(), where tensors stay as they "
+            "are made; make the model outside of it"
+        )
     if "state1" in state and state["state1"].shape != p.shape:
         raise ValueError(
             f"a parameter now has shape {tuple(p.shape)}, its optimizer state was made for "

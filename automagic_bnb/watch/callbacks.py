@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from automagic_bnb import auto_lr, config, scalars
 from automagic_bnb import state as st
+from automagic_bnb.notices import warn_once
 from automagic_bnb.watch.monitoring import automagic_of
 from automagic_bnb.watch.run_log import RunLog, as_number
 
@@ -156,7 +157,13 @@ class Sinks:
         self._writer = new_writer(tensorboard) if isinstance(tensorboard, (str, Path)) else tensorboard
 
     def write(self, step: int, others: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """Log the optimizer's metrics, and others' under the names they have."""
+        """Log the optimizer's metrics, and others' under the names they have; a full disk is a warning, once."""
+        try:
+            self._write(step, others, metrics)
+        except OSError as e:
+            warn_once(f"metrics of the training run could not be written ({e}); it goes on, and its log has gaps")
+
+    def _write(self, step: int, others: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         if self._log is not None:
             self._log.log(step, {**others, **metrics})
         if self._writer is not None:
