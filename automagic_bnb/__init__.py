@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from automagic_bnb.bnb import BITSANDBYTES_AVAILABLE
     from automagic_bnb.config import AutomagicConfig, OptimizationProfiles
+    from automagic_bnb.files import load_checkpoint, save_checkpoint
     from automagic_bnb.hardware import get_adaptive_config, get_hardware_optimized_config
     from automagic_bnb.migrated_options import migrate_options
     from automagic_bnb.optimizer import (
@@ -60,11 +61,13 @@ __all__ = [
     "get_adaptive_config",
     "get_hardware_optimized_config",
     "lightning_callback",
+    "load_checkpoint",
     "migrate_options",
     "plot_singular_values",
     "plot_spectrum",
     "plot_training",
     "read_run",
+    "save_checkpoint",
     "singular_values",
     "spectrum",
     "stable_rank",
@@ -78,6 +81,10 @@ _EXPORTS = {
     "config": (
         "AutomagicConfig",
         "OptimizationProfiles",
+    ),
+    "files": (
+        "load_checkpoint",
+        "save_checkpoint",
     ),
     "hardware": (
         "get_adaptive_config",

@@ -88,7 +88,7 @@ class Search:
         if {"auto_lr_rate", "auto_lr_sums"} <= group.keys():
             return True
         d = rate_tensor(group, st.local_tensor(group["params"][0]).device)
-        group["auto_lr_sums"], group["auto_lr_count"] = torch.zeros(2, device=d.device), 0
+        group["auto_lr_sums"], group["auto_lr_count"] = torch.zeros(2, dtype=torch.float32, device=d.device), 0
         return False
 
     def count(self) -> bool:
@@ -155,7 +155,7 @@ class Search:
                 return None
             value = float(f"{copy.item():.7g}")
         else:
-            copy, event = torch.empty((), pin_memory=True), torch.cuda.Event()
+            copy, event = torch.empty((), dtype=torch.float32, pin_memory=True), torch.cuda.Event()
         copy.copy_(rate, non_blocking=True)
         event.record(torch.cuda.current_stream(rate.device))
         self.shown[number] = (copy, event)

@@ -57,6 +57,28 @@ def overrides_of(p: torch.Tensor) -> dict[str, Any]:
     return found
 
 
+def _bind_overrides() -> None:
+    """Let bitsandbytes forget an override when its tensor goes, and give each tensor a dict of its own.
+
+    It keeps what `override_config` says under the tensor's id, which a later tensor may get, and one and the same dict
+    for all tensors that are given at once, so that what is said of one of them later is said of all.
+    """
+    plain = GlobalOptimManager.override_config
+
+    @functools.wraps(plain)
+    def override_config(
+        self: Any, parameters: Any, key: Any = None, value: Any = None, key_value_dict: Any = None
+    ) -> None:
+        tensors = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+        plain(self, tensors, key, value, key_value_dict)
+        for p in tensors:
+            if id(p) in self.pid2config:
+                self.pid2config[id(p)] = dict(self.pid2config[id(p)])
+                _watch(p)
+
+    GlobalOptimManager.override_config = override_config
+
+
 _watched: set[int] = set()
 """Ids of tensors whose override goes when they do."""
 
@@ -71,6 +93,10 @@ def _watch(p: torch.Tensor) -> None:
 def _forget(key: int) -> None:
     _watched.discard(key)
     GlobalOptimManager.get_instance().pid2config.pop(key, None)
+
+
+if BITSANDBYTES_AVAILABLE:
+    _bind_overrides()
 
 
 def override(p: torch.Tensor, options: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from itertools import chain
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,9 +32,49 @@ SHARDED_WARNING = (
 )
 
 
+WRAPPERS = frozenset(["module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
+"""Parts of a parameter's name that say how a model is wrapped, not which parameter it is."""
+
+NONE_ALLOWED = frozenset(["max_lr", "auto_lr_steps", "lora"])
+"""Options that a group may have as None; of the others it has what None stood for."""
+RATES = frozenset(["lr", "base_lr", "initial_lr", "auto_lr_rate", "auto_lr_given", "auto_lr_peak", "effective_lr"])
+"""Numbers of a group that a schedule or a search has left there, each >= 0."""
+
+
+def checked_form(state_dict: Any) -> dict[str, Any]:
+    """A shallow copy of a checkpoint that has the form of one, whatever stands in it.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
+        holds = sorted(map(str, state_dict))[:8] if isinstance(state_dict, Mapping) else type(state_dict).__name__
+        raise ValueError(
+            f"this is no optimizer's checkpoint: it holds {holds}, "
+            "not state and param_groups; pass what optimizer.state_dict() returned"
+        )
+    states, groups = state_dict["state"], state_dict["param_groups"]
+    if not isinstance(states, Mapping) or not isinstance(groups, (list, tuple)):
+        raise ValueError(
+            f"the checkpoint's state is a {type(states).__name__} and its param_groups a {type(groups).__name__}; "
+            "expected a dict by parameter and a list of dicts"
+        )
+    keys: list[Any] = []
+    for index, group in enumerate(groups):
+        if not isinstance(group, Mapping) or not isinstance(group.get("params"), (list, tuple)):
+            raise ValueError(f"the checkpoint's group {index} is no dict with a list of params")
+        keys += group["params"]
+    if not all(isinstance(key, (int, str)) for key in keys) or len(set(keys)) != len(keys):
+        raise ValueError("the params of the checkpoint's groups are no numbers or names that are each there once")
+    for key, saved in states.items():
+        if key in keys and not (isinstance(saved, Mapping) and isinstance(saved.get(WRAPPED, {}), Mapping)):
+            raise ValueError(f"parameter {key}: the checkpoint's state is a {type(saved).__name__}; expected a dict")
+    return dict(state_dict)
+
+
 def parse(
     optimizer: ParameterGroups, state_dict: dict[str, Any], move_to_device: bool = True
-) -> tuple[dict[Tensor, st.State], list[dict[str, Any]]]:
+) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
     """The new state by parameter and the new group entries, as copies on the parameters' devices.
 
     Args:
@@ -44,11 +84,7 @@ def parse(
     Raises:
         ValueError: the checkpoint does not fit this optimizer.
     """
-    if not {"state", "param_groups"} <= state_dict.keys():
-        raise ValueError(
-            f"this is no optimizer's checkpoint: it holds {sorted(map(str, state_dict))[:8]}, "
-            "not state and param_groups; pass what optimizer.state_dict() returned"
-        )
+    state_dict = checked_form(state_dict)  # a hook may have made another one of it
     saved_groups = state_dict["param_groups"]
     groups = optimizer.param_groups
     sizes, saved_sizes = [len(g["params"]) for g in groups], [len(g["params"]) for g in saved_groups]
@@ -57,29 +93,65 @@ def parse(
             f"the checkpoint has parameter groups of {saved_sizes} parameters, this optimizer of {sizes}; "
             "build it over the same parameters in the same groups"
         )
+    keys = [_keys_in_order(saved_groups[i], group, i) for i, group in enumerate(groups)]
+    state = _beside_states(state_dict["state"], {key for of_group in keys for key in of_group})
     if (source := migration.source_of(state_dict)) is not None:
-        return _parse_foreign(optimizer, state_dict, source)
-    old_ids = chain.from_iterable(g["params"] for g in saved_groups)
-    owners = [(p, g) for g in groups for p in g["params"]]
-    by_id = dict(zip(old_ids, owners, strict=True))
+        foreign, new_groups = _parse_foreign(optimizer, state_dict, keys, source)
+        return state | foreign, new_groups
     new_groups = [_parse_group(saved_groups[i], group, i) for i, group in enumerate(groups)]
-    state: dict[Tensor, st.State] = {}
-    for key, saved in state_dict["state"].items():
-        if key in by_id and saved:
-            p, group = by_id[key]
-            state[p] = _parse_parameter(optimizer, p, group, saved, f"parameter {key}", move_to_device)
+    for group, of_group in zip(groups, keys, strict=True):
+        for p, key in zip(group["params"], of_group, strict=True):
+            if saved := state_dict["state"].get(key):
+                state[p] = _parse_parameter(optimizer, p, group, saved, f"parameter {key}", move_to_device)
     return state, new_groups
 
 
+def _keys_in_order(saved: Mapping[str, Any], group: dict[str, Any], index: int) -> list[Any]:
+    """The keys of a saved group's parameters in the order of this group's: by name where both have names.
+
+    Raises:
+        ValueError: they are of other names.
+    """
+    keys, theirs, ours = list(saved["params"]), saved.get("param_names"), group.get("param_names")
+    if not isinstance(theirs, (list, tuple)) or not ours or list(theirs) == list(ours):
+        return keys
+    theirs, ours = ([_bare_name(name) for name in names] for names in (theirs, ours))
+    if sorted(theirs) != sorted(ours) or len(theirs) != len(keys):
+        there, here = ([name for name in one if name not in other] for one, other in ((theirs, ours), (ours, theirs)))
+        raise ValueError(
+            f"the checkpoint's group {index} is of other parameters: only there are {there[:4]}, only here {here[:4]}; "
+            "rename them in its param_names, or delete param_names from its groups to go by their order"
+        )
+    by_name = dict(zip(theirs, keys, strict=True))
+    return [by_name[name] for name in ours] if len(by_name) == len(keys) else keys
+
+
+def _bare_name(name: str) -> str:
+    return ".".join(part for part in str(name).split(".") if part not in WRAPPERS)
+
+
+def _beside_states(saved: Mapping[Any, Any], keys: set[Any]) -> dict[Any, Any]:
+    """What is no parameter's state: plain values that a wrapper keeps beside these, as copies.
+
+    Raises:
+        ValueError: a state of a parameter that is in none of the groups.
+    """
+    beside = {key: value for key, value in saved.items() if key not in keys}
+    for key, value in beside.items():
+        if isinstance(value, Mapping) and {"step", "state1", "exp_avg"} & value.keys():
+            raise ValueError(f"the checkpoint has a state of parameter {key}, which is in none of its groups")
+    return copy.deepcopy(beside)
+
+
 def _parse_foreign(
-    optimizer: ParameterGroups, state_dict: dict[str, Any], source: str
+    optimizer: ParameterGroups, state_dict: dict[str, Any], keys: list[list[Any]], source: str
 ) -> tuple[dict[Tensor, st.State], list[dict[str, Any]]]:
     """`parse` of another optimizer's checkpoint. Its options stay behind: rates and decay there mean something else."""
     state: dict[Tensor, st.State] = {}
     new_groups: list[dict[str, Any]] = []
-    for group, saved_group in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+    for group, saved_group, of_group in zip(optimizer.param_groups, state_dict["param_groups"], keys, strict=True):
         found: list[tuple[Tensor, int]] = []
-        for p, key in zip(group["params"], saved_group["params"], strict=True):
+        for p, key in zip(group["params"], of_group, strict=True):
             if saved := state_dict["state"].get(key):
                 options, local = optimizer.effective_options(group, p), st.local_tensor(p)
                 carried = migration.read(source, saved, saved_group, options, local, f"parameter {key}")
@@ -101,11 +173,15 @@ def _parse_group(saved: dict[str, Any], group: dict[str, Any], index: int) -> di
     if not any(name in saved for name in OWN_GROUP_KEYS):
         return entries
     device = group["params"][0].device if group["params"] else None
+    where = f" in the checkpoint's group {index}"
     for name, value in saved.items():
-        if name == "params":
+        if name == "params" or (name == "param_names" and "param_names" in group):
             continue
-        if name in config.GROUP_OPTIONS:
-            entries[name] = config.check_option(name, value, f" in the checkpoint's group {index}")
+        _check_group_entry(name, value, where)
+        if name == "lr":  # as a schedule left it, which may be less than an option can be
+            entries[name] = float(value)
+        elif name in config.GROUP_OPTIONS:
+            entries[name] = config.check_option(name, value, where)
         elif isinstance(value, Tensor):
             entries[name] = value.detach().to(device, copy=True)
         else:
@@ -118,7 +194,7 @@ def _parse_group(saved: dict[str, Any], group: dict[str, Any], index: int) -> di
     entries = _with_the_constructors_word(entries, group, index)
     bounds = {name: entries.get(name, group[name]) for name in ("min_lr", "max_lr")}
     # The rates themselves are history: OneCycleLR has its own bounds in the group, below the rate it was built with.
-    config.check_rates({**bounds, "lr": None}, f" in the checkpoint's group {index}")
+    config.check_rates({**bounds, "lr": None}, where)
     return entries
 
 
@@ -142,6 +218,22 @@ def _with_the_constructors_word(entries: dict[str, Any], group: dict[str, Any], 
     return kept
 
 
+def _check_group_entry(name: str, value: Any, where: str) -> None:
+    """Raise ValueError where one of a group's numbers is nonsense; options have a check of their own, but for None."""
+    if value is None and name in config.GROUP_OPTIONS and name not in NONE_ALLOWED:
+        raise ValueError(f"option {name}=None{where}: must be {config.RULES[name].legal.removesuffix(', or None')}")
+    if name in RATES and not (value is None and name == "auto_lr_given"):
+        number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+        if not config.is_number(number) or not 0 <= number <= st.FLOAT_MAX:
+            raise ValueError(f"{name}={number!r}{where}: must be a finite number >= 0")
+    elif name == "auto_lr_count":
+        migration.checked_step(value, f"{name}{where}")
+    elif name == "auto_lr_sums" and not (
+        isinstance(value, Tensor) and tuple(value.shape) == (2,) and bool(torch.isfinite(value).all())
+    ):
+        raise ValueError(f"{name}={value!r}{where}: must be two finite numbers")
+
+
 def _parse_parameter(
     optimizer: ParameterGroups, p: Tensor, group: dict[str, Any], saved: dict[str, Any], where: str, move: bool
 ) -> st.State:
@@ -152,19 +244,20 @@ def _parse_parameter(
     saved_shard = saved.pop("shard", shard)
     if saved_shard != shard:
         raise ValueError(f"{where}: the checkpoint holds shard {saved_shard}, here is {shard}; {SHARDED_WARNING}")
-    unknown = sorted(k for k in saved if k not in st.KEYS and k != "step" and k not in IGNORED)
-    if unknown and "tensor_stats" in saved:
-        raise ValueError(
-            f"{where}: a later version wrote this checkpoint, {unknown} are not known here; update the package"
-        )
-    if unknown or "state1" not in saved or not {"state2", "exp_avg_sq_row"} & saved.keys():
+    unknown = sorted(str(k) for k in saved if k not in st.KEYS and k != "step" and k not in IGNORED)
+    foreign = bool(unknown) and "tensor_stats" not in saved
+    if foreign or "state1" not in saved or not {"state2", "exp_avg_sq_row"} & saved.keys():
         raise ValueError(
             f"{where}: this is a checkpoint of another optimizer (its state holds {sorted(saved)}); "
             "start without it, or load one of this optimizer, Adam, Prodigy, Adafactor, any Automagic or CameAMP"
         )
-    state: st.State = {"step": int(saved.get("step", 0))}
-    if state["step"] < 0:
-        raise ValueError(f"{where}: the checkpoint's step is {state['step']}; expected a number >= 0")
+    state: st.State = {"step": migration.checked_step(saved.get("step", 0), f"{where}: the checkpoint's step")}
+    if unknown:
+        warn_once(
+            f"the checkpoint's states hold {unknown}, which are not this package's: they are kept as they are, for the "
+            "wrapper that put them there; if a later version of the package wrote the checkpoint, update the package"
+        )
+        state |= {k: _copied(v, local) for k, v in saved.items() if str(k) in unknown}
     if shard is not None:
         state["shard"] = shard
     for name, value in saved.items():
@@ -177,6 +270,7 @@ def _parse_parameter(
                 f"{where}: the checkpoint's {name} has shape {shape}, "
                 f"a parameter of shape {tuple(local.shape)} needs {expected}"
             )
+        _check_values(name, value, where)
         state[name] = _restored(name, value, local, optimizer.is_paged, move)
     _check_storage(state, local, optimizer.effective_options(group, p), where)
     return optimizer.completed(p, state, st.storage_held(state), optimizer.effective_options(group, p))
@@ -214,6 +308,26 @@ def _from_0_2_0(saved: dict[str, Any]) -> dict[str, Any]:
         stats[[st.LR_NUMERATOR, st.LR_DENOMINATOR]] = 0
         saved["tensor_stats"] = stats
     return saved
+
+
+def _check_values(name: str, value: Tensor, where: str) -> None:
+    """Raise ValueError where a tensor of our own holds what no step leaves there."""
+    low, high = st.KEYS[name].legal
+    if value.numel() == 0 or (value.dtype == torch.uint8 and name != "last_polarity"):
+        return  # codes: any of them may be
+    if name == "tensor_stats":
+        # The sums of a step may have overflowed: then it has no estimate.
+        value, low, high = value[[st.MASK_MEAN, st.SKIPPED]], 0.0, st.FLOAT_MAX
+    least, most = (float(x) for x in value.detach().float().aminmax())
+    if not (low <= least and most <= high):  # NaN is neither
+        raise ValueError(
+            f"{where}: the checkpoint's {name} holds values from {least:g} to {most:g}, where a step leaves some from "
+            f"{low:g} to {high:g}; use an earlier checkpoint"
+        )
+
+
+def _copied(value: Any, p: Tensor) -> Any:
+    return value.detach().to(p.device, copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 def _restored(name: str, value: Tensor, p: Tensor, paged: bool, move: bool) -> Tensor:

@@ -89,14 +89,25 @@ def _spelled_number(text: str) -> float:
     raise TypeError("not a number")
 
 
-def _real_rule(legal: str, low: float, high: float = math.inf, *, open_low: bool = False) -> Rule:
+LEAST, MOST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+"""float32's normal numbers, in which a step computes."""
+FLOAT32 = f"{LEAST:.3g} to {MOST:.3g}"
+
+
+def _in_float32(number: float) -> bool:
+    return number == 0 or LEAST <= abs(number) <= MOST
+
+
+def _real_rule(legal: str, low: float, high: float = MOST, *, open_low: bool = False) -> Rule:
+    """A number between these, and one that float32 holds: what `legal` says, and the rest of it."""
+
     def parse(value: Any) -> float:
         number = _number(value)
-        if number < low or number > high or (open_low and number == low):
+        if number < low or number > high or (open_low and number == low) or not _in_float32(number):
             raise ValueError("out of range")
         return float(number)
 
-    return Rule(legal, parse)
+    return Rule(legal if high < MOST else f"{legal} that float32 holds ({FLOAT32})", parse)
 
 
 def _integer_rule(legal: str, low: int, high: float = math.inf, step: int = 1, scope: str = "parameter") -> Rule:
@@ -161,6 +172,12 @@ def _parse_betas(value: Any) -> tuple[float, float, float]:
     return betas[0], betas[1], betas[2]
 
 
+MOST_EPS = 1e30
+"""A v of that size is nearly float32's square of the largest gradient that is not skipped."""
+MOST_FACTOR = 1e6
+"""Of factors that multiply what may itself be large."""
+
+
 def _parse_eps(value: Any) -> tuple[float, float]:
     if is_number(value) or isinstance(value, str):
         try:
@@ -168,9 +185,10 @@ def _parse_eps(value: Any) -> tuple[float, float]:
         except TypeError:
             pass
         else:  # Adam adds its eps beside sqrt(v); ours stands inside the root
-            value = (scalar * abs(scalar), 1e-16)
+            square = scalar * abs(scalar)
+            value = (0.0 if 0 <= square < LEAST else square, 1e-16)
     eps = _sequence(value)
-    if len(eps) != 2 or not all(e >= 0 for e in eps):
+    if len(eps) != 2 or not all(0 <= e <= MOST_EPS and _in_float32(e) for e in eps):
         raise ValueError("out of range")
     return eps[0], eps[1]
 
@@ -199,6 +217,7 @@ def _opt(default: Any, rule: Rule) -> Any:
 
 
 _NON_NEGATIVE = _real_rule("a number >= 0", 0)
+_FACTOR = _real_rule(f"a number from 0 to {MOST_FACTOR:g}", 0, MOST_FACTOR)
 _UNIT = _real_rule("a number from 0 to 1", 0, 1)
 
 
@@ -218,13 +237,15 @@ class AutomagicConfig:
     max_lr: float | None = _opt(None, _or_none(_real_rule("a number > 0", 0, open_low=True)))
     auto_lr: bool | None = _opt(None, _or_none(_BOOL))
     auto_lr_steps: int | None = _opt(None, _or_none(_integer_rule("a whole number >= 1", 1)))
-    weight_decay: float = _opt(5e-4, _NON_NEGATIVE)
+    weight_decay: float = _opt(5e-4, _FACTOR)
     warmup_steps: int = _opt(500, _integer_rule("a whole number >= 0", 0))
     # Moments.
     betas: tuple[float, float, float] = _opt(
         (0.9, 0.99, 0.999), Rule("two or three numbers, each >= 0 and < 1", _parse_betas)
     )
-    eps: tuple[float, float] = _opt((1e-30, 1e-16), Rule("two numbers >= 0, or Adam's single eps", _parse_eps))
+    eps: tuple[float, float] = _opt(
+        (1e-30, 1e-16), Rule(f"two numbers from 0 to {MOST_EPS:g}, or Adam's single eps", _parse_eps)
+    )
     clip_threshold: float = _opt(1.0, _real_rule("a number > 0", 0, open_low=True))
     percentile_clipping: int = _opt(100, _integer_rule("a whole number from 1 to 100", 1, 100))
     # Storage, in bitsandbytes' words.
@@ -240,17 +261,17 @@ class AutomagicConfig:
     is_paged: bool = _opt(False, _BOOL_ONCE)
     # Spatial part of the rule.
     edge_suppression: bool = _opt(True, _BOOL)
-    edge_penalty: float = _opt(0.1, _NON_NEGATIVE)
+    edge_penalty: float = _opt(0.1, _FACTOR)
     edge_threshold: float = _opt(0.6, _NON_NEGATIVE)
     frequency_penalty: float = _opt(0.05, _UNIT)
     background_regularization: bool = _opt(True, _BOOL)
     spatial_awareness: bool = _opt(True, _BOOL)
-    detail_preservation: float = _opt(0.8, _NON_NEGATIVE)
+    detail_preservation: float = _opt(0.8, _FACTOR)
     # LoRA. `lora=None`: told by the parameter's mark or name.
     lora: bool | None = _opt(None, _or_none(_BOOL))
     lora_rank_penalty: bool = _opt(True, _BOOL)
-    rank_penalty_strength: float = _opt(0.01, _NON_NEGATIVE)
-    low_rank_emphasis: float = _opt(1.2, _NON_NEGATIVE)
+    rank_penalty_strength: float = _opt(0.01, _FACTOR)
+    low_rank_emphasis: float = _opt(1.2, _FACTOR)
     # Switches of the remaining parts.
     torque: bool = _opt(True, _BOOL)
     came: bool = _opt(True, _BOOL)

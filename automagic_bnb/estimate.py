@@ -108,7 +108,7 @@ def find_rate(d: Tensor, sums: Tensor, stats: list[Tensor], weights: Tensor, num
     q = SIGN_DECAY * sums[1] + (1 - SIGN_DECAY) * s.sign()
     # Weights beyond float32's squares: a step without an estimate.
     usable = torch.isfinite(num) & torch.isfinite(momentum) & (momentum > 0)
-    trust = torch.where(q > numbers.error, 1 - numbers.error / q.clamp_min(numbers.error), 0.0)
+    trust = torch.where(q > numbers.error, 1 - numbers.error / q.clamp_min(numbers.error), q.new_zeros(()))
     distance = numbers.factor * num.clamp_min(0) * trust / momentum.clamp_min(FLOAT_TINY)
     found = torch.minimum(torch.maximum(d, distance), GROWTH * d).clamp(numbers.low, numbers.high)
     sums.copy_(torch.where(usable, torch.stack([num, q]), sums))

@@ -193,8 +193,14 @@ class Plan:
             self.states is not None
             and len(held) == len(self.states)
             and all(map(is_, held, self.states))
-            and all(map(is_, held.values(), self.states.values()))
+            and (all(map(is_, held.values(), self.states.values())) or self._has_same_dicts(held))
         )
+
+    def _has_same_dicts(self, held: Mapping[Tensor, st.State]) -> bool:
+        """The same, but for plain values that a wrapper keeps there and changes in every step."""
+        assert self.states is not None
+        pairs = zip(held.values(), self.states.values(), strict=True)
+        return all(one is other or not (isinstance(one, dict) or isinstance(other, dict)) for one, other in pairs)
 
 
 def signature(options: dict[str, Any]) -> tuple[Any, ...]:

@@ -203,6 +203,8 @@ class ParameterGroups(bnb.Optimizer2State):
     def _check_parameter(p: Tensor) -> None:
         if p.requires_grad:  # of frozen weights in codes (QLoRA's), none ever has a gradient
             st.check_dtype(p)
+            if not is_lazy(p):
+                st.check_layout(local_tensor(p))
 
     def _index_parameters(self, first: int = 0) -> None:
         """Note each parameter's ordinal, name and kind, from this group on; facts already known stay as they were."""
@@ -405,7 +407,7 @@ class ParameterGroups(bnb.Optimizer2State):
         self.non_castable_tensor_keys = set(st.KEYS)
         self.name2qmap, self.initialized, self._owners = {}, False, ([], {})
         bnb.restore_managers(self)
-        self.state = defaultdict(st.WatchedState, {p: st.WatchedState(held) for p, held in self.state.items()})
+        self.state = defaultdict(st.WatchedState, st.watched(self.state))
         parameters = [p for group in self.param_groups for p in group["params"]]
         self._facts = dict(zip(parameters, facts, strict=True))
         overrides = overrides or [({}, {})] * len(parameters)
@@ -413,7 +415,7 @@ class ParameterGroups(bnb.Optimizer2State):
         for p, (shared, _) in zip(parameters, overrides, strict=True):
             bnb.override(p, shared)
         for p, values in self.state.items():
-            if "state1" not in values:
+            if not isinstance(p, Tensor) or "state1" not in values:
                 continue
             st.link_code_books(values, local_tensor(p).device)
             if self.is_paged:  # a copy is in ordinary memory, for which there must be room

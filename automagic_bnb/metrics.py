@@ -190,7 +190,7 @@ def subject_of(optimizer: ParameterGroups, group: dict[str, Any], p: Tensor) -> 
     d = None
     if options["auto_lr"]:  # perhaps only since the last step
         start = auto_lr.start_rate(group)
-        d = group.get("auto_lr_rate", torch.full((), start, device=local.device)).to(local.device)
+        d = group.get("auto_lr_rate", torch.full((), start, dtype=torch.float32, device=local.device)).to(local.device)
     return Subject(
         p=local,
         grad=None if p.grad is None else st.checked_gradient(p),
@@ -215,7 +215,7 @@ def figures(subject: Subject) -> Tensor:
         sums.append(torch.stack([x.double() for x in added]))
         extremes.append(least_and_most)
     least, most = torch.stack(extremes).amax(dim=0).unbind()
-    d = torch.zeros((), device=device) if subject.d is None else subject.d
+    d = torch.zeros((), dtype=torch.float32, device=device) if subject.d is None else subject.d
     mean = reference.mean_rate(subject.scalars, subject.d, device)
     bounds = reference.rate_bounds(mean, subject.scalars)
     rest = torch.stack([-least, most, stats[st.MASK_MEAN], d, mean, *bounds, stats[st.SKIPPED]]).double()
@@ -280,7 +280,7 @@ def summed_gradient(part: Part, subject: Subject, scale: Tensor | float) -> list
     """
     grad, options, blocks, rows = subject.grad, subject.options, part.blocks, part.rows
     if grad is None:
-        return [torch.zeros((), device=subject.p.device)] * 3
+        return [torch.zeros((), dtype=torch.float32, device=subject.p.device)] * 3
     # The Laplacian of a matrix needs the rows on either side. With more dimensions each row holds whole slices.
     beside = int(grad.dim() == 2)
     first = max(rows.start - beside, 0)
@@ -289,7 +289,7 @@ def summed_gradient(part: Part, subject: Subject, scale: Tensor | float) -> list
     g, keep = blocks.cut(shaped[own]), blocks.cut(keep[own])
     filtered = g
     if reference.is_spatial(grad, options):
-        lap = torch.where(keep, blocks.cut(reference.laplacian(shaped)[own]), 0.0)
+        lap = torch.where(g != 0, blocks.cut(reference.laplacian(shaped)[own]), 0.0)
         filtered = reference.spatial_filter(g, lap, part.state["edge_history"].view(-1, 1).clone(), blocks, options)
     moments = moments_of(part.state, blocks, keep)
     v_hat = moments.read(2) / (1 - options["betas"][1] ** part.state["step"])

@@ -17,13 +17,14 @@ from 1/4 to 3.8 of it, and in 8-bit storage in steps of 2^(1/16).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from automagic_bnb import auto_lr, bnb
+from automagic_bnb import auto_lr, bnb, config
 from automagic_bnb import quantization as q
 from automagic_bnb import state as st
 from automagic_bnb.notices import warn_once
@@ -57,7 +58,7 @@ class Carried:
     rates: Tensor | None = None
     """Each weight's learning rate."""
     polarity: Tensor | None = None
-    """bool: whether its last gradient was positive."""
+    """uint8: whether its last gradient was positive."""
 
 
 def source_of(state_dict: dict[str, Any]) -> str | None:
@@ -65,7 +66,8 @@ def source_of(state_dict: dict[str, Any]) -> str | None:
 
     "bitsandbytes" (an Adam), "adam" (torch's), "prodigy", "adafactor" or "automagic" (ai-toolkit's three, CameAMP).
     """
-    states, groups = state_dict["state"].values(), state_dict["param_groups"]
+    groups = state_dict["param_groups"]
+    states = [saved for saved in state_dict["state"].values() if isinstance(saved, Mapping)]
     keys = {key for saved in states for key in (*saved, *saved.get(WRAPPED, {}))}
     if keys & OWN_KEYS or any("base_lr" in group for group in groups):
         return None
@@ -103,8 +105,8 @@ def read(source: str, saved: dict[str, Any], group: dict[str, Any], options: Opt
     if source == "prodigy":
         return _read_prodigy(reader, group)
     if source == "adam":
-        return _from_adam(reader.step, reader.floats("exp_avg"), reader.floats("exp_avg_sq"), group)
-    return _from_adam(reader.step, reader.adam_moment(1), reader.adam_moment(2), group)
+        return _from_adam(reader.where, reader.step, reader.floats("exp_avg"), reader.floats("exp_avg_sq"), group)
+    return _from_adam(reader.where, reader.step, reader.adam_moment(1), reader.adam_moment(2), group)
 
 
 def fill(state: st.State, carried: Carried, p: Tensor, options: Options) -> None:
@@ -127,10 +129,10 @@ def _fill_mask(state: st.State, rates: Tensor, polarity: Tensor | None) -> None:
     mean = rates.double().mean()
     ratio = torch.where(mean > 0, rates / mean, 1.0)
     k = (16 * ratio.log2()).clamp(K_MIN, K_MAX).float()  # a rate of 0 is at the lower end
-    positive = torch.zeros_like(k, dtype=torch.bool) if polarity is None else polarity
+    signs = torch.full_like(k, q.NO_SIGN, dtype=torch.uint8) if polarity is None else polarity
     k = to_spacing(k, mask_spacing(state))
     blocks = Blocks(k)
-    write_mask(state, blocks, blocks.cut(k), blocks.cut(positive))
+    write_mask(state, blocks, blocks.cut(k), blocks.cut(signs))
     state["tensor_stats"][st.MASK_MEAN] = torch.exp2(k / 16).mean()
 
 
@@ -158,6 +160,30 @@ def warn_of_freeze(step: int, warmup_steps: int) -> None:
         )
 
 
+def checked_step(value: Any, what: str) -> int:
+    """A number of steps as it was saved: an int, or a float or a tensor that stands for one.
+
+    Raises:
+        ValueError: anything else, or less than 0, or 2^63 and more.
+    """
+    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    if not config.is_number(number) or not 0 <= number < 2**63 or number != int(number):
+        shown = f"{number:.4g}" if isinstance(number, float) else f"{str(number)[:40]}"
+        raise ValueError(f"{what} is {shown}; expected a whole number >= 0")
+    return int(number)
+
+
+def checked_decay(value: Any, name: str, where: str) -> float:
+    """The decay of a moment as another optimizer's group has it.
+
+    Raises:
+        ValueError: no number from 0 to 1.
+    """
+    if not config.is_number(value) or not 0 <= value < 1:
+        raise ValueError(f"{where}: the checkpoint's group has {name}={value!r}; expected a number >= 0 and < 1")
+    return float(value)
+
+
 class Reader:
     """Tensors of one parameter's foreign state, checked."""
 
@@ -166,7 +192,7 @@ class Reader:
 
     @property
     def step(self) -> int:
-        return int(self.saved.get("step", 0))
+        return checked_step(self.saved.get("step", 0), f"{self.where}: the checkpoint's step")
 
     def tensor(self, name: str, shape: tuple[int, ...], value: Any = None) -> Tensor:
         """`value`, or what the state has under this name, on the parameter's device; its dtype is kept."""
@@ -267,15 +293,20 @@ class Reader:
         codes = self.tensor(name, shape).reshape(-1).long()
         if not all(hasattr(scale, part) for part in ("absmax", "code", "blocksize")):
             raise ValueError(f"{self.where}: the checkpoint's {name}_scale is no QuantState of bitsandbytes")
+        if not config.is_whole(scale.blocksize) or scale.blocksize < 1:
+            raise ValueError(f"{self.where}: the checkpoint's {name}_scale has blocks of {scale.blocksize!r} elements")
         absmax = self.tensor(f"{name}_scale.absmax", (-(-n // scale.blocksize),), scale.absmax)
         book = self.tensor(f"{name}_scale.code", (256,), scale.code)
         values = book.float()[codes] * absmax.float().repeat_interleave(scale.blocksize)[:n]
         return self.finite(name, values.view(shape))
 
 
-def _from_adam(step: int, m: Tensor, v: Tensor, group: dict[str, Any]) -> Carried:
+def _from_adam(where: str, step: int, m: Tensor, v: Tensor, group: dict[str, Any]) -> Carried:
     """Adam's m and v. Ours is the momentum of u = g / √v, of which Adam's m / √v is the nearest thing."""
-    beta1, beta2 = (group.get("betas") or ADAM_BETAS)[:2]
+    betas = group.get("betas") or ADAM_BETAS
+    if not isinstance(betas, (list, tuple)) or len(betas) < 2:
+        raise ValueError(f"{where}: the checkpoint's group has betas={betas!r}; expected two numbers")
+    beta1, beta2 = (checked_decay(beta, "betas", where) for beta in betas[:2])
     m = _unbiased(m, beta1, step)
     # A mean of squares is no less than the square of the mean; 8-bit codes can say 0 where it is small.
     v = torch.maximum(_unbiased(v, beta2, step), m.square())
@@ -287,8 +318,10 @@ def _read_prodigy(reader: Reader, group: dict[str, Any]) -> Carried:
 
     That is the last d: while it grows, the averages count as smaller than they are.
     """
-    d = float(group.get("d") or 1.0)
-    return _from_adam(int(group.get("k", 0)), reader.floats("exp_avg") / d, reader.floats("exp_avg_sq") / d**2, group)
+    d, step = group.get("d") or 1.0, checked_step(group.get("k", 0), f"{reader.where}: the checkpoint's k")
+    if not config.is_number(d) or not 0 < d < math.inf:
+        raise ValueError(f"{reader.where}: the checkpoint's group has d={d!r}; expected a number > 0")
+    return _from_adam(reader.where, step, reader.floats("exp_avg") / d, reader.floats("exp_avg_sq") / d**2, group)
 
 
 def _read_adafactor(reader: Reader, group: dict[str, Any]) -> Carried:
@@ -302,12 +335,14 @@ def _read_adafactor(reader: Reader, group: dict[str, Any]) -> Carried:
 def _read_automagic(reader: Reader, group: dict[str, Any], options: Options) -> Carried:
     second, polarity, momentum = reader.second(), None, reader.optional("exp_avg")
     if second is not None:
-        beta2 = group.get("beta2", (group.get("betas") or (0, SECOND_DECAY))[1])
+        betas = group.get("betas")
+        theirs = betas[1] if isinstance(betas, (list, tuple)) and len(betas) > 1 else SECOND_DECAY
+        beta2 = checked_decay(group.get("beta2", theirs), "beta2", reader.where)
         second = _unbiased(second.clamp_min(0), beta2, reader.step)
     if momentum is not None:
         momentum = _direction(momentum, options["betas"][0])
     if "last_polarity" in reader.saved:
-        polarity = reader.tensor("last_polarity", tuple(reader.p.shape)).bool()
+        polarity = reader.tensor("last_polarity", tuple(reader.p.shape)).bool().to(torch.uint8)
     return Carried(reader.step, momentum, second, reader.rates(), polarity)
 
 

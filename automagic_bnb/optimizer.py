@@ -138,6 +138,9 @@ class Automagic(ParameterGroups):
 
     @uncompiled
     def _step(self, closure: Callable[[], Any] | None) -> Any:
+        if torch.is_inference_mode_enabled():  # states made in it could not be changed outside
+            with torch.inference_mode(False), torch.no_grad():
+                return self._step(closure)
         fused.check_capture(self.param_groups)
         scaler = fused.Scaler.of(self)
         loss = None
@@ -301,10 +304,11 @@ class Automagic(ParameterGroups):
         self._fused.settle()
         if any(getattr(p, "_fsdp_flattened", False) for p in self._facts):
             return super().state_dict()
-        if any("shard" in state for state in self.state.values()):
+        if any("shard" in state for state in self.state.values() if isinstance(state, dict)):
             warn_once(checkpoint.SHARDED_WARNING)
         state_dict = torch.optim.Optimizer.state_dict(self)
-        state_dict["state"] = {key: dict(state) for key, state in state_dict["state"].items()}
+        held = state_dict["state"].items()  # among them what wrappers keep there under names of their own
+        state_dict["state"] = {key: dict(state) if isinstance(state, dict) else state for key, state in held}
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
@@ -321,12 +325,12 @@ class Automagic(ParameterGroups):
         Raises:
             ValueError: groups, shapes or keys do not fit. The optimizer is then as it was.
         """
-        state_dict = dict(state_dict)  # hooks may write into it
+        state_dict = checkpoint.checked_form(state_dict)  # a copy: hooks may write into it
         for hook in list(getattr(self, "_optimizer_load_state_dict_pre_hooks", {}).values()):
             state_dict = hook(self, state_dict) or state_dict
         state, groups = checkpoint.parse(self, state_dict, move_to_device)
         self.state.clear()
-        self.state.update({p: st.WatchedState(values) for p, values in state.items()})
+        self.state.update(st.watched(state))
         self._fused.forget()
         if self._step_log is not None:
             self._step_log.begin_again()

@@ -21,10 +21,12 @@ LAST_CODE = 254
 
 FLOAT_TINY = 1e-37
 """What stands in for 0 where something is divided by it."""
-EMPTY_MASK = 64
-"""The byte of k = 0 and π = 0: see `pack_mask`."""
+NO_SIGN = 2
+"""π of an element that has not had a gradient yet: neither sign agrees with it."""
+EMPTY_MASK = 128 + 64
+"""The byte of k = 0 and no sign: see `pack_mask`."""
 EMPTY_PAIR = 0x88
-"""The byte of two such elements in four bits each: see `pack_pairs`."""
+"""The byte of two elements of k = 0 and π = 0 in four bits each: see `pack_pairs`."""
 LEAST_EXPONENT, HIGHEST_EXPONENT = -32, 31
 """Of k."""
 PAIR_SPACING = 8
@@ -60,28 +62,32 @@ def encode(values: Tensor, code_book: Tensor, uniform: Tensor | None = None) -> 
 
 
 def pack_mask(k: Tensor, polarity: Tensor) -> Tensor:
-    """One uint8 holding the learning-rate exponent k (whole, -32..31) and the gradient's last polarity (bool)."""
-    return ((k + 32) * 2 + polarity).to(torch.uint8)
+    """One uint8 of the learning-rate exponent k (whole, -32..31) and π, the last gradient's sign (uint8).
+
+    From bit 0 up: whether it was positive, six bits of k + 32, whether there was none yet (`NO_SIGN`).
+    """
+    return ((k + 32) * 2 + (polarity & 1) + (polarity >> 1) * 128).to(torch.uint8)
 
 
 def unpack_mask(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """k as float32 and the polarity as bool."""
-    return (packed >> 1).float() - 32, (packed & 1).bool()
+    """k as float32 and π as uint8: 0, 1 or `NO_SIGN`."""
+    return ((packed & 127) >> 1).float() - 32, (packed & 1) | ((packed >> 7) << 1)
 
 
 def pack_pairs(k: Tensor, polarity: Tensor) -> Tensor:
-    """uint8 [..., 128] of k and polarity [..., 256], two neighbours a byte, the first in its lower half.
+    """uint8 [..., 128] of k and π (uint8) [..., 256], two neighbours a byte, the first in its lower half.
 
-    Each half is the place of k, one of `PAIR_SPACING`'s eight, times two, plus the polarity.
+    Each half is the place of k, one of `PAIR_SPACING`'s eight, times two, plus whether the last gradient was positive:
+    there is no room for `NO_SIGN`, in whose place is 0, so that a first gradient agrees with it where it is negative.
     """
-    halves = ((k - LEAST_EXPONENT) / PAIR_SPACING * 2 + polarity).to(torch.uint8).unflatten(-1, (-1, 2))
+    halves = ((k - LEAST_EXPONENT) / PAIR_SPACING * 2 + (polarity & 1)).to(torch.uint8).unflatten(-1, (-1, 2))
     return halves[..., 0] | (halves[..., 1] << 4)
 
 
 def unpack_pairs(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """k as float32 and the polarity as bool, each [..., 256] of [..., 128]."""
+    """k as float32 and π as uint8, 0 or 1, each [..., 256] of [..., 128]."""
     halves = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
-    return (halves >> 1).float() * PAIR_SPACING + LEAST_EXPONENT, (halves & 1).bool()
+    return (halves >> 1).float() * PAIR_SPACING + LEAST_EXPONENT, halves & 1
 
 
 _M32 = 0xFFFFFFFF

@@ -99,7 +99,7 @@ def spatial_filter(g: Tensor, lap: Tensor, edge_history: Tensor, blocks: Blocks,
     """Step 1, g̃ of g: the frequency filter, then the edge penalty.
 
     Args:
-        g, lap: [blocks, 256], 0 where the gradient is skipped or padding.
+        g, lap: [blocks, 256], 0 where there is no gradient, or it is skipped, or padding.
         edge_history: h, [blocks, 1], updated in place where edge_suppression is on.
     """
     filtered = g + (options["frequency_penalty"] / LAPLACIAN_RANGE) * lap
@@ -144,7 +144,8 @@ def update_parameter(
     # 1. Spatial filter.
     filtered = g
     if is_spatial(p, options):
-        lap = torch.where(keep, blocks.cut(laplacian(g_shaped)), 0.0)
+        # Where there is no gradient the filter makes none: rows beside those in use would move, and more than these.
+        lap = torch.where(g != 0, blocks.cut(laplacian(g_shaped)), 0.0)
         filtered = spatial_filter(g, lap, state["edge_history"].view(-1, 1), blocks, options)
 
     # 2. Second moment, activity, clipping.
@@ -168,7 +169,7 @@ def update_parameter(
     if options["cautious"]:
         agrees = ((n > 0) & (g > 0)) | ((n < 0) & (g < 0))
         # Of the elements that have a gradient: in a block of which one row is in use, the others say nothing.
-        share = agrees.sum(1, keepdim=True) / (g != 0).sum(1, keepdim=True).clamp_min(1)
+        share = agrees.float().sum(1, keepdim=True) / (g != 0).sum(1, keepdim=True).clamp_min(1)
         n = n * agrees / share.clamp_min(MIN_CAUTIOUS_SHARE)
 
     # 6. Background.
@@ -217,13 +218,15 @@ def update_mask(
     variance = state["spatial_variance"].view(-1, 1)
     # var(u) = mean(u²) - mean(u)², exact enough at |u| ~ 1 and never below 0 by more than rounding
     variance.lerp_((blocks.mean(u.square()) - blocks.mean(u).square()).clamp_min(0), 1 - STATISTIC_DECAY)
-    positive = g > 0
+    positive = (g > 0).to(torch.uint8)
     keep = keep & (g != 0)  # 0 has no sign: an element without a gradient has learned nothing
     if s.adapt_mask:
-        f: Tensor | float = 1.0
+        f = torch.ones_like(variance)
         if options["spatial_awareness"]:
             f = (options["detail_preservation"] * variance).clamp(MIN_CHANGE, MAX_CHANGE)
-        moved = to_spacing(k + torch.where(positive == polarity, f, -1.0 * f), mask_spacing(state), uniform)
+        turned = torch.where(positive == polarity, f, -1.0 * f)
+        turned = torch.where(polarity == q.NO_SIGN, 0.0, turned)  # a first gradient agrees with nothing
+        moved = to_spacing(k + turned, mask_spacing(state), uniform)
         k = torch.where(keep, moved, k)
     polarity = torch.where(keep, positive, polarity)
     write_mask(state, blocks, k, polarity)
@@ -243,7 +246,9 @@ def rate_bounds(mean: Tensor, s: Scalars) -> tuple[Tensor, Tensor]:
     """
     low = torch.full_like(mean, s.low)
     high = config.MAX_LR_RATIO * mean if s.high is None else torch.full_like(mean, s.high)
-    return torch.where(low <= mean, low, 0.0), torch.where(high >= mean, high, math.inf)
+    # Beside a tensor of no dimensions a number would count in the default dtype.
+    unbounded = torch.zeros_like(mean), torch.full_like(mean, math.inf)
+    return torch.where(low <= mean, low, unbounded[0]), torch.where(high >= mean, high, unbounded[1])
 
 
 def element_rates(k: Tensor, mask_mean: Tensor, s: Scalars, d: Tensor | None) -> Tensor:

@@ -21,6 +21,7 @@ from automagic_bnb import config
 from automagic_bnb.notices import warn_once
 
 FILE_NAME = "metrics.jsonl"
+MAX_STEP = 2**63 - 1
 
 
 class RunLog:
@@ -47,7 +48,8 @@ class RunLog:
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / FILE_NAME
         last = _last_byte(path)
-        self._file = path.open("ab")
+        self._file = path.open("ab", buffering=0)  # what a full disk does not take is not kept for later
+        self._torn = False
         if last:
             # What is there may end in half a line; and what follows may begin at an earlier step, a checkpoint's.
             self._write((b"" if last == b"\n" else b"\n") + b'{"resumed": true}\n')
@@ -56,22 +58,26 @@ class RunLog:
         """Add the metrics of a step. Several calls for one step add up; a name given twice keeps its last value.
 
         Args:
-            step: a whole number >= 0. After a resume, what had been logged from the first new step on is superseded.
+            step: a whole number from 0 to 2^63 - 1. After a resume, what had been logged from the first new step on is
+                superseded.
             metrics: numbers by name; tensors and numpy values of no dimensions count as numbers.
 
         Raises:
-            TypeError: a value is no number, or the step is not whole.
-            ValueError: the step is negative, or the log is closed.
+            TypeError: a value is no number, a name no text, or the step not whole.
+            ValueError: the step is out of range, a value beyond any float, or the log closed.
+            OSError: the disk is full, or the like. Half a line may be there; the next one begins anew.
         """
-        record = {"step": _checked_step(step), "metrics": {name: as_number(name, x) for name, x in metrics.items()}}
+        record = {"step": _checked_step(step), "metrics": _floats(metrics)}
         self._write(json.dumps(record).encode() + b"\n")
 
     def _write(self, line: bytes) -> None:
         if self._file.closed:
             raise ValueError(f"the run log in {self.directory} is closed; open a new RunLog to continue the run")
-        self._file.write(line)
-        self._file.flush()
+        rest, self._torn = (b"\n" if self._torn else b"") + line, True
+        while rest:
+            rest = rest[self._file.write(rest) :]
         os.fsync(self._file.fileno())
+        self._torn = False
 
     def close(self) -> None:
         """Close the file; what was logged is safe without it."""
@@ -230,18 +236,27 @@ def as_number(name: str, value: Any) -> float:
     """The value of a metric as a float.
 
     Raises:
-        TypeError: it is no real number.
+        TypeError: it is no real number, or the name no text.
+        ValueError: it is beyond any float.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"a metric's name is text, not {name!r}")
     if getattr(value, "ndim", None) == 0:
         value = value.item()
     if not isinstance(value, numbers.Real):
         shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else f" {value!r}"
         raise TypeError(f"metric {name!r} is a {type(value).__name__}{shape}: must be a number, or a tensor of one")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"metric {name!r} is a number beyond any float") from None
 
 
 def _checked_step(step: Any) -> int:
-    return config.check_whole("step", step, 0)
+    number = config.check_whole("step", step, 0)
+    if number > MAX_STEP:
+        raise ValueError(f"step={str(number)[:40]}: must be a whole number from 0 to 2**63 - 1")
+    return number
 
 
 def _as_records(history: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -260,13 +275,13 @@ def _records(path: Path) -> Iterator[dict[str, Any] | None]:
                 record = json.loads(line)
                 if record != {"resumed": True}:
                     record = {"step": _checked_step(record["step"]), "metrics": _floats(record["metrics"])}
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, RecursionError):
                 yield None
             else:
                 yield record
 
 
-def _floats(metrics: dict[str, Any]) -> dict[str, float]:
+def _floats(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {name: as_number(name, value) for name, value in dict(metrics).items()}
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from automagic_bnb import bnb
 from automagic_bnb import paged as paged_memory
 from automagic_bnb.factored import Tiling
-from automagic_bnb.quantization import BLOCK, EMPTY_MASK, EMPTY_PAIR
+from automagic_bnb.quantization import BLOCK, EMPTY_MASK, EMPTY_PAIR, NO_SIGN
 
 State = dict[str, Any]
 
@@ -49,6 +49,11 @@ def _counted(method: Callable[..., Any]) -> Callable[..., Any]:
 
 for _name in ("__setitem__", "__delitem__", "__ior__", "update", "setdefault", "pop", "popitem", "clear"):
     setattr(WatchedState, _name, _counted(getattr(dict, _name)))
+
+
+def watched(states: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The states by parameter as watched ones; what a wrapper keeps beside them, under names of its own, as it is."""
+    return {p: WatchedState(held) if isinstance(p, Tensor) else held for p, held in states.items()}
 
 
 set_uncounted = dict.__setitem__
@@ -88,6 +93,8 @@ FACTORED = frozenset(["small_factored", "factored"])
 """v and r are row and column means."""
 
 Start = float | tuple[float, ...]
+FLOAT_MAX = torch.finfo(torch.float32).max
+_POSITIVE = (0.0, FLOAT_MAX)
 
 
 def _always(p: Tensor, options: dict[str, Any], storage: str) -> bool:
@@ -109,6 +116,8 @@ class Key:
     """Of the (local) parameter, its effective options and its storage."""
     report: str = ""
     """Where its bytes count in the memory report; under its own name if empty."""
+    legal: tuple[float, float] = (-FLOAT_MAX, FLOAT_MAX)
+    """Between which its numbers lie (codes: any of their dtype); the check of a loaded checkpoint."""
 
 
 def _in(dtype: torch.dtype | None, *storages: str, start: Start = 0.0) -> dict[str, tuple[torch.dtype | None, Start]]:
@@ -151,35 +160,38 @@ _M, _V, _R = "exp_avg", "exp_avg_sq", "exp_avg_res"
 
 KEYS: dict[str, Key] = {
     "state1": Key("m, first moment", "element", {**_CODES, **_SHORT, **_in(_U8, "factored")}, report=_M),
-    "state2": Key("v, second moment", "element", _CODES, report=_V),
-    "state3": Key("r, confidence", "element", _CODES, _uses_confidence, _R),
+    "state2": Key("v, second moment", "element", _CODES, report=_V, legal=_POSITIVE),
+    "state3": Key("r, confidence", "element", _CODES, _uses_confidence, _R, _POSITIVE),
     "lr_mask": Key(
-        "k; in 8 bits with π in bit 0", "element",
-        {**_in(_U8, start=EMPTY_MASK), **_in(_F32, "32bit")}, _has_whole_mask,
+        "k; in 8 bits with π in bits 0 and 7", "element",
+        {**_in(_U8, start=EMPTY_MASK), **_in(_F32, "32bit")}, _has_whole_mask, legal=(-32.0, 255.0),
     ),
     "lr_mask4": Key(
-        "k and π in four bits, two elements a byte", "pair",
+        "k and π, which is 0 before the first gradient, in four bits, two elements a byte", "pair",
         _in(_U8, *STORAGES[1:], start=EMPTY_PAIR), _has_packed_mask, "lr_mask",
     ),
-    "last_polarity": Key("π", "element", _in(_U8, "32bit")),
+    "last_polarity": Key("π", "element", _in(_U8, "32bit", start=NO_SIGN), legal=(0.0, NO_SIGN)),
     "master_residual": Key("8 bits below a bfloat16 θ", "element", _in(torch.int8), keeps_residual),
     # The blocks' keys stand together: the kernels load their addresses with one access.
-    "absmax1": Key("absmax of m", "block", _in(_F32, "8bit", "factored"), report=_M),
-    "absmax2": Key("absmax of v", "block", _in(_F32, "8bit"), report=_V),
-    "absmax3": Key("absmax of r", "block", _in(_F32, "8bit"), _uses_confidence, _R),
-    "torque": Key("s", "block", _in(_F32)),
-    "edge_history": Key("h", "block", _in(_F32)),
-    "spatial_variance": Key("σ", "block", _in(_F32, start=1.0), _has_mask),
-    "exp_avg_sq_row": Key("v's row means", "row", _MEANS, report=_V),
-    "exp_avg_sq_col": Key("v's column means", "col", _MEANS, report=_V),
-    "exp_avg_res_row": Key("r's row means", "row", _MEANS, _uses_confidence, _R),
-    "exp_avg_res_col": Key("r's column means", "col", _MEANS, _uses_confidence, _R),
+    "absmax1": Key("absmax of m", "block", _in(_F32, "8bit", "factored"), report=_M, legal=_POSITIVE),
+    "absmax2": Key("absmax of v", "block", _in(_F32, "8bit"), report=_V, legal=_POSITIVE),
+    "absmax3": Key("absmax of r", "block", _in(_F32, "8bit"), _uses_confidence, _R, _POSITIVE),
+    "torque": Key("s", "block", _in(_F32), legal=(-1.001, 1.001)),
+    "edge_history": Key("h", "block", _in(_F32), legal=_POSITIVE),
+    "spatial_variance": Key("σ", "block", _in(_F32, start=1.0), _has_mask, legal=_POSITIVE),
+    "exp_avg_sq_row": Key("v's row means", "row", _MEANS, report=_V, legal=_POSITIVE),
+    "exp_avg_sq_col": Key("v's column means", "col", _MEANS, report=_V, legal=_POSITIVE),
+    "exp_avg_res_row": Key("r's row means", "row", _MEANS, _uses_confidence, _R, _POSITIVE),
+    "exp_avg_res_col": Key("r's column means", "col", _MEANS, _uses_confidence, _R, _POSITIVE),
     "qmap1": Key("signed code book", "book", _in(_F32, "8bit", "factored"), report="code_books"),
     "qmap2": Key("unsigned code book", "book", _in(_F32, "8bit", "factored"), report="code_books"),
     "tensor_stats": Key("`STATS`", "stats", _in(_F32, start=(1.0, 0.0, 0.0, 0.0))),
-    "gnorm_vec": Key("the last gradients' norms", "norms", _in(_F32), _clips_norms),
+    "gnorm_vec": Key("the last gradients' norms", "norms", _in(_F32), _clips_norms, legal=_POSITIVE),
     "probe_start": Key("θ0 of auto_lr", "probe", _in(None), _finds_rate),
-    "probe_block": Key("the place of each in its span", "span", _in(torch.int32, start=PROBE_FREE), _finds_rate),
+    "probe_block": Key(
+        "the place of each in its span", "span", _in(torch.int32, start=PROBE_FREE), _finds_rate,
+        legal=(0.0, PROBE_FREE),
+    ),
 }  # fmt: skip
 """Every tensor that a parameter's state may hold."""
 
@@ -275,11 +287,26 @@ def checked_gradient(p: Tensor) -> Tensor:
 
 
 def check_shape(state: State, p: Tensor) -> None:
-    """Raise ValueError where a state was made for a (local) parameter of another shape."""
+    """Raise ValueError where a state was made for a (local) parameter of another shape, or none can be."""
+    check_layout(p)
+    if p.is_inference():
+        raise ValueError(
+            f"a parameter of shape {tuple(p.shape)} was made inside torch.inference_mode(), where tensors stay as they "
+            "are made; make the model outside of it"
+        )
     if "state1" in state and state["state1"].shape != p.shape:
         raise ValueError(
             f"a parameter now has shape {tuple(p.shape)}, its optimizer state was made for "
             f"{tuple(state['state1'].shape)}; delete it with `del optimizer.state[p]` to start anew"
+        )
+
+
+def check_layout(p: Tensor) -> None:
+    """Raise ValueError where several elements of a (local) parameter are one in memory, as in an expanded view."""
+    if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
+        raise ValueError(
+            f"a parameter of shape {tuple(p.shape)} is an expanded view, whose elements share memory (strides "
+            f"{p.stride()}), so that a step cannot change each; make it a parameter of its own by .clone()"
         )
 
 

@@ -20,7 +20,7 @@ class Blocks:
         self.n = p.numel()
         self.blocks = st.block_count(p)
         self.padding = self.blocks * q.BLOCK - self.n
-        counts = torch.full((self.blocks, 1), float(q.BLOCK), device=p.device)
+        counts = torch.full((self.blocks, 1), float(q.BLOCK), dtype=torch.float32, device=p.device)
         if self.padding:
             counts[-1] -= self.padding
         self.counts = counts
@@ -202,21 +202,22 @@ def to_spacing(k: Tensor, spacing: int, uniform: Tensor | float = 0.5) -> Tensor
 
 
 def read_mask(state: st.State, blocks: Blocks) -> tuple[Tensor, Tensor]:
-    """k float32 and π bool, [blocks, 256]; 0 where there is no mask."""
+    """k float32 and π uint8 (see `quantization.pack_mask`), [blocks, 256]; where there is no mask, 0 and no sign."""
     if not has_mask(state):
-        none = torch.zeros(blocks.blocks, q.BLOCK, device=state["state1"].device)
-        return none, none.bool()
+        shape, device = (blocks.blocks, q.BLOCK), state["state1"].device
+        no_sign = torch.full(shape, q.NO_SIGN, dtype=torch.uint8, device=device)
+        return torch.zeros(shape, dtype=torch.float32, device=device), no_sign
     if "lr_mask4" in state:
         missing = blocks.blocks * q.BLOCK // 2 - len(state["lr_mask4"])
         return q.unpack_pairs(torch.nn.functional.pad(state["lr_mask4"], (0, missing)).view(-1, q.BLOCK // 2))
     packed = blocks.cut(state["lr_mask"])
     if packed.dtype == torch.uint8:
         return q.unpack_mask(packed)
-    return packed, blocks.cut(state["last_polarity"]).bool()
+    return packed, blocks.cut(state["last_polarity"])
 
 
 def write_mask(state: st.State, blocks: Blocks, k: Tensor, polarity: Tensor) -> None:
-    """Store k, float32 and as `to_spacing` leaves it, and π, bool; each [blocks, 256]."""
+    """Store k, float32 and as `to_spacing` leaves it, and π, uint8; each [blocks, 256]."""
     if "lr_mask4" in state:
         state["lr_mask4"].copy_(q.pack_pairs(k, polarity).view(-1)[: len(state["lr_mask4"])])
     elif state["lr_mask"].dtype == torch.uint8:
@@ -251,5 +252,5 @@ class Weights:
             rounded = list(q.split_master(values, bits))
         for tensor, new in zip((self.p.detach(), self.residual), rounded, strict=False):
             assert tensor is not None
-            old = tensor.view(-1)
-            old.copy_(new.view(-1) if keep is None else torch.where(keep.view(-1), new.view(-1), old))
+            new = new.reshape(tensor.shape)  # whose elements may lie in any order: `p` may be a transposed view
+            tensor.copy_(new if keep is None else torch.where(keep.reshape(tensor.shape), new, tensor))

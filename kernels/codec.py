@@ -255,9 +255,8 @@ def mask_steps(change, MASK: tl.constexpr):
 def move_mask(byte, positive, up, down, taken, random):
     """The uint8 of k and π after a step: k moves `up` or `down`, rounded by 16 random bits, and π is `positive`.
 
-    taken: 0x10000; or 0 where, with up and down 0, nothing is to move.
+    taken: 0x810000; or 0 where, with up and down 0, nothing is to move.
     """
-    # k + 32 in units of 2^-17, π below it.
     placed = byte.to(tl.int32) << 16
     polarity = tl.where(positive, 0x10000, 0)
     moved = _moved_mask(placed, polarity, up, down, taken, random, _HIGHEST)
@@ -266,17 +265,21 @@ def move_mask(byte, positive, up, down, taken, random):
 
 @triton.jit
 def move_half(half, positive, up, down, taken, random):
-    """`move_mask` of the four bits of k and π, int32."""
+    """`move_mask` of the four bits of k and π, int32; that there was no sign yet is not among them."""
     polarity = tl.where(positive, 0x10000, 0)
     return _moved_mask(half << 16, polarity, up, down, taken, random, _PAIR_HIGHEST) >> 16
 
 
 @triton.jit
 def _moved_mask(placed, polarity, up, down, taken, random, HIGHEST: tl.constexpr):
-    """What `placed` becomes: k over its spacing in units of 2^-17, with π below it."""
-    moved = (placed & 0xFE0000) + tl.where(((placed ^ polarity) & 0x10000) == 0, up, down)
+    """What `placed` becomes: k over its spacing in units of 2^-17, with π below it.
+
+    Bit 23 says that there was no sign yet: then k stays.
+    """
+    turned = tl.where(((placed ^ polarity) & 0x10000) == 0, up, down)
+    moved = (placed & 0x7E0000) + tl.where((placed & 0x800000) == 0, turned, 0)
     moved = tl.minimum(tl.maximum(moved, 0), HIGHEST) + (random.to(tl.int32) << 1)
-    return ((moved & 0xFE0000) | (polarity & taken)) | (placed & (0x10000 - taken))
+    return ((moved & 0x7E0000) | (polarity & taken)) | (placed & (0x810000 - taken))
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from automagic_bnb.kernels import low_rank as ranks
 from automagic_bnb.kernels.tables import Bucket, Number, upload
 from torch import Tensor
 
-from automagic_bnb import config, estimate, low_rank, scalars
+from automagic_bnb import config, estimate, low_rank, reference, scalars
 from automagic_bnb import state as st
 
 
@@ -72,6 +72,7 @@ N_SLOT, N_PERCENTILE = _N["NORM_SLOT"], _N["PERCENTILE"]
 _FIXED, _SOURCE, _NUMBERS = tl.constexpr(len(Fixed)), tl.constexpr(len(Source)), tl.constexpr(len(Number))
 R_KEY, R_THRESHOLD = tl.constexpr(int(ranks.Column.KEY)), tl.constexpr(int(ranks.Column.THRESHOLD))
 MAX_LR_RATIO, PEAK_RATIO = tl.constexpr(config.MAX_LR_RATIO), tl.constexpr(scalars.PEAK_RATIO)
+MAX_GRADIENT = tl.constexpr(reference.MAX_GRADIENT)
 NORM_WINDOW, LOW_RANK_EVERY = tl.constexpr(st.NORM_WINDOW), tl.constexpr(low_rank.LOW_RANK_EVERY)
 
 ERRORS = 4096
@@ -130,7 +131,7 @@ def numbers_kernel(
         found_inf_ptr, grad_scale_ptr: float32 [1], torch's GradScaler's, where FOUND_INF and GRAD_SCALE say so.
         stepped_ptr: int64 [tensors] out, the addresses, 0 where no step is taken.
         numbers_ptr: float32 [tensors, Number] out.
-        clips_ptr: float32 [tensors] out, by what the gradients are multiplied.
+        clips_ptr: float32 [tensors, 2] out, by what gradients are multiplied, and above what they are skipped.
     """
     row = tl.program_id(0).to(tl.int64)
     fixed, numbers = fixed_ptr + row * _FIXED, numbers_ptr + row * _NUMBERS
@@ -142,7 +143,9 @@ def numbers_kernel(
     t = tl.load(counts_ptr + row) + tl.where(address != 0, 1, 0)
     tl.store(counts_ptr + row, t)
     if GRAD_SCALE:
-        tl.store(clips_ptr + row, 1.0 / tl.load(grad_scale_ptr))
+        scale = tl.load(grad_scale_ptr)
+        tl.store(clips_ptr + 2 * row, 1.0 / scale)
+        tl.store(clips_ptr + 2 * row + 1, MAX_GRADIENT * scale)
 
     lr, relative = _rates(source_ptr)
     rate = tl.where(tl.load(source_ptr + S_AUTO) != 0, relative, lr)
@@ -208,7 +211,7 @@ def count_search(count: Tensor, last: int | None, found_inf: Tensor | None) -> T
     Returns:
         float32 [1], the error of its estimate, below 0 where there is to be none.
     """
-    error = torch.empty(1, device=count.device)
+    error = torch.empty(1, dtype=torch.float32, device=count.device)
     _search_kernel[(1,)](
         count_ptr=count,
         errors_ptr=_errors(count.device),
@@ -278,8 +281,8 @@ class Counts:
             grad_scale, found_inf: torch's GradScaler's, float32 with one element, on the bucket's device; or None.
 
         Returns:
-            On the device int64 [tensors] addresses, 0 where no step is taken; float32 [tensors, Number]; and float32
-            [tensors], by what gradients are multiplied, where `grad_scale` is given.
+            On the device int64 [tensors] addresses, 0 where no step is taken; float32 [tensors, Number]; and, where
+            `grad_scale` is given, float32 [tensors, 2], by what gradients are multiplied and above what skipped.
         """
         device, tensors = self.bucket.spec.device, len(grads)
         host = self._staging()
@@ -287,8 +290,9 @@ class Counts:
         rows = np.array([source_row(options, device) for options in sources], dtype=np.int64)
         host[tensors:] = torch.from_numpy(rows.reshape(-1))
         uploaded = host.to(device, non_blocking=True)
-        numbers = torch.empty((tensors, len(Number)), device=device)
-        stepped, clips = torch.empty(tensors, dtype=torch.int64, device=device), torch.empty(tensors, device=device)
+        numbers = torch.empty((tensors, len(Number)), dtype=torch.float32, device=device)
+        clips = torch.empty((tensors, 2), dtype=torch.float32, device=device)
+        stepped = torch.empty(tensors, dtype=torch.int64, device=device)
         numbers_kernel[(tensors,)](
             fixed_ptr=self.fixed,
             sources_ptr=uploaded[tensors:],

@@ -25,6 +25,7 @@ MIN_RESIDUAL, MIN_CAUTIOUS_SHARE = tl.constexpr(reference.MIN_RESIDUAL), tl.cons
 BACKGROUND_ACTIVITY = tl.constexpr(reference.BACKGROUND_ACTIVITY)
 BACKGROUND_FACTOR = tl.constexpr(reference.BACKGROUND_FACTOR)
 MIN_CHANGE, MAX_CHANGE = tl.constexpr(reference.MIN_CHANGE), tl.constexpr(reference.MAX_CHANGE)
+NO_SIGN = tl.constexpr(q.NO_SIGN)
 K_MIN, K_MAX = tl.constexpr(reference.K_MIN), tl.constexpr(reference.K_MAX)
 OCTAVES = tl.constexpr(1 / reference.OCTAVE)
 LEAST_MOMENTUM = tl.constexpr(estimate.LEAST_MOMENTUM)
@@ -141,6 +142,7 @@ def update(
     # 1. Spatial filter.
     filtered = g
     if S.SPATIAL:
+        lap = tl.where(g != 0, lap, 0.0)  # where there is no gradient the filter makes none
         filtered = g + rule.frequency * lap
         if S.EDGES:
             filtered = filtered * _edge_factor(statistics_ptr, held, lap, sum_squares, per, rule)
@@ -352,7 +354,7 @@ def _move_mask(entry_ptr, numbers, rule, at, pointers, loaded, k, g, u, energy, 
     if S.MASK < 32:
         up, down = codec.mask_steps(change, S.MASK)
         up, down = lanes.over_block(up), lanes.over_block(down)
-        taken = lanes.over_block(tl.where(learn, 0x10000, 0))
+        taken = lanes.over_block(tl.where(learn, 0x810000, 0))
         if S.MASK == 4:
             moved = codec.move_half(k, g > 0, up, down, taken, random)
         else:
@@ -363,7 +365,8 @@ def _move_mask(entry_ptr, numbers, rule, at, pointers, loaded, k, g, u, energy, 
         polarity_ptr = address(entry_ptr, POLARITY, tl.uint8) + start + tl.arange(0, BLOCK)
         polarity = tl.load(polarity_ptr, mask=at.valid, other=0)
         positive = (g > 0).to(tl.uint8)
-        moved = tl.clamp(k + tl.where(positive == polarity, change, -change), K_MIN, K_MAX)
+        turned = tl.where(polarity == NO_SIGN, 0.0, tl.where(positive == polarity, change, -change))
+        moved = tl.clamp(k + turned, K_MIN, K_MAX)
         positive = tl.where(learn, positive, polarity)
         tl.store(polarity_ptr, tl.where(g != 0, positive, polarity), mask=at.valid)
     moved = tl.where(g != 0, moved, k)  # 0 has no sign: such an element, and one that is skipped, learns nothing

@@ -95,7 +95,7 @@ def _square_sums_kernel(
         lanes = tl.arange(0, SPAN)
         total, scale = 0.0, 1.0
         if AMP:
-            scale = tl.load(clips_ptr + row)
+            scale = tl.load(clips_ptr + 2 * row)
         while start < size:
             grad_ptr = tl.multiple_of(address.to(tl.pointer_type(G)), ALIGN) + start
             g = tl.load(grad_ptr + lanes, mask=lanes < size - start, other=0).to(tl.float32) * scale
@@ -130,21 +130,27 @@ def _clip_kernel(table_ptr, grads_ptr, numbers_ptr, partials_ptr, clips_ptr, WIN
         limit = tl.sum(tl.where(place == rank, norms, 0.0), 0)
         factor = tl.where(norm > limit, limit / norm, 1.0)
         if AMP:
-            factor = factor * tl.load(clips_ptr + row)
-        tl.store(clips_ptr + row, factor)
+            factor = factor * tl.load(clips_ptr + 2 * row)
+        else:
+            tl.store(clips_ptr + 2 * row + 1, MAX_GRADIENT)
+        tl.store(clips_ptr + 2 * row, factor)
 
 
 def clip_factors(
     bucket: Bucket, addresses: Tensor, numbers: Tensor, switches: Switches, scales: Tensor | None = None
 ) -> Tensor:
-    """percentile_clipping's factor of each gradient, float32 [tensors]; the norms are remembered on the way.
+    """percentile_clipping's factor of each gradient and, above what it is skipped, float32 [tensors, 2].
+
+    The norms are remembered on the way.
 
     Args:
-        scales: float32 [tensors], by what gradients are multiplied before, in place for the whole factor.
+        scales: the same of torch's GradScaler, which multiplies before; in place for the whole factor.
     """
     device = bucket.spec.device
-    partials = torch.empty(bucket.programs, device=device)
-    clips = torch.empty(len(bucket.members), device=device) if scales is None else scales
+    partials = torch.empty(bucket.programs, dtype=torch.float32, device=device)
+    clips = scales
+    if clips is None:
+        clips = torch.empty((len(bucket.members), 2), dtype=torch.float32, device=device)
     _square_sums_kernel[(bucket.programs,)](
         table_ptr=bucket.table,
         grads_ptr=addresses,

@@ -12,13 +12,22 @@ from automagic_bnb import reference
 
 BLOCK = tl.constexpr(q.BLOCK)
 MAX_GRADIENT = tl.constexpr(reference.MAX_GRADIENT)
-MAX_GRADIENT_BITS = tl.constexpr(int(np.float32(reference.MAX_GRADIENT).view(np.int32)))
+_USUAL = reference.MAX_GRADIENT / 16
+USUAL_GRADIENT = tl.constexpr(_USUAL)
+USUAL_GRADIENT_BITS = tl.constexpr(int(np.float32(_USUAL).view(np.int32)))
+"""Where a block and its Laplacian are below, four times a usable gradient does not hide one that is to be skipped."""
 
 
 @triton.jit
 def usable(x):
     """Neither NaN nor infinite nor so large that sums of squares overflow: see `reference.MAX_GRADIENT`."""
     return tl.abs(x) <= MAX_GRADIENT
+
+
+@triton.jit
+def scaled(x, scale):
+    """Gradients times the first of `scale`; not a number where above the second: no clipping makes them usable."""
+    return tl.where(tl.abs(x) <= scale[1], x * scale[0], float("nan"))
 
 
 @triton.jit
@@ -39,7 +48,7 @@ def _sanitised(ptr, inside, centre, scale, SCALED: tl.constexpr):
     """A neighbour's gradient as the Laplacian takes it: 0 if not finite, the centre's own value if outside."""
     x = tl.load(ptr, mask=inside, other=0).to(tl.float32)
     if SCALED:
-        x = x * scale
+        x = scaled(x, scale)
     return tl.where(inside, tl.where(usable(x), x, 0.0), centre)
 
 
@@ -65,7 +74,7 @@ def _beside(g_ptr, g, thread_column, cols, scale, SCALED: tl.constexpr):
     before = tl.load(g_ptr + threads - 1, mask=thread_column > 0, other=0).to(tl.float32)
     after = tl.load(g_ptr + threads + 8, mask=thread_column + 8 < cols, other=0).to(tl.float32)
     if SCALED:
-        before, after = before * scale, after * scale
+        before, after = scaled(before, scale), scaled(after, scale)
     even, odd = tl.split(tl.reshape(g, (BLOCK // 8, 4, 2)))
     even04, even26 = tl.split(tl.reshape(even, (BLOCK // 8, 2, 2)))
     odd15, odd37 = tl.split(tl.reshape(odd, (BLOCK // 8, 2, 2)))
@@ -98,5 +107,5 @@ def laplacian_even(g_ptr, g, lanes, place, column, lead, tail, width, scale, SCA
     above = codec.widen(tl.load(g_ptr + (lanes + tl.where(place >= lead, -width, 0))))
     below = codec.widen(tl.load(g_ptr + (lanes + tl.where(place < tail, width, 0))))
     if SCALED:
-        above, below = above * scale, below * scale
+        above, below = scaled(above, scale), scaled(below, scale)
     return (lap + (above + below)) - 4.0 * g

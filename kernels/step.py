@@ -138,7 +138,7 @@ def _blocks(
             low_raw = tl.load(low_ptr + place, mask=valid, other=0, volatile=EARLY)
         held = tl.load(statistics_ptr + block, mask=kept, other=0.0, volatile=EARLY)
         if S.SCALED:
-            g_raw = g_raw * clip
+            g_raw = stencil.scaled(g_raw, clip)
         g = g_raw
         if CAREFUL:
             g = tl.where(stencil.usable(g_raw), g_raw, 0.0)
@@ -148,17 +148,14 @@ def _blocks(
                 lap = stencil.laplacian_even(g_ptr, g, elements, place, column, lead, tail, width, clip, S.SCALED)
             else:
                 lap = stencil.laplacian(g_ptr, g, elements, start, size, rows, cols, valid, clip, S.SCALED)
-                lap = tl.where(valid, lap, 0.0)
+        sum_squares = tl.sum(g * g, 0)
         if CAREFUL:
-            lap = tl.where(stencil.usable(g_raw), lap, 0.0)
-            sum_squares = tl.sum(g * g, 0)
             mine = ((unusual >> i) & 1) != 0
         else:
-            # The block and what lies beside it are finite if the sum of squares is below the bound's square and no
-            # Laplacian reaches the bound. The careful way is right in any case.
-            sum_squares = tl.sum(g * g, 0)
-            mine = sum_squares < stencil.MAX_GRADIENT * stencil.MAX_GRADIENT
-            mine = mine & (stencil.largest_bits(lap) < stencil.MAX_GRADIENT_BITS)
+            # The block and what lies beside it are finite if neither the sum of squares nor a Laplacian is near the
+            # bound. The careful way is right in any case.
+            mine = sum_squares < stencil.USUAL_GRADIENT * stencil.USUAL_GRADIENT
+            mine = mine & (stencil.largest_bits(lap) < stencil.USUAL_GRADIENT_BITS)
         if mine:
             pointers = one_block.Elements(
                 theta_ptr, low_ptr, m_ptr, v_ptr, r_ptr, mask_ptr, statistics_ptr + block
@@ -263,6 +260,7 @@ def step_kernel(
         numbers_ptr: float32 [tensors, Number], this step's scalars.
         grads_ptr: int64 [tensors], addresses of the gradients; 0 where a tensor has none this time.
         owners_ptr: int32 [programs], the tensor each program works on.
+        clips_ptr: float32 [tensors, 2], by what gradients are multiplied, and above what they are skipped (SCALED).
         gain1: 1 - beta1, and so on; in float32 1 - 0.999 would be off by 1.3e-5 of it.
         partials_ptr: float32 [programs, PARTS] out: of the program's blocks the number of elements with a gradient,
             the sum of 2^(k/16) over these, and auto_lr's two sums.
@@ -276,9 +274,9 @@ def step_kernel(
         size = tl.load(entry_ptr + SIZE)
         local = program - tl.load(entry_ptr + FIRST_PROGRAM).to(tl.int32)
         numbers_ptr += row * _NUMBERS
-        clip = 1.0
+        clip = (1.0, 1.0)
         if S.SCALED:
-            clip = tl.load(clips_ptr + row)
+            clip = (tl.load(clips_ptr + 2 * row), tl.load(clips_ptr + 2 * row + 1))
         threads = tl.arange(0, 32)
         cells = (
             codec.held_cells(cells_ptr), codec.held_cells(cells_ptr + 32), codec.held_cells(cells_ptr + 64),
@@ -367,7 +365,8 @@ def launch(
         clips = statistics.clip_factors(bucket, addresses, numbers, switches, scales)
     book1, book2 = bnb.code_book(True, device), bnb.code_book(False, device)
     summed = switches.WARM or switches.AUTO
-    partials = torch.empty(statistics.PARTS.value * bucket.programs if summed else 0, device=device)
+    parts = statistics.PARTS.value * bucket.programs if summed else 0
+    partials = torch.empty(parts, dtype=torch.float32, device=device)
     step_kernel[(bucket.programs,)](
         table_ptr=bucket.table,
         numbers_ptr=numbers,

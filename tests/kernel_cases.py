@@ -29,13 +29,13 @@ NEEDS_GPU = (pytest.mark.gpu, pytest.mark.skipif(not COMPILED, reason="no CUDA d
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BITS = {"32bit": 32, "8bit": 8}
 FORMS: dict[str, dict[str, Any]] = {
-    "8bit": {},
+    "8bit": {"factored": False},
     "32bit": {"optim_bits": 32},
     "factored": {"factored": True},
-    "small": {"min_8bit_size": 10**9},
+    "small": {"min_8bit_size": 10**9, "factored": False},
     "small_factored": {"min_8bit_size": 10**9, "factored": True},
     "small, packed": {"min_8bit_size": 10**9, "factored": True, "mask_bits": 4, "mean_bits": 16},
-    "mask in four bits": {"mask_bits": 4},
+    "mask in four bits": {"factored": False, "mask_bits": 4},
     "packed": {"factored": True, "mask_bits": 4, "mean_bits": 16},
     "lean": {"factored": True, "mask_bits": 0, "came": False},
 }

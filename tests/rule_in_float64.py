@@ -112,7 +112,7 @@ class RuleInFloat64:
         self.slices = [slice(i, min(i + BLOCK, n)) for i in range(0, n, BLOCK)]
         means = TileMeans if factored else ElementMeans
         self.v, self.r = (means(self.shape, o["betas"][1 + i], o["eps"][i]) for i in (0, 1))
-        self.m, self.k, self.polarity = np.zeros(n), np.zeros(n), np.zeros(n, bool)
+        self.m, self.k, self.sign = np.zeros(n), np.zeros(n), np.zeros(n)
         blocks = len(self.slices)
         self.s, self.h, self.sigma = np.zeros(blocks), np.zeros(blocks), np.ones(blocks)
         self.t, self.skipped, self.norms, self.mask_mean = 0, 0, [], 1.0
@@ -164,7 +164,7 @@ class RuleInFloat64:
             return g
         planes = g.reshape(-1, *self.shape[-2:])
         lap = np.stack([scipy.ndimage.laplace(plane, mode="nearest") for plane in planes]).reshape(-1)
-        lap = np.where(kept, lap, 0.0)
+        lap = np.where(kept & (g != 0), lap, 0.0)
         filtered = g + o["frequency_penalty"] / 8 * lap
         if not o["edge_suppression"]:
             return filtered
@@ -217,10 +217,9 @@ class RuleInFloat64:
         if self.mask and self.t <= o["warmup_steps"]:
             self.sigma[b] = 0.9 * self.sigma[b] + 0.1 * np.var(u)
             f = np.clip(o["detail_preservation"] * self.sigma[b], 0.5, 1.5) if o["spatial_awareness"] else 1.0
-            if self.t >= 2:
-                turned = np.where((g > 0) == self.polarity[at], f, -f)
-                self.k[at] = np.where(g != 0, np.clip(self.k[at] + turned, -32, 31), self.k[at])
-            self.polarity[at] = np.where(g != 0, g > 0, self.polarity[at])
+            if self.t >= 2:  # with the last sign, of which there is none yet before the first gradient
+                self.k[at] = np.clip(self.k[at] + f * np.sign(g) * self.sign[at], -32, 31)
+            self.sign[at] = np.where(g != 0, np.sign(g), self.sign[at])
         mean, schedule = self._mean_rate(), self._relative_rate()
         low, high = o["min_lr"] * schedule, 10 * mean if o["max_lr"] is None else o["max_lr"] * schedule
         rates = mean * 2 ** (self.k[at] / 16) / self.mask_mean

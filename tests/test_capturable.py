@@ -10,6 +10,7 @@ import torch
 from kernel_cases import DEVICE
 
 from automagic_bnb import Automagic8bit
+from automagic_bnb import state as st
 from automagic_bnb.optimizer import Automagic
 
 pytest.importorskip("triton", reason="the kernels need Triton")
@@ -218,6 +219,27 @@ def test_an_infinite_gradient_changes_nothing(backend: str, clipping: int, tools
         assert saved["state"][0]["step"] == 5
         results.append(tools.snapshot(opt))
     assert tools.differences(*results) == []
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("clipping", [100, 50])
+def test_what_is_skipped_is_settled_without_the_scale(backend: str, clipping: int, tools: Any) -> None:
+    """And before clipping: a scale hides none of the gradients above 2^50, and makes none of the others one."""
+    results = []
+    for scale in (1.0, 1024.0, 1 / 1024):
+        parameters, opt = built(lr=1e-2, backend=backend, percentile_clipping=clipping)
+        for step in range(3):
+            give(parameters, step, scale)
+            if step == 2:
+                parameters[0].grad[3, ::5], parameters[0].grad[3, 1::5] = scale * 2.0**55, scale * 2.0**49
+            if scale == 1.0:
+                opt.step()
+            else:
+                scaled_step(opt, scale, 0.0)
+        assert opt.state_dict()["state"][0]["tensor_stats"][st.SKIPPED] == len(range(0, 32, 5))
+        results.append(tools.snapshot(opt))
+    assert tools.differences(results[0], results[1]) == []
+    assert tools.differences(results[0], results[2]) == []
 
 
 def test_torchs_own_scaler_takes_it() -> None:

@@ -235,8 +235,8 @@ def test_blocks_without_size_decode_to_nothing(kind: str, draw: float) -> None:
 def mask_kernel(byte_ptr, positive_ptr, change_ptr, learn_ptr, bits_ptr, moved_ptr, exponent_ptr):
     place = tl.program_id(0) * 256 + tl.arange(0, 256)
     zeros = tl.zeros((32,), tl.float32)
-    up, down = codec.mask_steps(zeros + tl.load(change_ptr + tl.program_id(0)))
-    taken = tl.where(zeros + tl.load(learn_ptr + tl.program_id(0)) != 0, 0x10000, 0)
+    up, down = codec.mask_steps(zeros + tl.load(change_ptr + tl.program_id(0)), 8)
+    taken = tl.where(zeros + tl.load(learn_ptr + tl.program_id(0)) != 0, 0x810000, 0)
     up, down, taken = lanes.over_block(up), lanes.over_block(down), lanes.over_block(taken)
     byte, bits = tl.load(byte_ptr + place), tl.load(bits_ptr + place).to(tl.uint32)
     moved = codec.move_mask(byte, tl.load(positive_ptr + place) != 0, up, down, taken, bits)
@@ -248,30 +248,33 @@ EXTREME_BITS = (0, 1, 0x7FFF, 0x8000, 0xFFFE, 0xFFFF)
 
 
 def test_the_mask_moves_as_it_should_from_every_byte() -> None:
-    """Every k and π, up and down, by chance and by the most extreme bits, against the rule in float64: k never leaves
-    -32..31, at whose ends it would wrap."""
+    """Every k with either sign or none, up and down, by chance and by the most extreme bits, against the rule in
+    float64: k never leaves -32..31, at whose ends it would wrap."""
     generator = torch.Generator().manual_seed(0)
     changes = torch.tensor([0.0, 0.5, 1.0, 1.5, 0.75, 1.2345678, 0.0])
     learn = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0])  # the last is past its warm-up: nothing may move
-    byte = torch.arange(128).repeat_interleave(2).to(torch.uint8).repeat(len(changes) * 8, 1)
-    positive = torch.tensor([0, 1]).repeat(128).to(torch.uint8).repeat(len(byte), 1)
+    byte = torch.arange(256)
+    byte = torch.where(byte < 128, byte, byte & 254).to(torch.uint8).repeat(len(changes) * 16, 1)
+    positive = torch.tensor([0, 1], dtype=torch.uint8).repeat_interleave(8).repeat(len(changes))
+    positive = positive[:, None].repeat(1, 256)
     bits = torch.randint(0, 65536, byte.shape, generator=generator)
     for row, extreme in enumerate(EXTREME_BITS):
         bits[row::8] = extreme
-    changes, learn = changes.repeat_interleave(8), learn.repeat_interleave(8)
+    changes, learn = changes.repeat_interleave(16), learn.repeat_interleave(16)
     moved, exponent = torch.empty_like(byte, device=DEVICE), torch.empty(byte.shape, device=DEVICE)
     inputs = (x.to(DEVICE) for x in (byte, positive, changes, learn, bits.int()))
     mask_kernel[(len(byte),)](*inputs, moved, exponent, num_warps=1)
 
     k, polarity = q.unpack_mask(byte)
     change = changes.double()[:, None]
-    clamped = (k.double() + torch.where(positive.bool() == polarity, change, -change)).clamp(-32, 31)
+    turned = torch.where(polarity == q.NO_SIGN, 0.0, torch.where(positive == polarity, change, -change))
+    clamped = (k.double() + turned).clamp(-32, 31)
     rounded = clamped.floor() + (clamped - clamped.floor() + q.uniform(bits).double() >= 1)
-    expected = q.pack_mask(rounded, torch.where(learn[:, None] != 0, positive.bool(), polarity))
+    expected = q.pack_mask(rounded, torch.where(learn[:, None] != 0, positive, polarity))
     assert torch.equal(moved.cpu(), expected)
     assert torch.equal(moved.cpu()[learn == 0], byte[learn == 0])
     assert torch.equal(exponent.cpu(), k / 16 + 0.5)
-    assert (clamped != k + torch.where(positive.bool() == polarity, change, -change)).any()  # or the ends went untested
+    assert (clamped != k + turned).any()  # or the ends went untested
 
 
 # --- random bits ------------------------------------------------------------------------------------------------------

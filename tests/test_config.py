@@ -130,9 +130,13 @@ LEGAL_BETAS = [
 LEGAL_EPS = [
     *((given, (1e-30, 1e-8)) for given in ((1e-30, 1e-8), "(1e-30, 1e-8)", LikeListConfig(1e-30, "1e-8"))),
     *((given, (0.25, 1e-16)) for given in (0.5, "0.5")),
-    *((given, (0.0, 1e-16)) for given in (0, 0.0)),
+    *((given, (0.0, 1e-16)) for given in (0, 0.0, 1e-30)),
     ([0, 0], (0.0, 0.0)),
 ]
+BEYOND_FLOAT32 = [1e-46, 1e39, "1e-40"]
+NON_NEGATIVE[1].extend(BEYOND_FLOAT32)
+POSITIVE[1].extend(BEYOND_FLOAT32)
+FACTOR: Values = (NON_NEGATIVE[0], [*NON_NEGATIVE[1], 1.1e6])
 VALUES: dict[str, Values] = {
     "master": one_of("none", "stochastic", "ecc8"),
     "lr": or_none(NON_NEGATIVE),
@@ -161,12 +165,28 @@ VALUES: dict[str, Values] = {
         LEGAL_BETAS,
         [(0.9,), (*THREE, 0.5), (0.9, 1.0), (0.9, -0.1), (0.9, "x"), 0.9, "0.9", "rm -rf", None, ()],
     ),
-    "eps": (LEGAL_EPS, [-1e-8, "-1e-8", (-1e-8, 1e-8), (1e-8,), (0, 0, 0), True, None, "x", float("nan"), "inf"]),
+    "eps": (
+        LEGAL_EPS,
+        [
+            -1e-8,
+            "-1e-8",
+            (-1e-8, 1e-8),
+            (1e-8,),
+            (0, 0, 0),
+            True,
+            None,
+            "x",
+            float("nan"),
+            "inf",
+            (1e-46, 0),
+            (1e31, 0),
+        ],
+    ),
 }
-for _name in ("min_lr", "weight_decay", "edge_penalty", "edge_threshold", "detail_preservation"):
+for _name in ("min_lr", "edge_threshold"):
     VALUES[_name] = NON_NEGATIVE
-for _name in ("rank_penalty_strength", "low_rank_emphasis"):
-    VALUES[_name] = NON_NEGATIVE
+for _name in ("weight_decay", "edge_penalty", "detail_preservation", "rank_penalty_strength", "low_rank_emphasis"):
+    VALUES[_name] = FACTOR
 for _name, _default in DEFAULTS.items():
     if isinstance(_default, bool) and _name != "block_wise":
         VALUES[_name] = SWITCH

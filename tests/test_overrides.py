@@ -252,6 +252,36 @@ def test_an_override_of_a_copy_ends_with_it(carry: Carry, tools: Any) -> None:
     assert set(manager().pid2config) == originals
 
 
+def test_no_weight_takes_the_override_of_a_dead_one() -> None:
+    """Of a tensor that was overridden and died before any optimizer had seen it, though its id is used again."""
+    dead = set()
+    for _ in range(20):
+        p = torch.nn.Parameter(torch.zeros(BIG))
+        override(p, optim_bits=32)
+        dead.add(id(p))
+        del p
+    later = [torch.nn.Parameter(torch.zeros(BIG)) for _ in range(100)]
+    reused = sum(id(p) in dead for p in later)
+    opt = Automagic8bit(later, lr=1e-3)
+    for p in later:
+        p.grad = torch.ones(BIG)
+    opt.step()
+    assert reused, "no id was used again"
+    assert {bits(opt, p) for p in later} == {8}
+
+
+def test_an_override_of_several_is_each_ones_own(tools: Any) -> None:
+    """bitsandbytes keeps one dict for all that are given at once, a generator too: what is said of one later is its."""
+    p = tools.parameters(BIG, BIG, BIG)
+    manager().override_config((x for x in p[:2]), "weight_decay", 0.5)
+    manager().override_config(p[0], "optim_bits", 32)
+    opt = Automagic8bit(p, lr=1e-3)
+    tools.train(opt, p, range(1))
+    group = opt.param_groups[0]
+    assert [bits(opt, x) for x in p] == [32, 8, 8]
+    assert [opt.effective_options(group, x)["weight_decay"] for x in p] == [0.5, 0.5, 5e-4]
+
+
 def test_an_override_that_gets_its_options_later_is_seen(tools: Any) -> None:
     p = tools.parameters((8, 16))
     options: dict[str, Any] = {}

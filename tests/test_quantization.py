@@ -254,12 +254,12 @@ def test_code_books_are_bitsandbytes() -> None:
 
 
 def test_mask_byte_holds_every_k_and_polarity() -> None:
-    """All 64 exponents with both polarities come back from their byte, each from a different one."""
-    k = torch.arange(-32, 32).float().repeat_interleave(2)
-    polarity = torch.tensor([False, True]).repeat(64)
+    """All 64 exponents with either sign and with none come back from their byte, each from a different one."""
+    k = torch.arange(-32, 32).float().repeat_interleave(3)
+    polarity = torch.tensor([0, 1, q.NO_SIGN], dtype=torch.uint8).repeat(64)
     packed = q.pack_mask(k, polarity)
     assert packed.dtype == torch.uint8
-    assert packed.unique().numel() == 128
+    assert packed.unique().numel() == 192
     for found, expected in zip(q.unpack_mask(packed), (k, polarity), strict=True):
         assert torch.equal(found, expected)
-    assert q.pack_mask(torch.zeros(1), torch.zeros(1, dtype=torch.bool)) == q.EMPTY_MASK
+    assert q.pack_mask(torch.zeros(1), torch.tensor([q.NO_SIGN])) == q.EMPTY_MASK

@@ -137,7 +137,7 @@ class Pair:
             "h": relative(state["edge_history"], o.h),
             "sigma": apart(state["spatial_variance"], o.sigma),
             "W": abs(stats[st.MASK_MEAN].item() / o.mask_mean - 1),
-            "polarity": apart(state["last_polarity"], o.polarity),
+            "polarity": apart(state["last_polarity"], np.choose(o.sign.astype(int) + 1, (0, 2, 1))),
             "skipped": abs(stats[st.SKIPPED].item() - o.skipped),
             **self._moment_errors(),
         }

@@ -107,7 +107,7 @@ def test_bytes_a_parameter(shapes: tuple[tuple[int, ...], ...], options: dict[st
 def test_pairs_come_back(seed: int, blocks: int) -> None:
     rng = torch.Generator().manual_seed(seed)
     k = torch.randint(0, 8, (blocks, 256), generator=rng).float() * q.PAIR_SPACING + q.LEAST_EXPONENT
-    polarity = torch.randint(0, 2, (blocks, 256), generator=rng).bool()
+    polarity = torch.randint(0, 2, (blocks, 256), generator=rng, dtype=torch.uint8)
     packed = q.pack_pairs(k, polarity)
     assert packed.shape == (blocks, 128)
     back = q.unpack_pairs(packed)
@@ -118,7 +118,7 @@ def test_pairs_come_back(seed: int, blocks: int) -> None:
 def test_an_empty_pair_is_the_mean_rate() -> None:
     k, polarity = q.unpack_pairs(torch.tensor([q.EMPTY_PAIR], dtype=torch.uint8))
     assert k.tolist() == [0, 0]
-    assert polarity.tolist() == [False, False]
+    assert polarity.tolist() == [0, 0]
 
 
 # --- the rule ---------------------------------------------------------------------------------------------------------
@@ -268,14 +268,16 @@ def test_to_four_bits_k_takes_the_nearest_and_w_follows(tools: Any) -> None:
     p = parameters_of(opt)[0]
     opt.state[p]["lr_mask"].view(-1)[:64] = torch.arange(64, dtype=torch.uint8) * 2 + 1  # every k there is
     before = exponents(opt, p)
-    polarity = opt.state[p]["lr_mask"].view(-1) & 1
+    opt.state[p]["lr_mask"].view(-1)[64:128] = torch.arange(64, dtype=torch.uint8) * 2 + 128  # and without a sign
+    polarity = opt.state[p]["lr_mask"].view(-1) & 1  # in four bits none is negative
     moments = {name: opt.state[p][name] for name in ("state1", "state2", "absmax3")}
     opt.requantize(mask_bits=4)
     state, after = opt.state[p], exponents(opt, p)
     assert "lr_mask" not in state
     assert (after - before).abs()[before <= 24].max() == 4
     assert (after[before > 24] == 24).all()
-    assert torch.equal(stored.read_mask(state, stored.Blocks(p))[1].view(-1), polarity.bool())
+    assert torch.equal(after[64:128], after[:64])
+    assert torch.equal(stored.read_mask(state, stored.Blocks(p))[1].view(-1), polarity)
     assert state["tensor_stats"][st.MASK_MEAN] == torch.exp2(after / 16).double().mean().float()
     assert all(state[name] is held for name, held in moments.items())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from checkpoint_cases import build, train
 
 from automagic_bnb import Automagic8bit
+from automagic_bnb import state as st
 
 Edit = Callable[[dict[str, Any]], Any]
 
@@ -43,8 +45,70 @@ WRONG: dict[str, tuple[Edit, str]] = {
     "nothing": (put("torque", lambda x: None), "torque has shape none"),
     "no moments": (drop("state1"), "another optimizer"),
     "no second moment": (drop("state2"), "another optimizer"),
-    "a stranger's key": (lambda saved: saved["state"][3].update(exp_avg=torch.zeros(3)), "a later version.*exp_avg"),
-    "a negative step": (lambda saved: saved["state"][3].update(step=-5), "step is -5; expected a number >= 0"),
+    **{
+        f"a step of {step!r}": (
+            lambda saved, step=step: saved["state"][3].update(step=step),
+            f"3: .*step is {shown}; expec",
+        )
+        for step, shown in [
+            (-5, "-5"),
+            (math.nan, "nan"),
+            (math.inf, "inf"),
+            (2.5, "2.5"),
+            (2**63, "9223372036854775808"),
+            (10**400, "1000.*"),
+            ("7", "7"),
+            (None, "None"),
+            (True, "True"),
+            (torch.zeros(2), "tensor.*"),
+        ]
+    },
+    **{
+        f"{value} in {key}": (
+            put(key, lambda x, value=value: torch.full_like(x, value)),
+            f"parameter 0: the checkpoint's {key} holds values",
+        )
+        for key, value in [
+            ("absmax1", math.nan),
+            ("absmax2", math.inf),
+            ("absmax3", -1.0),
+            ("torque", math.nan),
+            ("torque", 2.0),
+            ("edge_history", math.inf),
+            ("spatial_variance", -0.5),
+            ("tensor_stats", math.nan),
+            ("gnorm_vec", math.nan),
+            ("probe_start", math.inf),
+            ("probe_block", -1),
+        ]
+    },
+    "a state that is a list": (lambda saved: saved["state"].update({1: [1, 2]}), "parameter 1: .*state is a list"),
+    "states that are a list": (lambda saved: saved.update(state=[]), "state is a list and its param_groups a list"),
+    "groups that are a dict": (lambda saved: saved.update(param_groups={}), "param_groups a dict; expected"),
+    "a group that is a list": (lambda saved: saved.update(param_groups=[[], []]), "group 0 is no dict"),
+    "a parameter twice": (lambda saved: saved["param_groups"][1].update(params=[2, 2]), "are each there once"),
+    "a state of nobody": (lambda saved: saved["state"].update({9: {"step": 1}}), "parameter 9, which is in none"),
+    **{
+        f"a group's {name} of {value}": (
+            lambda saved, name=name, value=value: saved["param_groups"][0].update({name: value}),
+            f"{name}=.*{value}.* in the checkpoint's group 0: must be",
+        )
+        for name, value in [
+            ("lr", None),
+            ("auto_lr", None),
+            ("weight_decay", None),
+            ("lr", math.nan),
+            ("base_lr", None),
+            ("base_lr", math.inf),
+            ("initial_lr", "high"),
+            ("auto_lr_sums", None),
+            ("auto_lr_peak", -1.0),
+        ]
+    },
+    "a count that is none": (
+        lambda saved: saved["param_groups"][0].update(auto_lr_count=1.5),
+        "auto_lr_count in the checkpoint's group 0 is 1.5",
+    ),
     "bounds the wrong way round": (
         lambda saved: saved["param_groups"][1].update(min_lr=5.0, max_lr=0.01),
         r"min_lr=5.0 in the checkpoint's group 1: must not exceed max_lr=0.01",
@@ -93,4 +157,67 @@ def test_another_optimizers_checkpoint_is_refused(other: Any, tools: Any) -> Non
     before = tools.snapshot(opt)
     with pytest.raises(ValueError, match=r"parameter 0: (this is a checkpoint of another optimizer|the checkpoint's)"):
         opt.load_state_dict(theirs.state_dict())
+    assert not tools.differences(before, tools.snapshot(opt))
+
+
+@pytest.mark.parametrize("key", ["state1", "state2", "state3", "lr_mask", "last_polarity"])
+def test_numbers_that_are_nonsense_are_refused_in_32_bits(key: str, tools: Any) -> None:
+    """Moments, masks and signs; the parameter and the key are named, and nothing has changed."""
+    opt = build(tools, optim_bits=32)
+    train(tools, opt, 3)
+    saved = copy.deepcopy(opt.state_dict())
+    saved["state"][1][key].view(-1)[5] = 200 if key == "last_polarity" else math.nan
+    before = tools.snapshot(opt)
+    with pytest.raises(ValueError, match=f"parameter 1: the checkpoint's {key} holds values"):
+        opt.load_state_dict(saved)
+    assert not tools.differences(before, tools.snapshot(opt))
+
+
+@pytest.mark.parametrize("key", ["exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_res_row", "exp_avg_res_col"])
+def test_means_that_are_nonsense_are_refused(key: str, tools: Any) -> None:
+    opt = build(tools, factored=True)
+    train(tools, opt, 3)
+    saved = copy.deepcopy(opt.state_dict())
+    saved["state"][0][key].view(-1)[-1] = math.inf
+    with pytest.raises(ValueError, match=f"parameter 0: the checkpoint's {key} holds values"):
+        opt.load_state_dict(saved)
+
+
+def test_sums_that_overflowed_are_no_nonsense(tools: Any) -> None:
+    """A step of a search with weights that are too large leaves them, and the next makes no estimate of them."""
+    opt = build(tools, lr=None)
+    train(tools, opt, 3)
+    saved = copy.deepcopy(opt.state_dict())
+    saved["state"][0]["tensor_stats"][st.LR_NUMERATOR] = math.inf
+    opt.load_state_dict(saved)
+    train(tools, opt, 3, 6)
+    assert all(torch.isfinite(group["auto_lr_rate"]) for group in opt.param_groups)
+
+
+FOREIGN_NONSENSE: dict[str, tuple[Edit, str]] = {
+    "step": (lambda saved: saved["state"][0].update(step=math.nan), "parameter 0: the checkpoint's step is nan"),
+    "infinite step": (lambda saved: saved["state"][0].update(step=math.inf), "step is inf"),
+    "moment": (
+        put("state1", lambda x: x.fill_(math.nan)),
+        "parameter 0: the checkpoint's state1 holds values that are not",
+    ),
+    "betas": (lambda saved: saved["param_groups"][0].update(betas=(0.9, 1.0)), "betas=1.0; expected"),
+    "no betas": (lambda saved: saved["param_groups"][0].update(betas=3), "betas=3; expected two"),
+    "state": (lambda saved: saved["state"].update({0: 5}), "parameter 0: the checkpoint's state is a int"),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN_NONSENSE)
+def test_nonsense_in_another_optimizers_file_changes_nothing(case: str, tools: Any) -> None:
+    edit, message = FOREIGN_NONSENSE[case]
+    p = tools.parameters((64, 64))
+    theirs = bitsandbytes.optim.AdamW(p, lr=1e-3)
+    saved = theirs.state_dict()
+    saved["state"] = {0: {"step": 3, "state1": torch.zeros(64, 64), "state2": torch.ones(64, 64)}}
+    opt = Automagic8bit(tools.parameters((64, 64)), lr=1e-3)
+    opt.load_state_dict(copy.deepcopy(saved))  # as it is, it loads
+    edit(saved)
+    before = tools.snapshot(opt)
+    with pytest.raises(ValueError, match=message):
+        opt.load_state_dict(saved)
     assert not tools.differences(before, tools.snapshot(opt))

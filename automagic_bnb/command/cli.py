@@ -6,6 +6,7 @@ A subcommand is one `add_…` function, which declares its options and sets `run
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import sys
 from collections.abc import Sequence
@@ -21,7 +22,10 @@ INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status; wrong usage exits with status 2 and a message."""
+    """Run the command line and return its exit status; wrong usage exits with status 2 and a message.
+
+    Whatever fails is one line on standard error and a status of 1.
+    """
     parser = argparse.ArgumentParser(prog="automagic-bnb", description="Tools around the Automagic optimizers.")
     parser.add_argument("--version", action="version", version=f"automagic-bnb {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -30,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_dashboard(commands)
     add_run(commands)
     add_inspect(commands)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without UTF-8 shows what it cannot as question marks
+            stream.reconfigure(errors="replace")
     args = parser.parse_args(argv)
     quiet.hold_import_warnings()
     try:
@@ -37,6 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return INTERRUPTED
+    except Exception as e:
+        message = " ".join(str(e).split()) or "no message"
+        sys.stderr.write(f"automagic-bnb: error: {message} ({type(e).__name__})\n")
+        return 1
 
 
 def add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -180,10 +191,10 @@ def run_inspect(args: argparse.Namespace) -> int:
 
 
 def natural_number(text: str) -> int:
-    """A whole number from 0, as argparse wants it: ValueError for anything else."""
+    """A whole number from 0 to 2^63 - 1, as argparse wants it: ValueError for anything else."""
     number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"must not be negative: {text}")
+    if not 0 <= number < 2**63:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 2**63 - 1: {text[:40]}")
     return number
 
 

@@ -330,7 +330,9 @@ def choose_device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
+        tried = torch.zeros(1, device=name)
+        tried.item()  # which "meta" has not
+        return tried.device
     except (RuntimeError, AssertionError, NotImplementedError) as e:  # what torch raises for unusable devices
         raise DemoError(f"cannot use the device {name!r}: {str(e).splitlines()[0]}") from e
 

@@ -46,7 +46,7 @@ def training_metrics(optimizer: Any, prefix: str = "") -> dict[str, float]:
         **inner.get_metrics(),
         "lr/bound_min": min((group["min_lr"] * relative for group, relative in groups), default=math.nan),
         "lr/bound_max": max((auto_lr.upper_bound(group) for group, _ in groups), default=math.nan),
-        "state_bytes": float(sum(st.state_bytes(state) for state in inner.state.values())),
+        "state_bytes": float(sum(st.state_bytes(state) for state in inner.state.values() if isinstance(state, dict))),
     }
     return prefixed(found, prefix) if prefix else found
 
@@ -164,7 +164,13 @@ class Sinks:
         self._writer = new_writer(tensorboard) if isinstance(tensorboard, (str, Path)) else tensorboard
 
     def write(self, step: int, others: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """Log the optimizer's metrics, and others' under the names they have."""
+        """Log the optimizer's metrics, and others' under the names they have; a full disk is a warning, once."""
+        try:
+            self._write(step, others, metrics)
+        except OSError as e:
+            warn_once(f"metrics of the training run could not be written ({e}); it goes on, and its log has gaps")
+
+    def _write(self, step: int, others: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         if self._log is not None:
             self._log.log(step, {**others, **metrics})
         if self._writer is not None:

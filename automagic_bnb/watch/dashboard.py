@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from automagic_bnb import files
+from automagic_bnb.notices import warn_once
+from automagic_bnb.run_log import FILE_NAME as LOG_NAME
 from automagic_bnb.run_log import Run, Series, find_runs, read_run
 from automagic_bnb.watch.panels import Panel, panels_of
 from automagic_bnb.watch.plots import MARKED, SMOOTHED, SMOOTHED_FROM, running_median, window_of
@@ -114,6 +117,8 @@ arrange();
 def write_dashboard(logdir: str | Path, out: str | Path | None = None) -> Path:
     """Write a page that compares the runs in a folder and below it, and return its path.
 
+    A run that cannot be read is named in a warning and left out.
+
     The page holds its own plotly.js (about 5 MB) and forbids itself any request.
 
     Args:
@@ -122,22 +127,51 @@ def write_dashboard(logdir: str | Path, out: str | Path | None = None) -> Path:
 
     Raises:
         NotADirectoryError, FileNotFoundError: there is no such folder, or no run in it.
-        ValueError: none of the runs has anything to draw.
+        ValueError: none of the runs can be read and has anything to draw; or `out` is a run's log, or a link.
         ImportError: plotly is not installed.
 
     Example:
         >>> write_dashboard("runs")
     """
     folder = Path(logdir)
-    runs = [dataclasses.replace(read_run(path), name=run_name(path, folder)) for path in find_runs(folder)]
+    found = find_runs(folder)
+    path = folder / FILE_NAME if out is None else Path(out)
+    check_target(path, found)
+    runs = readable_runs(found, folder)
     config = {"displaylogo": False, "responsive": True}
     graphs = comparison(runs).to_html(full_html=False, include_plotlyjs=True, config=config, div_id=GRAPHS)
     title = html.escape(f"Training runs in {folder.resolve().name}")
-    path = folder / FILE_NAME if out is None else Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     parts = {"style": STYLE, "script": SCRIPT, "table": summary_table(runs), "graphs": graphs}
-    path.write_text(PAGE.format(title=title, **parts), encoding="utf-8")
+    with files.replacing(path) as file:
+        file.write(PAGE.format(title=title, **parts).encode("utf-8", "replace"))
     return path
+
+
+def check_target(path: Path, runs: list[Path]) -> None:
+    """Raise ValueError where a page written there would take the place of a run's log, or of what a link points to."""
+    if path.is_symlink():
+        raise ValueError(f"{path} is a link: the page would overwrite what it points to; choose another file")
+    logs = (run / LOG_NAME for run in runs)
+    if path.name == LOG_NAME or (path.exists() and any(path.samefile(log) for log in logs)):
+        raise ValueError(f"{path} is a run's log, which the page would overwrite; choose another file")
+
+
+def readable_runs(found: list[Path], folder: Path) -> list[Run]:
+    """What was logged in these folders; one that cannot be read is named in a warning and left out.
+
+    Raises:
+        ValueError: none can be.
+    """
+    runs = []
+    for path in found:
+        try:
+            runs.append(dataclasses.replace(read_run(path), name=run_name(path, folder)))
+        except (OSError, ValueError) as e:
+            warn_once(f"the run in {path} is left out, it cannot be read: {e}")
+    if not runs:
+        raise ValueError(f"none of the {len(found)} runs in {folder} can be read")
+    return runs
 
 
 def run_name(path: Path, folder: Path) -> str:
