@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
+from torch.torch_version import TorchVersion
 
 from automagic_bnb import bnb, config, paged
 from automagic_bnb import quantization as q
@@ -27,6 +28,7 @@ from automagic_bnb.state import local_tensor
 logger = logging.getLogger("automagic_bnb")
 
 LORA_NAME_PARTS = ("lora_A", "lora_B", "lora_up", "lora_down", "lora_embedding", "lokr_", "hada_")
+TORCH_TAKES_NAMES = TorchVersion(torch.__version__) >= (2, 6)
 EMBEDDING_NAME_PARTS = ("embed", "emb.", "wte", "wpe")
 FOREIGN_OVERRIDES = ("alpha", "t_alpha", "t_beta3", "max_unorm", "skip_zeros")
 """Keys that bitsandbytes' own optimizers read from an override and that say nothing to this one."""
@@ -57,6 +59,24 @@ class Facts:
     def counts_as_lora(self, options: dict[str, Any]) -> bool:
         """Whether the parameter is treated as LoRA's: as its group says, else as its mark or name do."""
         return self.is_lora if options["lora"] is None else options["lora"]
+
+
+def with_names_apart(group: Group) -> Group:
+    """A copy of a group in which pairs of name and parameter are apart, as torch has them from 2.6 on.
+
+    Raises:
+        ValueError: only some of the parameters have names.
+    """
+    group, params = dict(group), group["params"]
+    if isinstance(params, (Tensor, set)):
+        return group
+    group["params"] = params = list(params)
+    named = [isinstance(p, tuple) for p in params]
+    if any(named) and not all(named):
+        raise ValueError("all parameters of a group must come with names, or none of them")
+    if any(named):
+        group["param_names"], group["params"] = [name for name, _ in params], [p for _, p in params]
+    return group
 
 
 def is_lora_name(name: str) -> bool:
@@ -138,7 +158,7 @@ class ParameterGroups(bnb.Optimizer2State):
         """
         count, defaults = len(self.param_groups), self.defaults
         where = f" in parameter group {count}"
-        group = self._with_options(dict(param_group), where)
+        group = self._with_options(dict(param_group) if TORCH_TAKES_NAMES else with_names_apart(param_group), where)
         if "lr" in param_group and self.state:
             self._warn_of_ratio(group, where)
         # bitsandbytes' base constructor sets defaults of other optimizers (alpha, t_alpha); a group takes none of them.

@@ -26,6 +26,7 @@ from automagic_bnb import (
     training_metrics,
 )
 from automagic_bnb.metrics import METRICS
+from automagic_bnb.watch.monitoring import automagic_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -191,6 +192,20 @@ def test_hugging_face_to_everywhere(tmp_path: Path) -> None:
         for step, value in zip(*map(list, (series["torque"].steps, series["torque"].values)), strict=True)
     ]
     assert [step for step, _ in found["loss"]] == [2, 4, 6, 8, 10, 12]
+
+
+def test_hugging_face_is_told_of_its_weight_decay_and_of_lora(tmp_path: Path) -> None:
+    """TrainingArguments' 0.0 stands over ours; the trainer passes no names, the callback brings the model's."""
+    trainer = hugging_face_trainer(tmp_path, 2)
+    trainer.model.lora_A = torch.nn.Linear(2, 2)
+    trainer.add_callback(trainer_callback(tmp_path / "run"))
+    with pytest.warns(UserWarning, match=r"weight_decay=0.0 stands over the optimizer's 0.0005"):
+        trainer.train()
+    optimizer = automagic_of(trainer.optimizer)
+    assert optimizer.param_groups[0]["weight_decay"] == 0.0
+    told = {optimizer.facts_of(p).name: optimizer.facts_of(p).is_lora for p in trainer.model.parameters()}
+    assert told["lora_A.weight"]
+    assert sum(told.values()) == 2
 
 
 def test_hugging_face_resumes_into_the_same_log(tmp_path: Path) -> None:

@@ -244,6 +244,14 @@ def test_a_gpu_without_triton_is_told_once(monkeypatch: pytest.MonkeyPatch) -> N
     assert fused.takes(p, None)
 
 
+@pytest.mark.parametrize(("version", "old"), [("3.2.0", True), ("2.3.1", True), ("3.3.0", False), ("4.0.0", False)])
+def test_a_triton_too_old_for_the_kernels(version: str, old: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.6 brings 3.2: plain PyTorch works, and the reason names the version."""
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__=version))
+    assert ("too old for the kernels (3.3" in fused.triton_missing()) == old
+    assert (version in fused.triton_missing()) == old
+
+
 # --- paged states, with a stand-in for managed memory -----------------------------------------------------------------
 
 

@@ -221,7 +221,7 @@ def test_the_commands_exist(capsys: pytest.CaptureFixture[str]) -> None:
     """All those that the READMEs name, and no other is there."""
     commands = {command.split()[0] for line in shell_lines() for command in line.split("automagic-bnb ")[1:]}
     commands |= {name for text in READMES.values() for name in re.findall(r"`automagic-bnb (\w+)[^`]*`", text)}
-    assert commands == {"demo", "doctor", "dashboard", "inspect"}
+    assert commands == {"demo", "doctor", "dashboard", "inspect", "run"}
     for command in commands:
         with pytest.raises(SystemExit) as stopped:
             cli.main([command, "--help"])

@@ -235,8 +235,9 @@ def _trainer_callback_class() -> type:
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             optimizer = automagic_of(kwargs["optimizer"])  # an unfitting one is an error before the first step
-            optimizer.name_parameters(kwargs["model"].named_parameters())  # the trainer passes them without
-            warn_of_decay(optimizer, args.weight_decay)
+            if kwargs.get("model") is not None:  # the trainer passes its parameters without names
+                optimizer.name_parameters(kwargs["model"].named_parameters())
+                warn_of_decay(optimizer, args.weight_decay)
             if state.is_world_process_zero:
                 self._sinks = Sinks(*self._where)
 
@@ -283,7 +284,8 @@ def _lightning_callback_class() -> type:
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             self._optimizer = first_automagic(trainer.optimizers)
-            automagic_of(self._optimizer).name_parameters(pl_module.named_parameters())
+            if pl_module is not None:
+                automagic_of(self._optimizer).name_parameters(pl_module.named_parameters())
             self._last = trainer.global_step
             if trainer.is_global_zero:
                 self._sinks = Sinks(*self._where)
