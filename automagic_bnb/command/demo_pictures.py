@@ -32,8 +32,8 @@ def save_result(path: Path, images: Sequence[np.ndarray], curves: Mapping[str, H
         curves: by the words for its legend, a history.
         digits: that the pictures show, in rows.
     """
-    figure = new_figure("A small model that draws 0-4 learns to draw 5-9", width=6, height=7.5)
-    above, below = figure.subfigures(2, 1, height_ratios=(2, 3))
+    figure = new_figure("A small model that draws 0-4 learns to draw 5-9", width=6, height=6.5)
+    above, below = np.asarray(figure.subfigures(2, 1, height_ratios=(4, 10))).flat
     titles = ("what it is to draw", "before the training", "after, Automagic8bit")
     for axes, title, pictures in zip(above.subplots(1, 3), titles, images, strict=True):
         axes.imshow(tile(pictures, len(digits)), cmap="gray_r", vmin=-1, vmax=1, interpolation="bicubic")
