@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-PROFILES = ("memory_optimized", "balanced", "quality_optimized")
+PROFILES = ("lean", "memory_optimized", "balanced", "quality_optimized")
 INTERRUPTED = 130
 """The exit status that shells expect after Ctrl-C."""
 
