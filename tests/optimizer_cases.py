@@ -27,6 +27,8 @@ ANOTHER_VALUE = {
     "capturable": True,
     "force_8bit": True,
     "factored": True,
+    "mask_bits": 4,
+    "mean_bits": 16,
     "edge_suppression": False,
     "edge_penalty": 0.9,
     "edge_threshold": 0.1,

@@ -187,7 +187,8 @@ RULE_OPTIONS = """
     seed
 """
 HOW_IT_RUNS = """
-    optim_bits min_8bit_size block_wise stable_emb force_8bit factored is_paged backend profile verbose
+    optim_bits min_8bit_size block_wise stable_emb force_8bit factored mask_bits mean_bits is_paged backend
+    profile verbose
 """
 
 

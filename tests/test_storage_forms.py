@@ -145,6 +145,25 @@ def test_kernels_follow_the_reference(form: str) -> None:
     assert {st.storage_held(state) for state in run.kernel.state.values()} == HELD[form]
 
 
+@pytest.mark.parametrize(
+    ("form", "options"), [("lean", {"lr": 9e-3, "auto_lr": True}), ("packed", {"warmup_steps": 2})]
+)
+def test_kernels_follow_where_a_rate_is_found_and_a_mask_freezes(form: str, options: dict[str, Any]) -> None:
+    """Without a mask there are no sums of it, but those of the found rate; after warm-up four bits are only read."""
+    pytest.importorskip("automagic_bnb.kernels.step", reason="the kernels need Triton")
+    from kernel_cases import follow, optimizer, parameters, steady
+
+    def build(backend: str) -> Any:
+        return optimizer(parameters(((40, 16), (257,)), torch.float32), backend, form, **options)
+
+    with np.errstate(all="ignore"):
+        run = follow(build, 4, steady)
+    assert run.violations("8bit") == []
+    stats = [state["tensor_stats"] for state in run.kernel.state.values()]
+    assert all((x[st.LR_DENOMINATOR] > 0) == (form == "lean") for x in stats)
+    assert all((x[st.MASK_MEAN] == 1) == (form == "lean") for x in stats)
+
+
 @pytest.mark.parametrize("name", ["lr_mask4", "states in 16 bits"])
 def test_other_random_bits_are_told_apart(name: str) -> None:
     """Negative control: mask and means do round by the bits that the reference takes."""

@@ -16,7 +16,7 @@ from automagic_bnb import __version__
 from automagic_bnb.command import quiet
 from automagic_bnb.command.demo_options import PEERS, DemoOptions
 
-PROFILES = ("memory_optimized", "balanced", "quality_optimized")
+PROFILES = ("lean", "memory_optimized", "balanced", "quality_optimized")
 INTERRUPTED = 130
 """The exit status that shells expect after Ctrl-C."""
 

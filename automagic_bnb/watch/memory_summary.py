@@ -72,7 +72,7 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
         f"{report['bytes_per_parameter']:.2f} bytes for each of {total:,} parameters: "
         f"{report['percent_of_32bit_adam']:.1f}% of 32-bit Adam's {in_units(memory.ADAM_BYTES * total)}, {verdict}",
         f"In 8 bits: {report['8bit_parameters']:,} parameters ({report['compression_ratio']:.1%}), "
-        f"{report['factored_parameters']:,} of them factored; in 32 bits: {report['32bit_parameters']:,}",
+        f"{report['factored_parameters']:,} of them factored; not in 8 bits: {report['32bit_parameters']:,}",
     ]
     if report["frozen_parameters"]:
         lines.append(f"Frozen, without state: {report['frozen_parameters']:,} parameters")
