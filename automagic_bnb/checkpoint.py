@@ -223,7 +223,7 @@ def _check_group_entry(name: str, value: Any, where: str) -> None:
     if value is None and name in config.GROUP_OPTIONS and name not in NONE_ALLOWED:
         raise ValueError(f"option {name}=None{where}: must be {config.RULES[name].legal.removesuffix(', or None')}")
     if name in RATES and not (value is None and name == "auto_lr_given"):
-        number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+        number: Any = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
         if not config.is_number(number) or not 0 <= number <= st.FLOAT_MAX:
             raise ValueError(f"{name}={number!r}{where}: must be a finite number >= 0")
     elif name == "auto_lr_count":
