@@ -31,6 +31,10 @@ def normal(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Where the kernels run: compiled, or in the interpreter."""
+
+
 def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.nn.Parameter:
     return torch.nn.Parameter(torch.zeros(shape, dtype=dtype))
 
@@ -327,13 +331,13 @@ def test_a_schedule_that_begins_below_its_peak_reaches_the_rate_there(name: str)
 
 
 def build(backend: str, shapes: tuple[tuple[int, ...], ...] = ((24, 96), (300,))) -> tuple[list[Any], Automagic]:
-    p = [torch.nn.Parameter(normal(*shape, seed=i) * 0.01) for i, shape in enumerate(shapes)]
+    p = [torch.nn.Parameter((normal(*shape, seed=i) * 0.01).to(DEVICE)) for i, shape in enumerate(shapes)]
     return p, Automagic8bit(p, lr=1e-3, auto_lr=True, backend=backend, min_8bit_size=0)
 
 
 def give(p: list[Any], step: int) -> None:
     for i, x in enumerate(p):
-        x.grad = x.detach() - 1 + 0.1 * normal(*x.shape, seed=100 * step + i)
+        x.grad = x.detach() - 1 + 0.1 * normal(*x.shape, seed=100 * step + i).to(DEVICE)
 
 
 def same(a: Automagic, b: Automagic, tools: Any) -> None:
