@@ -28,7 +28,7 @@ from automagic_bnb.state import local_tensor
 logger = logging.getLogger("automagic_bnb")
 
 LORA_NAME_PARTS = ("lora_A", "lora_B", "lora_up", "lora_down", "lora_embedding", "lokr_", "hada_")
-TORCH_TAKES_NAMES = TorchVersion(torch.__version__) >= (2, 6)
+TORCH_TAKES_NAMES = TorchVersion(torch.__version__) >= "2.6"
 EMBEDDING_NAME_PARTS = ("embed", "emb.", "wte", "wpe")
 FOREIGN_OVERRIDES = ("alpha", "t_alpha", "t_beta3", "max_unorm", "skip_zeros")
 """Keys that bitsandbytes' own optimizers read from an override and that say nothing to this one."""

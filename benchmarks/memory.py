@@ -22,13 +22,13 @@ from workloads import DTYPES, WORKLOADS, Workload, fill
 
 OURS: dict[str, dict[str, Any]] = {
     "automagic8bit": {},
-    "automagic8bit-factored": {"factored": True},
-    "automagic8bit-factored-mask4": {"factored": True, "mask_bits": 4},
+    "automagic8bit-blockwise": {"factored": False},
+    "automagic8bit-mask4": {"mask_bits": 4},
     "automagic8bit-packed": PACKED,
     "automagic8bit-packed-forced": {**PACKED, "force_8bit": True},
     "automagic8bit-lean": LEAN,
     "automagic8bit-auto-lr": {"lr": None},
-    "automagic8bit-factored-auto-lr": {"factored": True, "lr": None},
+    "automagic8bit-blockwise-auto-lr": {"factored": False, "lr": None},
     "automagic8bit-ecc8": {"master": "ecc8"},
     "automagic-32bit": {"optim_bits": 32},
 }
