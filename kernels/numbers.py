@@ -145,7 +145,7 @@ def numbers_kernel(
     if GRAD_SCALE:
         scale = tl.load(grad_scale_ptr)
         tl.store(clips_ptr + 2 * row, 1.0 / scale)
-        tl.store(clips_ptr + 2 * row + 1, MAX_GRADIENT * scale)
+        tl.store(clips_ptr + 2 * row + 1, scale * MAX_GRADIENT)
 
     lr, relative = _rates(source_ptr)
     rate = tl.where(tl.load(source_ptr + S_AUTO) != 0, relative, lr)

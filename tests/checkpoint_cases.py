@@ -18,7 +18,7 @@ def build(tools: Any, dtype: torch.dtype = torch.bfloat16, lr: float | None = 1e
     """An optimizer over four parameters, the third of them LoRA's; the mask adapts for the first 8 steps."""
     p = tools.parameters(*SHAPES, dtype=dtype)
     p[2]._is_lora_layer = True
-    options = {"min_8bit_size": 0, "warmup_steps": WARMUP, "rank_penalty_strength": 0.05, **options}
+    options = {"factored": False, "min_8bit_size": 0, "warmup_steps": WARMUP, "rank_penalty_strength": 0.05, **options}
     return Automagic8bit([{"params": p[:2]}, {"params": p[2:], "weight_decay": 0.1}], lr=lr, **options)
 
 

@@ -211,7 +211,7 @@ def test_bitsandbytes_decodes_what_a_step_wrote(shape: tuple[int, ...]) -> None:
     runs = {}
     for bits in (8, 32):
         p = torch.nn.Parameter(torch.zeros(shape))
-        opt = Automagic8bit([p], lr=1e-3, optim_bits=bits, min_8bit_size=0)
+        opt = Automagic8bit([p], lr=1e-3, optim_bits=bits, min_8bit_size=0, factored=False)
         p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         opt.step()
         runs[bits] = opt.state[p]
@@ -239,7 +239,7 @@ def ours_decoded(codes: Tensor, absmax: Tensor, book: Tensor) -> Tensor:
 def test_code_books_are_bitsandbytes() -> None:
     """The state's code books are bitsandbytes' dynamic maps, shared by all parameters."""
     parameters = [torch.nn.Parameter(torch.zeros(16, 32)) for _ in range(2)]
-    opt = Automagic8bit(parameters, lr=1e-3, min_8bit_size=0)
+    opt = Automagic8bit(parameters, lr=1e-3, min_8bit_size=0, factored=False)
     for p in parameters:
         p.grad = torch.ones_like(p)
     opt.step()
