@@ -44,9 +44,9 @@ class Row:
 
 
 ROWS = (
-    Row("`Automagic8bit`, no rate given", "`Automagic8bit`，不給學習率", "ours-found", "automagic8bit"),
-    Row("the same, `factored=True`", "同上，`factored=True`", "ours-found-factored", "automagic8bit-factored"),
-    Row("`Automagic8bit`, best rate", "`Automagic8bit`，最佳學習率", "ours", "automagic8bit"),
+    Row("`Automagic8bit`, no rate given", "`Automagic8bit`，不給學習率", "ours-found", "automagic8bit-factored"),
+    Row("the same, `factored=False`", "同上，`factored=False`", "ours-found-blockwise", "automagic8bit"),
+    Row("`Automagic8bit`, best rate", "`Automagic8bit`，最佳學習率", "ours", "automagic8bit-factored"),
     Row("bitsandbytes `AdamW8bit`, best rate", "bitsandbytes `AdamW8bit`，最佳學習率", "adamw8bit", "bnb-adamw8bit"),
     Row("Prodigy, no rate given", "Prodigy，不給學習率", "prodigy", None),
     Row("FlashAdamW, best rate", "FlashAdamW，最佳學習率", "flash-adamw", "flash-adamw"),
