@@ -21,15 +21,15 @@ from tqdm import tqdm
 from workloads import DTYPES, WORKLOADS, Workload, fill
 
 OURS: dict[str, dict[str, Any]] = {
-    "automagic8bit": {},
-    "automagic8bit-blockwise": {"factored": False},
-    "automagic8bit-mask4": {"mask_bits": 4},
+    "automagic8bit": {"factored": False},
+    "automagic8bit-factored": {"factored": True},
+    "automagic8bit-factored-mask4": {"factored": True, "mask_bits": 4},
     "automagic8bit-packed": PACKED,
     "automagic8bit-packed-forced": {**PACKED, "force_8bit": True},
     "automagic8bit-lean": LEAN,
-    "automagic8bit-auto-lr": {"lr": None},
-    "automagic8bit-blockwise-auto-lr": {"factored": False, "lr": None},
-    "automagic8bit-ecc8": {"master": "ecc8"},
+    "automagic8bit-auto-lr": {"factored": False, "lr": None},
+    "automagic8bit-factored-auto-lr": {"factored": True, "lr": None},
+    "automagic8bit-ecc8": {"factored": False, "master": "ecc8"},
     "automagic-32bit": {"optim_bits": 32},
 }
 LEFT_OUT = {"torch-adamw-foreach", "torchao-adamw8bit-sr"}

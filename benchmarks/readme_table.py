@@ -44,14 +44,9 @@ class Row:
 
 
 ROWS = (
-    Row("`Automagic8bit`, no rate given", "`Automagic8bit`，不給學習率", "ours-found", "automagic8bit"),
-    Row(
-        "the same, `mask_bits=4`, `mean_bits=16`",
-        "同上，`mask_bits=4`、`mean_bits=16`",
-        "ours-found-mask4-mean16",
-        "automagic8bit-packed",
-    ),
-    Row("`Automagic8bit`, best rate", "`Automagic8bit`，最佳學習率", "ours", "automagic8bit"),
+    Row("`Automagic8bit`, no rate given", "`Automagic8bit`，不給學習率", "ours-found", "automagic8bit-factored"),
+    Row("the same, `factored=False`", "同上，`factored=False`", "ours-found-blockwise", "automagic8bit"),
+    Row("`Automagic8bit`, best rate", "`Automagic8bit`，最佳學習率", "ours", "automagic8bit-factored"),
     Row("bitsandbytes `AdamW8bit`, best rate", "bitsandbytes `AdamW8bit`，最佳學習率", "adamw8bit", "bnb-adamw8bit"),
     Row("Prodigy, no rate given", "Prodigy，不給學習率", "prodigy", None),
     Row("FlashAdamW, best rate", "FlashAdamW，最佳學習率", "flash-adamw", "flash-adamw"),

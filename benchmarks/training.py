@@ -29,7 +29,7 @@ VALIDATIONS = 40
 """Batches of the validation loss."""
 
 OPTIMIZERS: dict[str, Build] = {
-    "Automagic8bit": lambda p, lr, steps: ours(p, lr, steps),
+    "Automagic8bit": lambda p, lr, steps: ours(p, lr, steps, factored=False),
     "Automagic8bit, factored": lambda p, lr, steps: ours(p, lr, steps, factored=True),
     "bitsandbytes AdamW8bit": lambda p, lr, steps: bnb.optim.AdamW8bit(p, lr=lr, weight_decay=WEIGHT_DECAY),
     "torch AdamW": lambda p, lr, steps: torch.optim.AdamW(p, lr=lr, weight_decay=WEIGHT_DECAY),

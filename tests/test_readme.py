@@ -229,7 +229,8 @@ def test_the_commands_exist(capsys: pytest.CaptureFixture[str]) -> None:
         assert command in capsys.readouterr().out
 
 
-MORE = ("docs/README.md", "docs/zh-TW/README.md", ".github/CONTRIBUTING.md", ".github/SECURITY.md")
+TRAINERS = tuple(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs" / "trainers").glob("*.md")))
+MORE = ("docs/README.md", "docs/zh-TW/README.md", ".github/CONTRIBUTING.md", ".github/SECURITY.md", *TRAINERS)
 LINKED = {**TEXTS, **{name: (ROOT / name).read_text(encoding="utf-8") for name in MORE}}
 
 
