@@ -303,7 +303,6 @@ GROUP_OPTIONS: tuple[str, ...] = tuple(name for name, rule in RULES.items() if r
 FOREIGN_OPTIONS: dict[str, str] = {
     "fused": "the Triton kernels are used wherever they can be; see backend",
     "foreach": "the Triton kernels take all parameters at once; see backend",
-    "capturable": "leave it out",
     "differentiable": "a step cannot be differentiated here",
     "maximize": "negate the loss instead",
     "amsgrad": "there is no AMSGrad here; leave it out",

@@ -9,7 +9,7 @@ import torch
 
 from automagic_bnb import Automagic8bit
 
-STORAGES = {"32bit": {"optim_bits": 32}, "8bit": {}, "factored": {"factored": True}}
+STORAGES = {"32bit": {"optim_bits": 32}, "8bit": {"factored": False}, "factored": {"factored": True}}
 SHAPES = ((64, 64), (257,), (16, 256), (8, 4, 3, 3))
 WARMUP = 8
 

@@ -14,7 +14,7 @@ SHAPES = [(), (1,), (0,), (255,), (257,), (4099,), (33, 129), (64, 512), (16, 10
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "32bit": {"optim_bits": 32},
-    "factored": {"factored": True},
+    "block-wise": {"factored": False},
     "force_8bit": {"force_8bit": True},
     "factored down to small ones": {"factored": True, "min_8bit_size": 64},
     "ecc8": {"master": "ecc8"},

@@ -26,7 +26,7 @@ ANOTHER_VALUE = {
     "stable_emb": True,
     "capturable": True,
     "force_8bit": True,
-    "factored": True,
+    "factored": False,
     "mask_bits": 4,
     "mean_bits": 16,
     "edge_suppression": False,

@@ -18,7 +18,7 @@ from automagic_bnb.optimizer import Automagic, Automagic8bit, Automagic32bit
 SHAPE = (20, 32)
 STORAGES: dict[str, tuple[type[Automagic], dict[str, Any]]] = {
     "32bit": (Automagic32bit, {}),
-    "8bit": (Automagic8bit, {"min_8bit_size": 0}),
+    "8bit": (Automagic8bit, {"min_8bit_size": 0, "factored": False}),
     "factored": (Automagic8bit, {"min_8bit_size": 0, "factored": True}),
 }
 SYMBOLS = {
@@ -188,7 +188,7 @@ RULE_OPTIONS = """
 """
 HOW_IT_RUNS = """
     optim_bits min_8bit_size block_wise stable_emb force_8bit factored mask_bits mean_bits is_paged backend
-    profile verbose
+    profile verbose capturable run_log run_log_every
 """
 
 

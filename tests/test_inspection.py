@@ -48,7 +48,7 @@ def test_ours_is_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     found = inspected(written(optimizer, tmp_path), capsys)
     weight, bias = found["parameters"]
     assert weight["bytes"] == st.state_bytes(optimizer.state[model.weight])
-    assert (weight["storage"], bias["storage"]) == ("8bit", "32bit")
+    assert (weight["storage"], bias["storage"]) == ("factored", "32bit")
     assert (weight["step"], bias["step"]) == (5, 4)
     assert (weight["skipped"], bias["skipped"]) == (3, 0)
     assert (weight["shape"], weight["elements"]) == ([64, 128], 8192)

@@ -69,8 +69,8 @@ def test_breakdown_names_the_bytes_of_every_state(variant: str, tools: Any) -> N
 
 
 def test_known_sizes() -> None:
-    """One matrix worked out by hand: 4096 blocks, four bytes an element, three absmax and three statistics a block."""
-    report = optimizer([nn.Parameter(torch.zeros(1024, 1024))]).get_memory_efficiency_report()
+    """One matrix worked out by hand, block-wise: 4096 blocks, four bytes an element, three absmax and three statistics a block."""
+    report = optimizer([nn.Parameter(torch.zeros(1024, 1024))], factored=False).get_memory_efficiency_report()
     n, blocks = 2**20, 4096
     one = n + 4 * blocks
     assert report["states_breakdown"] == {
@@ -92,7 +92,7 @@ def test_every_key_has_its_place_in_the_breakdown() -> None:
 
 def test_report_notices_a_tensor_more_and_a_tensor_less(tools: Any) -> None:
     """Control: the figures follow the tensors, not a formula."""
-    opt = stepped(optimizer(tools.parameters((64, 512))))
+    opt = stepped(optimizer(tools.parameters((64, 512)), factored=False))
     before = opt.get_memory_efficiency_report()
     (state,) = opt.state.values()
     state["another"] = torch.zeros(1000)
@@ -218,7 +218,8 @@ def test_held_storage_counts_until_it_is_converted(tools: Any) -> None:
 
 def test_groups_and_overrides_of_single_parameters(tools: Any) -> None:
     a, b, c, d = tools.parameters((64, 512), (64, 512), (64, 512), (64, 512))
-    opt = optimizer([{"params": [a, b]}, {"params": [c], "factored": True}, {"params": [d], "optim_bits": 32}])
+    groups = [{"params": [a, b]}, {"params": [c], "factored": True}, {"params": [d], "optim_bits": 32}]
+    opt = optimizer(groups, factored=False)
     bnb.GlobalOptimManager.get_instance().override_config(b, "optim_bits", 32)
     plan = opt.get_memory_efficiency_report()
     assert (plan["8bit_parameters"], plan["32bit_parameters"], plan["factored_parameters"]) == (65536, 65536, 32768)

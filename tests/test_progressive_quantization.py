@@ -32,7 +32,7 @@ QUANTIZED = {0: 0, 4: 1, 8: 2, 12: 3, 16: 4}
 
 
 def build(tools: Any, **options: Any) -> Any:
-    return Automagic8bit(tools.parameters(*SHAPES), **{"lr": 1e-3, "warmup_steps": 8, **options})
+    return Automagic8bit(tools.parameters(*SHAPES), **{"lr": 1e-3, "warmup_steps": 8, "factored": False, **options})
 
 
 def schedule_of(opt: Any, **options: Any) -> ProgressiveQuantization:
@@ -110,7 +110,8 @@ def test_factored_is_for_the_last_phase(own: bool, tools: Any) -> None:
 def test_only_storage_options_are_written(tools: Any) -> None:
     """Of groups, config and state; overrides of single parameters stay in force, and so do a group's other options."""
     p = tools.parameters(*SHAPES)
-    opt = Automagic8bit([{"params": p[:1], "mine": 1}, {"params": p[1:], "lr": 3e-3, "weight_decay": 0.1}], lr=1e-3)
+    groups = [{"params": p[:1], "mine": 1}, {"params": p[1:], "lr": 3e-3, "weight_decay": 0.1}]
+    opt = Automagic8bit(groups, lr=1e-3, factored=False)
     bnb.GlobalOptimManager.get_instance().override_config(p[0], "optim_bits", 32)
     before = [{k: v for k, v in g.items() if k != "params"} for g in opt.param_groups] + [dict(vars(opt.config))]
     schedule = schedule_of(opt, factored=True)
@@ -207,7 +208,7 @@ def test_wrong_arguments_are_named(options: dict[str, Any], kind: type[Exception
 def test_beside_a_scheduler_of_rates_and_a_scaler(cls: Any, tools: Any) -> None:
     """The order of a trainer: clip, step, both schedules, zero_grad; `set_to_none` leaves a parameter out at times."""
     p = tools.parameters(*SHAPES)
-    opt = cls(p, lr=1e-3)
+    opt = cls(p, lr=1e-3, factored=False)
     rates = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: 1 - t / 40)
     schedule = schedule_of(opt)
     for t in range(20):
@@ -338,7 +339,7 @@ def test_runs_that_change_storage_end_where_the_others_do() -> None:
 def test_thresholds_hold_for_an_optimizer_that_forced_8_bits(tools: Any) -> None:
     """32 bits end the force, which would let no threshold count; the config stays one that can be used."""
     p = tools.parameters((16, 16), (128, 128))
-    opt = Automagic8bit(p, lr=1e-3, force_8bit=True)
+    opt = Automagic8bit(p, lr=1e-3, force_8bit=True, factored=False)
     schedule = ProgressiveQuantization(opt, 10)
     Automagic8bit(p, **opt.config.__dict__)
     seen = []

@@ -90,7 +90,8 @@ def test_for_all_reaches_groups_config_and_groups_added_later(tools: Any) -> Non
 def test_embeddings_and_small_parameters(tools: Any) -> None:
     """stable_emb, min_8bit_size and force_8bit decide as they do in the constructor."""
     embedding, weight, bias = tools.parameters((64, 64), (64, 64), (64,))
-    opt = Automagic8bit([("embed.weight", embedding), ("body.weight", weight), ("body.bias", bias)], lr=1e-3)
+    named = [("embed.weight", embedding), ("body.weight", weight), ("body.bias", bias)]
+    opt = Automagic8bit(named, lr=1e-3, factored=False)
     tools.train(opt, parameters_of(opt), range(2))
     assert storages(opt) == ["8bit", "8bit", "small"]
     opt.requantize(stable_emb=True, min_8bit_size=0)
