@@ -147,6 +147,11 @@ class Automagic(ParameterGroups):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._update_all(scaler)
+        return loss
+
+    @st.unseen
+    def _update_all(self, scaler: fused.Scaler) -> None:
         self.adopt_overrides()
         tasks = []
         for group, p in self._fused.run(scaler):
@@ -156,7 +161,6 @@ class Automagic(ParameterGroups):
         low_rank.shrink_ranks(tasks)
         if self._step_log is not None:
             self._step_log.stepped(self._steps_taken, self.get_metrics)
-        return loss
 
     @torch.no_grad()
     def step_parameter(self, p: Tensor, group: Group, i: int | None = None) -> None:
@@ -172,6 +176,7 @@ class Automagic(ParameterGroups):
         self._step_parameter(p, group)
 
     @uncompiled
+    @st.unseen
     def _step_parameter(self, p: Tensor, group: Group) -> None:
         fused.check_capture(self.param_groups)
         self.adopt_overrides()
@@ -248,6 +253,7 @@ class Automagic(ParameterGroups):
             return rate.to(device or rate.device)
         return torch.full((), rate, dtype=torch.float32, device=device)  # filled there: an upload would wait
 
+    @st.unseen
     def element_learning_rates(self, p: Tensor) -> Tensor:
         """The rate of every element of p as the next step would use it, float32, shaped like p.
 
@@ -270,6 +276,7 @@ class Automagic(ParameterGroups):
         rates = reference.element_rates(k, state["tensor_stats"][st.MASK_MEAN], scalars, d)
         return blocks.join(rates).view(local.shape)
 
+    @st.unseen
     def get_metrics(self, per_group: bool = False, per_parameter: bool = False) -> dict[str, float]:
         """Learning rates, agreement, damping, clipping and the like: `metrics.METRICS` lists the names.
 
@@ -284,9 +291,11 @@ class Automagic(ParameterGroups):
         self._fused.settle()
         return metrics.collect(self, per_group, per_parameter)
 
+    @st.unseen
     def _steps_taken(self) -> int:
         return max((int(state["step"]) for state in self.state.values() if "step" in state), default=0)
 
+    @st.unseen
     def get_memory_efficiency_report(self) -> dict[str, Any]:
         """The bytes of state held, or to be allocated by the first step: `memory.efficiency_report` lists the figures.
 

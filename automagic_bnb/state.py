@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -31,11 +32,37 @@ class WatchedState(State):
     A LoRA's states are a thousand dictionaries of a dozen tensors each, and to look at all of them before a step takes
     nearly as long as the step. While nobody has put anything into a state or taken it out, they hold what they held.
     Whoever keeps a plain dictionary in its place only makes the kernels' plan look again each time.
+
+    Nor can anybody exchange a tensor's memory (`t.data = …`) who has never been handed the tensor: so it is counted,
+    too, how often entries have been read from outside of what `unseen` marks.
     """
 
     __slots__ = ()
     changes: ClassVar[int] = 0
     """How often an entry of any of them has been set or taken out, but for `set_uncounted`."""
+    reads: ClassVar[int] = 0
+    """How often an entry of any of them has been read by others than this package."""
+
+
+class _Inside(threading.local):
+    depth = 0
+
+
+_inside = _Inside()
+
+
+def unseen(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Of a function that hands no tensor of a state to its caller: what it reads does not count."""
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        _inside.depth += 1
+        try:
+            return method(*args, **kwargs)
+        finally:
+            _inside.depth -= 1
+
+    return call
 
 
 def _counted(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,6 +74,18 @@ def _counted(method: Callable[..., Any]) -> Callable[..., Any]:
     return change
 
 
+def _seen(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def read(state: WatchedState, *args: Any, **kwargs: Any) -> Any:
+        if not _inside.depth:
+            WatchedState.reads += 1
+        return method(state, *args, **kwargs)
+
+    return read
+
+
+for _name in ("__getitem__", "__iter__", "get", "values", "items", "copy"):
+    setattr(WatchedState, _name, _seen(getattr(dict, _name)))
 for _name in ("__setitem__", "__delitem__", "__ior__", "update", "setdefault", "pop", "popitem", "clear"):
     setattr(WatchedState, _name, _counted(getattr(dict, _name)))
 
@@ -56,7 +95,7 @@ def watched(states: Mapping[Any, Any]) -> dict[Any, Any]:
     return {p: WatchedState(held) if isinstance(p, Tensor) else held for p, held in states.items()}
 
 
-set_uncounted = dict.__setitem__
+get_uncounted, set_uncounted = dict.__getitem__, dict.__setitem__
 """For `step`, which changes all the time: nothing that a plan would have to look for."""
 
 

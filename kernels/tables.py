@@ -58,7 +58,7 @@ class Number(IntEnum):
     SPARE2 = 15
 
 
-_GRAD, _DTYPE, _STEP = operator.attrgetter("grad"), operator.attrgetter("dtype"), operator.itemgetter("step")
+_GRAD, _DTYPE = operator.attrgetter("grad"), operator.attrgetter("dtype")
 
 SHARED_NUMBERS = (
     "betas",
@@ -231,8 +231,8 @@ class Bucket:
         self.thetas = [m.theta.data_ptr() for m in members]
         self.sizes = [m.theta.numel() for m in members]
         self.rates = {id(m.rate): (m.group, m.rate) for m in members if m.rate is not None}
-        self.places = Places([*itertools.chain.from_iterable(self.tensors), *(rate for _, rate in self.rates.values())])
-        """Of the states, and of the rates found."""
+        self.places = Places([*itertools.chain.from_iterable(self.tensors)])
+        self.rate_places = Places([rate for _, rate in self.rates.values()])
         self.short = [row for row, m in enumerate(members) if m.theta.numel() <= q.BLOCK]
         self.aligned = self.spec.switches.ALIGN == 16 and all(m.theta.data_ptr() % 16 == 0 for m in members)
         launches = itertools.product((False, True), repeat=3)
@@ -295,7 +295,10 @@ class Bucket:
                 return False
             self.changes = changes
         same_rates = all(group.get("auto_lr_rate") is rate for group, rate in self.rates.values())
-        return same_rates and self.places.are_current()
+        if not same_rates or not self.rate_places.are_current():
+            return False
+        may_have_moved = not self.watched or st.WatchedState.reads > 0  # a thousand tensors are looked at in 0.1 ms
+        return not may_have_moved or self.places.are_current()
 
     def _holds_same_tensors(self) -> bool:
         try:  # identical tensors compare equal at once; of others == is no answer
@@ -310,7 +313,8 @@ class Bucket:
 
     def counted(self) -> np.ndarray:
         """The steps taken so far, int64, as the states have them."""
-        return np.fromiter(map(_STEP, self.states), np.int64, len(self.states))
+        steps = map(st.get_uncounted, self.states, itertools.repeat("step"))
+        return np.fromiter(steps, np.int64, len(self.states))
 
     def agrees(self, sources: list[dict[str, Any]]) -> bool:
         """Whether all members still have the launch's numbers in common."""

@@ -100,7 +100,15 @@ def test_an_override_equals_a_group_of_its_own(name: str, when: str, tools: Any)
         tools.train(each, parameters, range(11 if low_rank else 5))  # the rank penalty comes at the tenth step
     results = [{k: v for k, v in tools.snapshot(o).items() if k != "groups"} for o in (opt, reference, without)]
     assert not tools.differences(results[0], results[1])
-    idle = ("min_8bit_size", "force_8bit", "min_lr", "max_lr", "auto_lr_steps", "background_regularization", "capturable")
+    idle = (
+        "min_8bit_size",
+        "force_8bit",
+        "min_lr",
+        "max_lr",
+        "auto_lr_steps",
+        "background_regularization",
+        "capturable",
+    )
     if name not in idle:
         assert tools.differences(results[0]["parameters"][1], results[2]["parameters"][1])  # the option does something
     if name == "min_8bit_size":
@@ -361,7 +369,9 @@ def test_a_late_override_of_the_storage_says_what_is_missing(tools: Any) -> None
     opt = Automagic8bit(p, lr=1e-3)
     tools.train(opt, p, range(1))
     override(p[0], optim_bits=32)
-    with pytest.warns(UserWarning, match=r"is kept in factored, its options say 32bit now; call optimizer.requantize\(\)"):
+    with pytest.warns(
+        UserWarning, match=r"is kept in factored, its options say 32bit now; call optimizer.requantize\(\)"
+    ):
         tools.train(opt, p, range(1, 2))
     opt.requantize()
     with warnings.catch_warnings():

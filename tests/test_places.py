@@ -9,6 +9,7 @@ import torch
 from kernel_cases import DEVICE
 from plan_cases import build, give, parameter
 
+from automagic_bnb import state as st
 from automagic_bnb.addresses import Places
 from automagic_bnb.optimizer import Automagic
 
@@ -90,3 +91,35 @@ def test_places_are_those_of_the_moment_they_were_seen() -> None:
     tensors[3].data = kept
     assert places.are_current()
     assert Places([]).are_current()
+
+
+def test_places_are_looked_at_once_somebody_has_read_a_state(monkeypatch: pytest.MonkeyPatch, tools: Any) -> None:
+    """To look at each of a thousand tensors takes as long as a tenth of a step, and nobody could have moved one."""
+    looked = []
+    whether = Places.are_current
+    monkeypatch.setattr(Places, "are_current", lambda self: looked.append(len(self.tensors)) or whether(self))
+    monkeypatch.setattr(st.WatchedState, "reads", 0)
+    parameters = [parameter(32, 24), parameter(40, 16, seed=1)]
+    opt = build(parameters, "triton", lr=None)
+    for step in range(4):
+        give(*parameters, step=step)
+        opt.step()
+        opt.get_metrics()
+        opt.get_memory_efficiency_report()
+    assert st.WatchedState.reads == 0
+    assert max(looked, default=0) <= 1, "only the rate that is found lies in a group, where anybody sees it"
+    assert isinstance(opt.state[parameters[0]]["state1"], torch.Tensor)
+    assert st.WatchedState.reads == 1
+    give(*parameters, step=4)
+    opt.step()
+    assert max(looked) > 10
+
+
+@pytest.mark.parametrize(
+    "read", [dict, lambda s: s.copy(), lambda s: list(s.values()), lambda s: {**s}, lambda s: s.get("step")]
+)
+def test_every_way_to_a_tensor_counts(read: Any) -> None:
+    state = st.WatchedState(step=1, state1=torch.zeros(1))
+    before = st.WatchedState.reads
+    read(state)
+    assert st.WatchedState.reads > before
