@@ -31,7 +31,7 @@ class Requantized(Automagic8bit):
 
 @needs_bitsandbytes
 def test_memory_pressure_quantizes_step_by_step(tools: Any) -> None:
-    opt = Requantized(tools.parameters((64, 96)), lr=1e-3, optim_bits=32)
+    opt = Requantized(tools.parameters((64, 96)), lr=1e-3, optim_bits=32, factored=False)
     monitor = AdaptiveTrainingMonitor(opt)
     changes = [monitor.apply_adjustment("memory_pressure") for _ in range(3)]
     assert changes == [{"optim_bits": 8}, {"factored": True}, {}]
@@ -148,7 +148,7 @@ def test_a_conversion_that_runs_out_of_memory_is_put_back(
 ) -> None:
     """At the second parameter: all storage and options are as before, 32 bits are not tried again."""
     parameters = tools.parameters((64, 96), (96, 64))
-    opt = Automagic8bit(parameters, lr=1e-4)
+    opt = Automagic8bit(parameters, lr=1e-4, factored=False)
     tools.train(opt, parameters, range(2))
     before, options = tools.snapshot(opt), copy.deepcopy(opt.config)
     real, calls = requantization.converted, []
@@ -180,7 +180,7 @@ def test_a_conversion_that_runs_out_of_memory_is_put_back(
 def test_adjusted_optimizers_train_on(tools: Any) -> None:
     """With the real `requantize`: storage follows, and the next steps move the weights."""
     parameters = tools.parameters((64, 96))
-    opt = Automagic8bit(parameters, lr=1e-3)
+    opt = Automagic8bit(parameters, lr=1e-3, factored=False)
     monitor = AdaptiveTrainingMonitor(opt)
     for step, (reason, dtype) in enumerate(
         [("convergence_stall", torch.float32), ("memory_pressure", torch.uint8), ("memory_pressure", torch.uint8)]

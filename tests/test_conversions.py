@@ -135,7 +135,7 @@ def test_32_to_8_bits_goes_to_the_nearest(warm: bool, tools: Any) -> None:
     p = parameters_of(opt)
     before = [[moment(opt, x, i) for i in (1, 2, 3)] for x in p]
     masks, stats = [mask(opt, x) for x in p], [opt.state[x]["tensor_stats"].clone() for x in p]
-    opt.requantize(optim_bits=8)
+    opt.requantize(optim_bits=8, factored=False)
     assert storages(opt) == ["8bit"] * len(SHAPES)
     fractional = False
     for x, moments, (k, polarity), old_stats in zip(p, before, masks, stats, strict=True):

@@ -93,7 +93,7 @@ def test_profiles_can_be_spread_into_the_constructor(name: str, tools: Any) -> N
     assert bits(a, a.param_groups[0]["params"][0]) == (16 if a.config.factored else 32)
     assert not tools.differences(tools.snapshot(a), tools.snapshot(b))
     assert a.config.min_8bit_size == b.config.min_8bit_size == 99999999
-    assert (b.config.profile, a.config.factored) == (name, name in ("lean", "memory_optimized"))
+    assert (b.config.profile, a.config.factored) == (name, name != "quality_optimized")
 
 
 def test_config_shows_the_options_in_force(tools: Any) -> None:
@@ -198,7 +198,7 @@ def test_verbose_says_where_state_is_kept(tools: Any, caplog: pytest.LogCaptureF
     with caplog.at_level(logging.INFO, logger="automagic_bnb"):
         Automagic8bit([{"params": p[:1]}, {"params": p[1:], "lr": 1e-3}], verbose=True)
     assert [r.message for r in caplog.records] == [
-        "group 0: lr found during training; elements by storage: {'8bit': 4096}",
+        "group 0: lr found during training; elements by storage: {'factored': 4096}",
         "group 1: lr 0.001; elements by storage: {'small': 3}",
     ]
 

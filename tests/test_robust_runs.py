@@ -145,7 +145,7 @@ def test_a_bad_run_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "folder",
         "unreadable",
     }
-    assert "<td>good</td>" in page.read_text(encoding="utf-8")
+    assert 'data-value="good"' in page.read_text(encoding="utf-8")
 
 
 def test_the_page_takes_no_logs_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ from automagic_bnb.optimizer import Automagic, Automagic8bit, Automagic32bit
 
 STORAGES: dict[str, tuple[type[Automagic], dict[str, Any]]] = {
     "32bit": (Automagic32bit, {}),
-    "8bit": (Automagic8bit, {"min_8bit_size": 0}),
+    "8bit": (Automagic8bit, {"min_8bit_size": 0, "factored": False}),
     "factored": (Automagic8bit, {"min_8bit_size": 0, "factored": True}),
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
