@@ -205,7 +205,7 @@ def test_optimizer_follows_a_falling_gradient(monkeypatch: pytest.MonkeyPatch) -
     write = Moments.write
 
     def to_nearest(self: Moments, number: int, values: Tensor) -> None:
-        self.uniform = None
+        self.bits = None
         write(self, number, values)
 
     monkeypatch.setattr(Moments, "write", to_nearest)
