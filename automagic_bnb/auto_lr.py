@@ -28,7 +28,15 @@ SPREAD_WARNING = (
     "a group whose rate is being found lies on several devices: it is stepped in plain PyTorch, which is many times "
     "slower; give it an lr, or make a group for each device"
 )
-GROUP_KEYS = ("auto_lr_rate", "auto_lr_sums", "auto_lr_count", "auto_lr_joined", "auto_lr_peak", "effective_lr")
+GROUP_KEYS = (
+    "auto_lr_rate",
+    "auto_lr_sums",
+    "auto_lr_count",
+    "auto_lr_watched",
+    "auto_lr_joined",
+    "auto_lr_peak",
+    "effective_lr",
+)
 """What a search keeps in its groups: d of the group; in the first of a search (num, q), the steps it has taken, how
 many parameters it watches and after how many steps the last one joined; the highest `lr` seen, and the rate in use."""
 
@@ -61,7 +69,7 @@ class Search:
         group = self.leader
         given = group.get("auto_lr_given")
         t = group.get("auto_lr_count", 1)
-        factor = estimate.distance_factor(t - group.get("auto_lr_joined", (0, 0))[1])
+        factor = estimate.distance_factor(t - group.get("auto_lr_joined", 0))
         if given is not None and given >= config.FACTOR_LR:
             factor *= given
         return estimate.Estimate(group["betas"][0], factor, estimate.sign_error(t), *found_bounds(group))
@@ -74,8 +82,9 @@ class Search:
     def watches(self, parameters: int) -> None:
         """Note how many there are; for one that begins to train later the distance is counted from then on."""
         group = self.leader
-        if parameters > group.get("auto_lr_joined", (0, 0))[0]:
-            group["auto_lr_joined"] = (parameters, group["auto_lr_count"] if "auto_lr_joined" in group else 0)
+        if parameters > group.get("auto_lr_watched", 0):
+            group["auto_lr_joined"] = group["auto_lr_count"] if "auto_lr_watched" in group else 0
+            group["auto_lr_watched"] = parameters
 
     def begins(self, p: Tensor | None) -> bool:
         """Whether a new step begins now; p: the one parameter that is stepped, None for all of them.
