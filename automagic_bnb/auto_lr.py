@@ -83,7 +83,7 @@ class Search:
         """Note how many there are; for one that begins to train later the distance is counted from then on."""
         group = self.leader
         if parameters > group.get("auto_lr_watched", 0):
-            group["auto_lr_joined"] = group["auto_lr_count"] if "auto_lr_watched" in group else 0
+            group["auto_lr_joined"] = group["auto_lr_count"] if group.get("auto_lr_watched") else 0
             group["auto_lr_watched"] = parameters
 
     def begins(self, p: Tensor | None) -> bool:
@@ -105,6 +105,7 @@ class Search:
             return True
         d = rate_tensor(group, st.local_tensor(group["params"][0]).device)
         group["auto_lr_sums"], group["auto_lr_count"] = torch.zeros(2, dtype=torch.float32, device=d.device), 0
+        group["auto_lr_watched"] = group["auto_lr_joined"] = 0
         return False
 
     def count(self) -> bool:
