@@ -63,7 +63,7 @@ class Automagic(ParameterGroups):
         self._fused = FusedStep(self)
         super().__init__(params, lr, **options)
         self._step_supports_amp_scaling = self.config.capturable
-        """torch's GradScaler then hands over `grad_scale` and `found_inf`, and waits for nothing."""
+        """torch's GradScaler then hands over `grad_scale` and `found_inf`."""
         if self.config.run_log is not None:
             self._step_log = StepLog(self.config.run_log, self.config.run_log_every)
         if self.config.verbose:
