@@ -216,7 +216,7 @@ class Bucket:
             table[row, Column.FIRST_PROGRAM], table[row, Column.PROGRAMS] = programs, count
             programs += count
             owners.append(count)
-        self.programs = programs
+        self.programs, self.elements = programs, sum(m.theta.numel() for m in members)
         self.table = upload(table, self.spec.device)
         self.owners = upload(np.repeat(np.arange(len(members), dtype=np.int32), owners), self.spec.device)
         self.parameters = [m.p for m in members]
@@ -425,4 +425,4 @@ def fill_buckets(members: Iterable[tuple[Member, torch.dtype, dict[str, Any]]]) 
         buckets.setdefault(spec, Bucket(spec)).members.append(member)
     for bucket in buckets.values():
         bucket.build()
-    return sorted(buckets.values(), key=lambda bucket: (bucket.spec.paged, -bucket.programs))
+    return sorted(buckets.values(), key=lambda bucket: (bucket.spec.paged, -bucket.elements))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from automagic_bnb import Automagic, PagedAutomagic8bit, fused, paged
+from automagic_bnb import Automagic, Automagic8bit, PagedAutomagic8bit, fused, paged
 from automagic_bnb import state as st
 
 pytestmark = [
@@ -21,7 +21,7 @@ pytestmark = [
 
 SHAPES = ((512, 256), (16, 64), (300, 400), (100_000,), (1024, 512))
 """All but the second are large enough to be paged."""
-STORAGES = {"8bit": {}, "factored": {"factored": True}, "32bit": {"optim_bits": 32}}
+STORAGES = {"8bit": {"factored": False}, "factored": {"factored": True}, "32bit": {"optim_bits": 32}}
 
 
 @pytest.fixture(autouse=True)
@@ -163,7 +163,8 @@ def test_more_state_than_memory_trains_on(tools: Any) -> None:
         p = [torch.nn.Parameter(torch.ones(2048, 2048, device="cuda") * 0.1) for _ in range(8)]
         for x in p:
             x.grad = torch.full_like(x, 1e-3)
-        opt = PagedAutomagic8bit(p, lr=1e-3) if is_paged else Automagic(p, lr=1e-3, optim_bits=8)
+        maker = PagedAutomagic8bit if is_paged else Automagic8bit
+        opt = maker(p, lr=1e-3, factored=False)
         room = torch.cuda.memory_allocated() + 70 * 2**20  # the states take 8 · 16.4 MiB
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(0).total_memory)
@@ -179,7 +180,7 @@ def test_more_state_than_memory_trains_on(tools: Any) -> None:
     gc.collect()
     found = run(is_paged=True)
     p = [torch.nn.Parameter(torch.ones(2048, 2048, device="cuda") * 0.1) for _ in range(8)]
-    opt = Automagic(p, lr=1e-3, optim_bits=8)
+    opt = Automagic8bit(p, lr=1e-3, factored=False)
     for x in p:
         x.grad = torch.full_like(x, 1e-3)
     for _ in range(3):

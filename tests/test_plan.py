@@ -99,10 +99,11 @@ def test_a_parameter_that_has_become_contiguous_is_taken(monkeypatch: pytest.Mon
     assert len(opt._fused._plan.buckets) == 1
 
 
-def test_the_largest_bucket_is_launched_first() -> None:
+@pytest.mark.parametrize("factored", [False, True])
+def test_the_largest_bucket_is_launched_first(factored: bool) -> None:
     """The host prepares the others while the device works."""
     p = [parameter(8, 16), parameter(64, 128, seed=1).bfloat16().detach().requires_grad_()]
-    opt = build(p, "triton", factored=False)
+    opt = build(p, "triton", factored=factored)
     give(*p)
     opt.step()
     assert opt._fused._plan is not None
