@@ -17,7 +17,6 @@ from torch import Tensor
 
 from automagic_bnb import config, estimate
 from automagic_bnb import state as st
-from automagic_bnb.addresses import Places
 from automagic_bnb.scalars import PEAK_RATIO, as_number, named_peak, relative_rate
 from automagic_bnb.uncompiled import capturing
 
@@ -50,9 +49,7 @@ class Search:
     """Of each group's rate to the first's."""
     stepped: set[Tensor] = field(default_factory=set)
     """In the step under way, which of the parameters that are stepped one at a time have been."""
-    plain: bool = False
-    """Whether some of the states are plain dictionaries, so that nobody knows who has been handed their tensors."""
-    places: tuple[Any, Any, Tensor, Places] | None = None
+    places: tuple[Any, Any, Tensor, st.StatePlaces] | None = None
     """Where the sums lie and what each counts, and what that rests on, the sums' own places among it; None: not
     known."""
     counter: Tensor | None = None
@@ -73,11 +70,6 @@ class Search:
         if given is not None and given >= config.FACTOR_LR:
             factor *= given
         return estimate.Estimate(group["betas"][0], factor, estimate.sign_error(t), *found_bounds(group))
-
-    def have_moved(self) -> bool:
-        """Whether somebody has exchanged the memory of the sums."""
-        seen = self.plain or st.WatchedState.reads > 0
-        return seen and self.places is not None and not self.places[3].are_current()
 
     def watches(self, parameters: int) -> None:
         """Note how many there are; for one that begins to train later the distance is counted from then on."""
@@ -292,7 +284,7 @@ class RateFinder:
         """Count the step that begins, and move d."""
         d, sums = search.leader["auto_lr_rate"], search.leader["auto_lr_sums"]
         key = (st.WatchedState.changes, len(states), with_kernels)
-        if search.places is None or search.places[0] != key or search.have_moved():
+        if search.places is None or search.places[0] != key or not search.places[3].are_current():
             if capturing():
                 raise RuntimeError("capturable=True: take a step outside of the CUDA graph before each capture")
             held = [
@@ -304,9 +296,7 @@ class RateFinder:
             search.watches(len(held))
             weights = torch.tensor([weight for _, weight in held], dtype=torch.float32).to(d.device)
             stats: Any = [stats for stats, _ in held]
-            places = Places(stats)
-            owned = (states[p] for group in search.groups for p in group["params"] if p in states)
-            search.plain = not all(isinstance(state, st.WatchedState) for state in owned)
+            places = st.StatePlaces(stats, (states[p] for g in search.groups for p in g["params"] if p in states))
             if with_kernels and all(x.device == d.device for x in stats):
                 stats = torch.tensor(places.addresses, dtype=torch.int64).to(d.device)
             search.places = (key, stats, weights, places)

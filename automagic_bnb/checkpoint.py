@@ -314,7 +314,7 @@ def _check_values(name: str, value: Tensor, where: str) -> None:
     """Raise ValueError where a tensor of our own holds what no step leaves there."""
     low, high = st.KEYS[name].legal
     if value.numel() == 0 or value.is_meta or (value.dtype == torch.uint8 and name != "last_polarity"):
-        return  # codes: any of them may be
+        return  # codes: any of them may be; and what lies on no device has no values yet
     if name == "tensor_stats":
         # The sums of a step may have overflowed: then it has no estimate.
         value, low, high = value[[st.MASK_MEAN, st.SKIPPED]], 0.0, st.FLOAT_MAX

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from automagic_bnb import bnb
 from automagic_bnb import paged as paged_memory
+from automagic_bnb.addresses import Places
 from automagic_bnb.factored import Tiling
 from automagic_bnb.quantization import BLOCK, EMPTY_MASK, EMPTY_PAIR, NO_SIGN
 
@@ -88,6 +89,20 @@ for _name in ("__getitem__", "__iter__", "get", "values", "items", "copy"):
     setattr(WatchedState, _name, _seen(getattr(dict, _name)))
 for _name in ("__setitem__", "__delitem__", "__ior__", "update", "setdefault", "pop", "popitem", "clear"):
     setattr(WatchedState, _name, _counted(getattr(dict, _name)))
+
+
+class StatePlaces(Places):
+    """Tensors of these states: who has not read a state cannot have moved one, unless a state is a plain dictionary.
+
+    To look at each of a thousand takes 0.1 ms.
+    """
+
+    def __init__(self, tensors: list[Tensor], states: Iterable[State]) -> None:
+        super().__init__(tensors)
+        self.watched = all(isinstance(state, WatchedState) for state in states)
+
+    def are_current(self) -> bool:
+        return (self.watched and not WatchedState.reads) or super().are_current()
 
 
 def watched(states: Mapping[Any, Any]) -> dict[Any, Any]:

@@ -231,7 +231,7 @@ class Bucket:
         self.thetas = [m.theta.data_ptr() for m in members]
         self.sizes = [m.theta.numel() for m in members]
         self.rates = {id(m.rate): (m.group, m.rate) for m in members if m.rate is not None}
-        self.places = Places([*itertools.chain.from_iterable(self.tensors)])
+        self.places = st.StatePlaces([*itertools.chain.from_iterable(self.tensors)], self.states)
         self.rate_places = Places([rate for _, rate in self.rates.values()])
         self.short = [row for row, m in enumerate(members) if m.theta.numel() <= q.BLOCK]
         self.aligned = self.spec.switches.ALIGN == 16 and all(m.theta.data_ptr() % 16 == 0 for m in members)
@@ -247,7 +247,6 @@ class Bucket:
         self.rank_rows = [
             row for row, m in enumerate(members) if m.is_lora and m.theta.dim() == 2 and m.theta.shape == m.p.shape
         ]
-        self.watched = all(isinstance(state, st.WatchedState) for state in self.states)
         self.changes = st.WatchedState.changes
         """As many as when the tensors in the states were last seen to be those of the table."""
         self.numbers = np.zeros((len(members), len(Number)), dtype=np.float32)
@@ -290,15 +289,12 @@ class Bucket:
         if list(map(Tensor.data_ptr, parameters)) != self.thetas or list(map(Tensor.numel, parameters)) != self.sizes:
             return False
         changes = st.WatchedState.changes
-        if not self.watched or self.changes != changes:
+        if not self.places.watched or self.changes != changes:
             if not self._holds_same_tensors():
                 return False
             self.changes = changes
         same_rates = all(group.get("auto_lr_rate") is rate for group, rate in self.rates.values())
-        if not same_rates or not self.rate_places.are_current():
-            return False
-        may_have_moved = not self.watched or st.WatchedState.reads > 0  # a thousand tensors are looked at in 0.1 ms
-        return not may_have_moved or self.places.are_current()
+        return same_rates and self.rate_places.are_current() and self.places.are_current()
 
     def _holds_same_tensors(self) -> bool:
         try:  # identical tensors compare equal at once; of others == is no answer
