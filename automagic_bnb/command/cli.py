@@ -6,10 +6,11 @@ A subcommand is one `add_…` function, which declares its options and sets `run
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from automagic_bnb import __version__
@@ -17,6 +18,7 @@ from automagic_bnb.command import quiet
 from automagic_bnb.command.demo_options import PEERS, DemoOptions
 
 PROFILES = ("lean", "memory_optimized", "balanced", "quality_optimized")
+Run = Callable[[argparse.Namespace], int]
 INTERRUPTED = 130
 """The exit status that shells expect after Ctrl-C."""
 
@@ -48,6 +50,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = " ".join(str(e).split()) or "no message"
         sys.stderr.write(f"automagic-bnb: error: {message} ({type(e).__name__})\n")
         return 1
+
+
+def expecting(name: str, *errors: type[Exception]) -> Callable[[Run], Run]:
+    """Of what a command runs: these errors are one line that names the command, and a status of 1."""
+
+    def decorate(run: Run) -> Run:
+        @functools.wraps(run)
+        def reported(args: argparse.Namespace) -> int:
+            try:
+                return run(args)
+            except errors as e:
+                sys.stderr.write(f"automagic-bnb {name}: error: {e}\n")
+                return 1
+
+        return reported
+
+    return decorate
 
 
 def add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -118,16 +137,12 @@ def add_dashboard(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     parser.set_defaults(run=run_dashboard)
 
 
+@expecting("dashboard", ImportError, OSError, ValueError)
 def run_dashboard(args: argparse.Namespace) -> int:
     """`automagic-bnb dashboard`."""
     from automagic_bnb.watch import dashboard
 
-    try:
-        path = dashboard.write_dashboard(args.logdir, args.out)
-    except (ImportError, OSError, ValueError) as e:
-        sys.stderr.write(f"automagic-bnb dashboard: error: {e}\n")
-        return 1
-    sys.stdout.write(f"{path}\n")
+    sys.stdout.write(f"{dashboard.write_dashboard(args.logdir, args.out)}\n")
     return 0
 
 
@@ -178,15 +193,12 @@ def add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.set_defaults(run=run_inspect)
 
 
+@expecting("inspect", ImportError, OSError, ValueError)
 def run_inspect(args: argparse.Namespace) -> int:
     """`automagic-bnb inspect`."""
     from automagic_bnb.command import inspection
 
-    try:
-        inspection.run_inspect(args.file, args.json, args.picture)
-    except (ImportError, OSError, ValueError) as e:
-        sys.stderr.write(f"automagic-bnb inspect: error: {e}\n")
-        return 1
+    inspection.run_inspect(args.file, args.json, args.picture)
     return 0
 
 
