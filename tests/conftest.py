@@ -24,9 +24,18 @@ if not torch.cuda.is_available():
     # Triton reads it when it is imported, which bitsandbytes does: the kernels then run, interpreted, on CPU tensors.
     os.environ["TRITON_INTERPRET"] = "1"
 
-from automagic_bnb import Automagic8bit, bnb, notices
+from automagic_bnb import Automagic8bit, bnb, fused, notices
 
 sys.path.append(str(Path(__file__).parent))  # importlib mode does not: for `import rule_in_float64`
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Without Triton, what is marked `kernels` or has "triton" among its parameters is skipped, and says so."""
+    missing = fused.triton_missing()
+    for item in items if missing else ():
+        given = item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
+        if item.get_closest_marker("kernels") or any(isinstance(x, str) and x == "triton" for x in given):
+            item.add_marker(pytest.mark.skip(reason=f"the kernels need Triton: {missing}"))
 
 
 @pytest.fixture(scope="session", autouse=True)

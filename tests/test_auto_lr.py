@@ -378,6 +378,7 @@ def test_a_search_resumes_bit_for_bit(backend: str, tools: Any) -> None:
     assert opt.param_groups[0]["auto_lr_rate"] > found
 
 
+@pytest.mark.kernels
 def test_both_backends_find_the_same_rate() -> None:
     found = []
     for backend in ("torch", "triton"):

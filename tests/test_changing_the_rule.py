@@ -73,6 +73,7 @@ def test_a_toy_statistic_is_counted_and_shown(toy: str, tools: Any) -> None:
     st.KEYS[toy] = TOY
 
 
+@pytest.mark.kernels
 def test_a_toy_statistic_has_a_column_in_the_kernels_tables() -> None:
     """In a process of its own, as columns are laid out at import; a step of the kernels follows the plain one."""
     program = """

@@ -243,10 +243,10 @@ def test_huggingfaces_kernels_are_welcome(tmp_path: Path, monkeypatch: pytest.Mo
 CPU = torch.device("cpu")
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("bits", [8, 32])
 def test_the_kernels_are_held_against_the_rule(bits: int) -> None:
     """In Triton's interpreter, where there is no GPU."""
-    pytest.importorskip("triton")
     device = torch.device("cuda") if torch.cuda.is_available() else CPU
     finding = doctor.self_test(device, bits)
     assert finding.status == "ok", finding
@@ -314,9 +314,9 @@ def test_a_broken_step_is_found(
         assert "automagic-bnb doctor --json" in finding["remedy"]
 
 
+@pytest.mark.kernels
 def test_kernels_that_differ_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five per cent between the two is noticed; here the rule is altered, not the kernels."""
-    pytest.importorskip("triton")
     device = torch.device("cuda") if torch.cuda.is_available() else CPU
     monkeypatch.setattr(reference, "update_parameter", breaking("large"))
     finding = doctor.self_test(device, 32)

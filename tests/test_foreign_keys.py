@@ -43,6 +43,7 @@ def test_what_a_wrapper_keeps_comes_back(copied: Any, tools: Any) -> None:
         assert torch.equal(other.state[q]["slow_buffer"], p.detach().double())
 
 
+@pytest.mark.kernels
 def test_a_plain_value_costs_no_new_plan(tools: Any) -> None:
     """A wrapper that counts its steps in the state does not make the kernels' plan look anew each time."""
     p = tools.parameters((16, 16))

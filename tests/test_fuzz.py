@@ -89,6 +89,7 @@ def follows(
     return differences.violations(ONE_STEP)
 
 
+@pytest.mark.kernels
 @given(
     shape=SHAPES,
     dtype=some.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
@@ -113,6 +114,7 @@ def test_no_gradient_breaks_a_step(
         assert not follows(shape, dtype, storage, contents, options, found)
 
 
+@pytest.mark.kernels
 def test_a_difference_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control: the reference with another constant."""
     from automagic_bnb import reference

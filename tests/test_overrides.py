@@ -14,7 +14,7 @@ import pytest
 import torch
 from optimizer_cases import ANOTHER_VALUE, BIG, bits, manager
 
-from automagic_bnb import Automagic8bit, Automagic32bit, bnb, fused
+from automagic_bnb import Automagic8bit, Automagic32bit, bnb
 from automagic_bnb import state as st
 
 Carry = Callable[[Any], Any]
@@ -290,9 +290,8 @@ def test_an_override_of_several_is_each_ones_own(tools: Any) -> None:
     assert [opt.effective_options(group, x)["weight_decay"] for x in p] == [0.5, 0.5, 5e-4]
 
 
+@pytest.mark.kernels
 def test_an_override_that_gets_its_options_later_is_seen(tools: Any) -> None:
-    if fused.triton_missing():
-        pytest.skip(fused.triton_missing())
     p = tools.parameters((8, 16))
     options: dict[str, Any] = {}
     override(p[0], **options)

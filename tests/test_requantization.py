@@ -225,11 +225,11 @@ def test_the_next_step_of_32_bits_is_the_one_it_would_have_been(held: str, tools
     assert tools.differences(tools.snapshot(opt)["parameters"], tools.snapshot(kept)["parameters"])
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("options", [{}, {"lr": None, "auto_lr": True}], ids=["lr", "auto_lr"])
 @pytest.mark.parametrize("singly", [False, True])
 def test_kernels_and_reference_agree_across_conversions(options: dict[str, Any], singly: bool) -> None:
     """Every storage in turn: the kernels find the new states, not those their plan knew."""
-    pytest.importorskip("triton")
     turns = {2: "32bit", 3: "factored", 4: "8bit", 5: "factored", 6: "32bit"}
 
     def convert(opt: Any, step: int) -> None:
@@ -255,7 +255,6 @@ def test_kernels_and_reference_agree_across_conversions(options: dict[str, Any],
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_what_was_replaced_is_freed(backend: str, tools: Any) -> None:
     """At once: the plan of the fused step holds none of it."""
-    pytest.importorskip("triton")
     p = [torch.nn.Parameter(x.detach().to(kernel_cases.DEVICE)) for x in tools.parameters((9, 24), (30,))]
     opt = Automagic8bit(p, lr=1e-3, min_8bit_size=0, backend=backend)
     tools.train(opt, p, range(1))

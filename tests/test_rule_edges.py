@@ -130,6 +130,7 @@ def test_a_layout_changes_nothing(make: Callable[..., Tensor], master: str, dtyp
     assert torch.equal(strange, plain)
 
 
+@pytest.mark.kernels
 def test_the_kernels_leave_other_layouts_to_torch() -> None:
     """Beside contiguous parameters, in one optimizer."""
     p = torch.nn.Parameter(transposed().to(DEVICE))
@@ -159,6 +160,7 @@ def test_an_expanded_view_is_refused_in_words() -> None:
 # --- numbers at the edge ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("storage", ["32bit", "8bit"])
 @pytest.mark.parametrize("options", [{"percentile_clipping": 50}, {}], ids=["clipped", "not clipped"])
 def test_what_is_skipped_is_settled_before_clipping(storage: str, options: dict[str, int]) -> None:
