@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
+import traceback
 from typing import Any
 
 import measure
@@ -116,6 +117,7 @@ def scaler_waits() -> bool:
         try:
             scaler.step(opt)
         except RuntimeError:
+            traceback.print_exc()  # where it waits
             return True
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -9,7 +9,11 @@ import torch
 
 from automagic_bnb import Automagic8bit
 
-STORAGES = {"32bit": {"optim_bits": 32}, "8bit": {"factored": False}, "factored": {"factored": True}}
+STORAGES = {
+    "32bit": {"optim_bits": 32},
+    "8bit": {"factored": False, "mask_bits": 8},
+    "factored": {"factored": True, "mask_bits": 8, "mean_bits": 32},
+}
 SHAPES = ((64, 64), (257,), (16, 256), (8, 4, 3, 3))
 WARMUP = 8
 
@@ -18,7 +22,14 @@ def build(tools: Any, dtype: torch.dtype = torch.bfloat16, lr: float | None = 1e
     """An optimizer over four parameters, the third of them LoRA's; the mask adapts for the first 8 steps."""
     p = tools.parameters(*SHAPES, dtype=dtype)
     p[2]._is_lora_layer = True
-    options = {"factored": False, "min_8bit_size": 0, "warmup_steps": WARMUP, "rank_penalty_strength": 0.05, **options}
+    options = {
+        "factored": False,
+        "mask_bits": 8,
+        "min_8bit_size": 0,
+        "warmup_steps": WARMUP,
+        "rank_penalty_strength": 0.05,
+        **options,
+    }
     return Automagic8bit([{"params": p[:2]}, {"params": p[2:], "weight_decay": 0.1}], lr=lr, **options)
 
 

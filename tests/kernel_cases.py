@@ -29,15 +29,15 @@ NEEDS_GPU = (pytest.mark.gpu, pytest.mark.skipif(not COMPILED, reason="no CUDA d
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BITS = {"32bit": 32, "8bit": 8}
 FORMS: dict[str, dict[str, Any]] = {
-    "8bit": {"factored": False},
+    "8bit": {"factored": False, "mask_bits": 8},
     "32bit": {"optim_bits": 32},
-    "factored": {"factored": True},
-    "small": {"min_8bit_size": 10**9, "factored": False},
-    "small_factored": {"min_8bit_size": 10**9, "factored": True},
+    "factored": {"factored": True, "mask_bits": 8, "mean_bits": 32},
+    "small": {"min_8bit_size": 10**9, "factored": False, "mask_bits": 8},
+    "small_factored": {"min_8bit_size": 10**9, "factored": True, "mask_bits": 8, "mean_bits": 32},
     "small, packed": {"min_8bit_size": 10**9, "factored": True, "mask_bits": 4, "mean_bits": 16},
     "mask in four bits": {"factored": False, "mask_bits": 4},
     "packed": {"factored": True, "mask_bits": 4, "mean_bits": 16},
-    "lean": {"factored": True, "mask_bits": 0, "came": False},
+    "lean": {"factored": True, "mask_bits": 0, "mean_bits": 32, "came": False},
 }
 """How states are kept: moments, mask and means."""
 

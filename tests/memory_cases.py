@@ -22,7 +22,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "without confidence": {"came": False, "factored": True},
     "small and factored": {"factored": True, "min_8bit_size": 10**6},
     "lean": {"profile": "lean"},
-    "packed": {"factored": True, "mask_bits": 4, "mean_bits": 16},
+    "wide": {"factored": True, "mask_bits": 8, "mean_bits": 32},
     "percentile clipping": {"percentile_clipping": 50},
     "all at once": {"factored": True, "master": "ecc8", "lr": None, "percentile_clipping": 5, "min_8bit_size": 0},
 }

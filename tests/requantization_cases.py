@@ -12,8 +12,8 @@ from automagic_bnb import state as st
 
 OPTIONS = {
     "32bit": {"optim_bits": 32},
-    "8bit": {"optim_bits": 8, "factored": False},
-    "factored": {"optim_bits": 8, "factored": True},
+    "8bit": {"optim_bits": 8, "factored": False, "mask_bits": 8},
+    "factored": {"optim_bits": 8, "factored": True, "mask_bits": 8, "mean_bits": 32},
 }
 SHAPES = ((64, 64), (257,), (256, 200), (16, 8, 4, 4), (), (5000, 3), (0, 8))
 """A matrix that factors by blocks and one by odd columns, vectors with an odd end, a scalar, an empty one."""

@@ -22,8 +22,8 @@ from automagic_bnb.optimizer import Automagic, Automagic32bit
 
 STORAGES: dict[str, dict[str, Any]] = {
     "32bit": {"optim_bits": 32},
-    "8bit": {"optim_bits": 8, "min_8bit_size": 0},
-    "factored": {"optim_bits": 8, "min_8bit_size": 0, "factored": True},
+    "8bit": {"optim_bits": 8, "min_8bit_size": 0, "mask_bits": 8, "mean_bits": 32},
+    "factored": {"optim_bits": 8, "min_8bit_size": 0, "factored": True, "mask_bits": 8, "mean_bits": 32},
 }
 
 

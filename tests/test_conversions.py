@@ -135,7 +135,7 @@ def test_32_to_8_bits_goes_to_the_nearest(warm: bool, tools: Any) -> None:
     p = parameters_of(opt)
     before = [[moment(opt, x, i) for i in (1, 2, 3)] for x in p]
     masks, stats = [mask(opt, x) for x in p], [opt.state[x]["tensor_stats"].clone() for x in p]
-    opt.requantize(optim_bits=8, factored=False)
+    opt.requantize(optim_bits=8, factored=False, mask_bits=8)
     assert storages(opt) == ["8bit"] * len(SHAPES)
     fractional = False
     for x, moments, (k, polarity), old_stats in zip(p, before, masks, stats, strict=True):
@@ -162,7 +162,7 @@ def test_to_factored_keeps_the_means_of_each_tile(held: str, tools: Any) -> None
     p = parameters_of(opt)
     before = [[moment(opt, x, i) for i in (2, 3)] for x in p]
     codes = [opt.state[x]["state1"] for x in p], [opt.state[x]["lr_mask"] for x in p]
-    opt.requantize(optim_bits=8, factored=True)
+    opt.requantize(optim_bits=8, factored=True, mask_bits=8, mean_bits=32)
     assert storages(opt) == ["factored" if shape in FACTORING else "8bit" for shape in SHAPES]
     for i, (x, moments) in enumerate(zip(p, before, strict=True)):
         if held == "8bit":

@@ -70,7 +70,9 @@ def test_breakdown_names_the_bytes_of_every_state(variant: str, tools: Any) -> N
 
 def test_known_sizes() -> None:
     """One matrix by hand, block-wise: 4096 blocks, four bytes an element, three absmax, three statistics a block."""
-    report = optimizer([nn.Parameter(torch.zeros(1024, 1024))], factored=False).get_memory_efficiency_report()
+    report = optimizer(
+        [nn.Parameter(torch.zeros(1024, 1024))], factored=False, mask_bits=8
+    ).get_memory_efficiency_report()
     n, blocks = 2**20, 4096
     one = n + 4 * blocks
     assert report["states_breakdown"] == {

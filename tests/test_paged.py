@@ -21,7 +21,11 @@ pytestmark = [
 
 SHAPES = ((512, 256), (16, 64), (300, 400), (100_000,), (1024, 512))
 """All but the second are large enough to be paged."""
-STORAGES = {"8bit": {"factored": False}, "factored": {"factored": True}, "32bit": {"optim_bits": 32}}
+STORAGES = {
+    "8bit": {"factored": False, "mask_bits": 8},
+    "factored": {"factored": True, "mask_bits": 8, "mean_bits": 32},
+    "32bit": {"optim_bits": 32},
+}
 
 
 @pytest.fixture(autouse=True)

@@ -227,8 +227,8 @@ def test_beside_a_scheduler_of_rates_and_a_scaler(cls: Any, tools: Any) -> None:
 
 STORAGES: dict[str, dict[str, Any]] = {
     "32bit": {"optim_bits": 32},
-    "8bit": {"optim_bits": 8, "factored": False},
-    "factored": {"optim_bits": 8, "factored": True},
+    "8bit": {"optim_bits": 8, "factored": False, "mask_bits": 8},
+    "factored": {"optim_bits": 8, "factored": True, "mask_bits": 8, "mean_bits": 32},
 }
 SEEDS, SWITCHES, AFTER = 3, (60, 120), 5
 NO_JUMP = 1.0

@@ -256,7 +256,7 @@ def test_kernels_and_reference_agree_across_conversions(options: dict[str, Any],
 def test_what_was_replaced_is_freed(backend: str, tools: Any) -> None:
     """At once: the plan of the fused step holds none of it."""
     p = [torch.nn.Parameter(x.detach().to(kernel_cases.DEVICE)) for x in tools.parameters((9, 24), (30,))]
-    opt = Automagic8bit(p, lr=1e-3, min_8bit_size=0, backend=backend)
+    opt = Automagic8bit(p, lr=1e-3, min_8bit_size=0, mask_bits=8, backend=backend)
     tools.train(opt, p, range(1))
     old = [weakref.ref(opt.state[x][name]) for x in p for name in ("state1", "state2", "absmax3", "lr_mask")]
     opt.requantize(optim_bits=32)

@@ -21,8 +21,8 @@ from automagic_bnb.optimizer import Automagic, Automagic8bit, Automagic32bit
 
 STORAGES: dict[str, tuple[type[Automagic], dict[str, Any]]] = {
     "32bit": (Automagic32bit, {}),
-    "8bit": (Automagic8bit, {"min_8bit_size": 0, "factored": False}),
-    "factored": (Automagic8bit, {"min_8bit_size": 0, "factored": True}),
+    "8bit": (Automagic8bit, {"min_8bit_size": 0, "factored": False, "mask_bits": 8}),
+    "factored": (Automagic8bit, {"min_8bit_size": 0, "factored": True, "mask_bits": 8, "mean_bits": 32}),
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPE = (20, 32)

@@ -15,8 +15,8 @@ from automagic_bnb import Automagic, Automagic8bit
 SHAPES = [(), (1,), (255,), (256,), (257,), (0,), (0, 5), (5, 0), (7, 1), (1, 7), (5, 3, 3, 3), (3, 300), (64, 65)]
 STORAGES = {
     "32bit": {"optim_bits": 32},
-    "8bit": {"optim_bits": 8, "force_8bit": True},
-    "factored": {"optim_bits": 8, "force_8bit": True, "factored": True},
+    "8bit": {"optim_bits": 8, "force_8bit": True, "mask_bits": 8, "mean_bits": 32},
+    "factored": {"optim_bits": 8, "force_8bit": True, "factored": True, "mask_bits": 8, "mean_bits": 32},
 }
 
 

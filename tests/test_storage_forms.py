@@ -98,8 +98,8 @@ def test_bytes_a_parameter(shapes: tuple[tuple[int, ...], ...], options: dict[st
     found = Automagic8bit(p, lr=1e-3, **options).get_memory_efficiency_report()
     books = found["states_breakdown"].get("code_books", 0) / found["total_parameters"]
     assert found["bytes_per_parameter"] - books <= most
-    without = {"factored": False} if options == {"factored": True} else {}
-    plain = Automagic8bit(p, lr=1e-3, **(without if options else {"optim_bits": 32}))
+    wide: dict[str, Any] = {"factored": False} if options == {"factored": True} else {"mask_bits": 8, "mean_bits": 32}
+    plain = Automagic8bit(p, lr=1e-3, **(wide if options else {"optim_bits": 32}))
     assert plain.get_memory_efficiency_report()["bytes_per_parameter"] - books > most
 
 
@@ -252,7 +252,7 @@ def test_without_a_mask_every_rate_is_the_same() -> None:
     rng = np.random.default_rng(1)
     start = (0.1 * rng.standard_normal((64, 64))).astype(np.float32)
     p = nn.Parameter(torch.from_numpy(start.copy()))
-    opt = Automagic8bit([p], lr=1e-2, min_8bit_size=0, profile="lean", backend="torch")
+    opt = Automagic8bit([p], lr=1e-2, min_8bit_size=0, mean_bits=32, profile="lean", backend="torch")
     state = st.complete({}, p, "factored", opt.param_groups[0])
     state["state1"] = torch.zeros(64, 64)
     opt.state[p] = {k: v for k, v in state.items() if not k.startswith(("absmax", "qmap"))}

@@ -20,8 +20,8 @@ from automagic_bnb.stored import Moments, moments_of
 STEPS = 500
 STORAGES: dict[str, dict[str, Any]] = {
     "32bit": {"optim_bits": 32},
-    "8bit": {"min_8bit_size": 0, "factored": False},
-    "factored": {"min_8bit_size": 0, "factored": True},
+    "8bit": {"min_8bit_size": 0, "factored": False, "mask_bits": 8},
+    "factored": {"min_8bit_size": 0, "factored": True, "mask_bits": 8, "mean_bits": 32},
 }
 
 
