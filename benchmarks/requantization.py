@@ -74,7 +74,8 @@ def train(run: Run, options: dict[str, Any], make: Callable[[Automagic8bit], Cha
     torch.manual_seed(0)
     model = byte_model.Bytes(args.width, args.layers)
     warmup = args.steps // 2  # some switches fall within it, some after it
-    optimizer = Automagic8bit(model.parameters(), lr=args.lr, weight_decay=0.01, warmup_steps=warmup, **options)
+    options = {"lr": args.lr, "weight_decay": 0.01, "warmup_steps": warmup, "factored": False, **options}
+    optimizer = Automagic8bit(model.parameters(), **options)
     change, generator = make(optimizer), torch.Generator().manual_seed(0)
     data, _ = byte_model.sources(torch.device("cpu"))
     elements = sum(p.numel() for p in model.parameters())
@@ -124,7 +125,7 @@ def held(run: Run, at: int) -> str:
 
 def draw(done: list[Run], path: Path) -> None:
     """Loss, its distance from the run in 32 bits, and state bytes, over the steps; triangles mark the switches."""
-    figure = style.new_figure("Changing how optimizer states are stored, in mid-run", height=8)
+    figure = style.new_figure("Changing optimizer states' storage in mid-run", height=8)
     panels = figure.subplots(3, 1, sharex=True, height_ratios=[3, 3, 2])
     reference, steps = np.array(done[0].losses), np.arange(1, len(done[0].losses) + 1)
     for place, run in enumerate(done):

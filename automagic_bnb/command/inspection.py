@@ -93,7 +93,7 @@ def load(path: Path) -> dict[str, Any]:
         raise IsADirectoryError(f"{path} is a folder; name the optimizer's file in it, such as optimizer.pt")
     try:
         with WatchedFile(path, "reading") as file:
-            found = torch.load(file, map_location="cpu", weights_only=True)  # pyright: ignore[reportArgumentType]
+            found = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         reason = str(e).splitlines()[0] if str(e) else "cannot be unpickled"
         raise ValueError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,12 +57,12 @@ def saved(figure: Figure, path: str | Path | None, description: str = "") -> Fig
     return figure
 
 
-def line_style(place: int) -> dict[str, str]:
+def line_style(place: int) -> dict[str, Any]:
     """Colour and dashes of the line at this place, no two alike among the first thirty."""
     return {"color": COLOURS[place % len(COLOURS)], "ls": LINES[place % len(LINES)]}
 
 
-def point_style(place: int) -> dict[str, str]:
+def point_style(place: int) -> dict[str, Any]:
     """Colour and marker at this place, no two alike among the first seventy."""
     return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
 
