@@ -1,6 +1,6 @@
-"""The READMEs' plot and table, from the results of the quality and step-time benchmarks.
+"""The READMEs' plots and table, from the results of the quality and step-time benchmarks.
 
-    python benchmarks/readme_table.py           # writes docs/images/loss-by-rate.png and both READMEs' tables
+    python benchmarks/readme_table.py           # writes two pictures into docs/images and both READMEs' tables
     python benchmarks/readme_table.py --check   # exits with status 1 where they are not what the results give
 
 Results are all benchmarks/quality/results/*.jsonl, of which later names win, and benchmarks/results/step_time*.json.
@@ -25,7 +25,12 @@ sys.path.insert(0, str(ROOT / "benchmarks" / "quality"))
 import report  # noqa: E402
 from search import Results  # noqa: E402
 
+from automagic_bnb.watch import style  # noqa: E402
+
 PICTURE = ROOT / "docs" / "images" / "loss-by-rate.png"
+BY_TASK = ROOT / "docs" / "images" / "loss-by-task.png"
+SHOWN = ("ours-found", "ours", "prodigy")
+"""Optimizers in the picture by task."""
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 SPLIT = "judge"
 WORKLOAD, DTYPE = "flux-lora", "bf16"
@@ -56,6 +61,7 @@ TEXTS = {
     "README.md": {
         "header": ["optimizer", "loss, %", "bytes a parameter", "step, ms"],
         "picture": "Loss against learning rate: AdamW8bit has a valley, Automagic8bit finds its rate by itself",
+        "by task": "Loss over AdamW8bit at its best rate, task by task",
         "notes": "Loss: validation loss over `AdamW8bit`'s at its best rate and β2 for each task, mean over {tasks}\n"
         "small tasks, lower is better ([all tasks and peers](benchmarks/quality/results/quality.md)). Bytes of state\n"
         "and time of a step: {workload}, bf16, {device}. –: not measured there yet.",
@@ -63,6 +69,7 @@ TEXTS = {
     "README.zh-TW.md": {
         "header": ["最佳化器", "損失，%", "每個參數的位元組", "一步，ms"],
         "picture": "損失與學習率：AdamW8bit 有一個谷底，Automagic8bit 自行找出學習率",
+        "by task": "各任務中，損失相對於 AdamW8bit 最佳學習率時的差距",
         "notes": "損失：驗證損失相對於 `AdamW8bit` 在各任務最佳學習率與 β2 下的差距，\n"
         "取 {tasks} 個小任務的平均，越低越好（[所有任務與對照](benchmarks/quality/results/quality.md)）。\n"
         "狀態的位元組與一步的時間：{workload}，bf16，{device}。–：尚未在該處測量。",
@@ -106,14 +113,18 @@ def cells(row: Row, comparison: report.Comparison, times: dict[str, dict[str, An
 def block(readme: str, comparison: report.Comparison, times: dict[str, dict[str, Any]], device: str) -> str:
     """What stands between the marks of one README."""
     texts = TEXTS[readme]
-    lines = [f"![{texts['picture']}]({PICTURE.relative_to(ROOT).as_posix()})", ""]
+    lines = [image(texts["picture"], PICTURE), ""]
     lines += [f"| {' | '.join(texts['header'])} |", "|---|" + "---:|" * (len(texts["header"]) - 1)]
     for row in ROWS:
         if (measured := cells(row, comparison, times)) is not None:
             label = row.english if readme == "README.md" else row.chinese
             lines.append(f"| {label} | {' | '.join(measured)} |")
     notes = texts["notes"].format(tasks=len(comparison.of(SPLIT)), workload="Flux LoRA r = 16", device=device)
-    return "\n".join([*lines, "", notes])
+    return "\n".join([*lines, "", notes, "", image(texts["by task"], BY_TASK)])
+
+
+def image(words: str, path: Path) -> str:
+    return f"![{words}]({path.relative_to(ROOT).as_posix()})"
 
 
 def replaced(text: str, new: str) -> str:
@@ -128,7 +139,7 @@ def replaced(text: str, new: str) -> str:
     return f"{before}{BEGIN}\n{new}\n{END}{rest.partition(END)[2]}"
 
 
-# --- the plot ---------------------------------------------------------------------------------------------------------
+# --- the plots --------------------------------------------------------------------------------------------------------
 
 Points = list[tuple[float, float]]
 
@@ -168,6 +179,12 @@ def plotted(comparison: report.Comparison) -> dict[str, Points]:
     }
 
 
+def by_task(comparison: report.Comparison) -> dict[str, Points]:
+    """The excess of those shown in each task, with the half width of its interval."""
+    found = {name: [comparison.excess(task.name, name) for task in comparison.of(SPLIT)] for name in SHOWN}
+    return {name: [(x.mean, x.half) if x else (math.nan, math.nan) for x in values] for name, values in found.items()}
+
+
 def digest(points: dict[str, Points]) -> str:
     """Of what is plotted, to three digits; it stands in the picture's metadata."""
     rounded = {name: [[f"{x:.3g}", f"{y:.3g}"] for x, y in values] for name, values in points.items()}
@@ -175,24 +192,22 @@ def digest(points: dict[str, Points]) -> str:
 
 
 def draw(points: dict[str, Points], path: Path) -> None:
-    """One panel, as wide as a phone."""
-    figure, ((axis,),) = report._figure(1, 1, 3.6)
-    for i, name in enumerate(name for name in points if name != "found" and points[name]):
-        xs, ys = zip(*points[name], strict=True)
-        axis.plot(xs, ys, color=report.COLOURS[i], marker=report.MARKERS[i], markersize=4, label=name)
+    """The two curves; a line where no rate was given, with a star at the rate found."""
+    figure = style.new_figure("", height=4.2)
+    axes = figure.subplots()
+    for place, name in enumerate(name for name in points if name != "found" and points[name]):
+        axes.plot(*zip(*points[name], strict=True), ms=5, label=name, **style.point_style(place))
     if found := points["found"]:
         level = statistics.median(y for _, y in found)
-        style = {"color": report.COLOURS[2], "linewidth": 2}
-        axis.axhline(level, linestyle="--", label="Automagic8bit, no rate given", **style)
+        axes.axhline(level, ls="--", lw=2, color=style.COLOURS[2], label="Automagic8bit, no rate given")
         at = statistics.geometric_mean(x for x, _ in found)
-        star = {"marker": "*", "markersize": 14, "markeredgecolor": "white", "color": "black", "linestyle": ""}
-        axis.plot([at], [level], zorder=3, label="rate found (mean)", **star)
-    axis.set(xscale="log", ylim=(-10, LIMIT), xlabel="learning rate, as a multiple of AdamW8bit's best")
-    axis.set_ylabel("loss over AdamW8bit's best, %\n(median of tasks, lower is better)")
-    axis.grid(color="0.92")
-    figure.legend(loc="outside upper center", ncols=2, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=200, metadata={"Description": digest(points)})
+        star = {"marker": "*", "ms": 15, "markeredgecolor": "white", "color": "black", "ls": ""}
+        axes.plot([at], [level], zorder=3, label="the rate that it finds (mean)", **star)
+    axes.set(xscale="log", ylim=(-10, LIMIT), xlabel="learning rate, as a multiple of AdamW8bit's best")
+    axes.set_ylabel("loss over AdamW8bit's best, %\n(median of tasks, lower is better)")
+    axes.grid(alpha=0.3)
+    style.legend_below(figure, axes)
+    style.saved(figure, path, digest(points))
 
 
 def drawn_digest(path: Path) -> str:
@@ -212,7 +227,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs = sorted((ROOT / "benchmarks" / "quality" / "results").glob("*.jsonl"))
     comparison = report.Comparison(Results(*runs))
     times, device = step_times(ROOT / "benchmarks" / "results")
-    points = plotted(comparison)
+    points, tasks = plotted(comparison), by_task(comparison)
+    drawings = {
+        PICTURE: (digest(points), lambda: draw(points, PICTURE)),
+        BY_TASK: (digest(tasks), lambda: report.plot_regret(comparison, SPLIT, SHOWN, BY_TASK, digest(tasks))),
+    }
     stale = []
     for name in TEXTS:
         path = ROOT / name
@@ -222,10 +241,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stale.append(name)
             if not args.check:
                 path.write_text(new, encoding="utf-8")
-    if drawn_digest(PICTURE) != digest(points):
-        stale.append(PICTURE.relative_to(ROOT).as_posix())
-        if not args.check:
-            draw(points, PICTURE)
+    for path, (wanted, drawing) in drawings.items():
+        if drawn_digest(path) != wanted:
+            stale.append(path.relative_to(ROOT).as_posix())
+            if not args.check:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                drawing()
     if stale:
         print(f"{'stale' if args.check else 'written'}: {', '.join(stale)}")
     return 1 if stale and args.check else 0

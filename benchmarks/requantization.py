@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from automagic_bnb import Automagic8bit, ProgressiveQuantization
 from automagic_bnb import state as st
-from automagic_bnb.watch import plots
+from automagic_bnb.watch import plots, style
 
 WINDOW = 20
 """Losses averaged on either side of a switch."""
@@ -74,7 +74,8 @@ def train(run: Run, options: dict[str, Any], make: Callable[[Automagic8bit], Cha
     torch.manual_seed(0)
     model = byte_model.Bytes(args.width, args.layers)
     warmup = args.steps // 2  # some switches fall within it, some after it
-    optimizer = Automagic8bit(model.parameters(), lr=args.lr, weight_decay=0.01, warmup_steps=warmup, **options)
+    options = {"lr": args.lr, "weight_decay": 0.01, "warmup_steps": warmup, "factored": False, **options}
+    optimizer = Automagic8bit(model.parameters(), **options)
     change, generator = make(optimizer), torch.Generator().manual_seed(0)
     data, _ = byte_model.sources(torch.device("cpu"))
     elements = sum(p.numel() for p in model.parameters())
@@ -124,25 +125,25 @@ def held(run: Run, at: int) -> str:
 
 def draw(done: list[Run], path: Path) -> None:
     """Loss, its distance from the run in 32 bits, and state bytes, over the steps; triangles mark the switches."""
-    figure = plots.new_figure("Changing how optimizer states are stored, in mid-run", width=7.5, height=7.5)
+    figure = style.new_figure("Changing optimizer states' storage in mid-run", height=8)
     panels = figure.subplots(3, 1, sharex=True, height_ratios=[3, 3, 2])
     reference, steps = np.array(done[0].losses), np.arange(1, len(done[0].losses) + 1)
     for place, run in enumerate(done):
-        style: dict[str, Any] = {**plots.line_style(place), "lw": 1.5, "marker": "v" if run.switches else "", "ms": 6}
+        look: dict[str, Any] = {**style.line_style(place), "lw": 1.5, "marker": "v" if run.switches else "", "ms": 6}
         losses = np.array(run.losses)
         curves = plots.running_median(losses), plots.running_median(losses - reference), run.bytes_held
         for axes, curve in zip(panels, curves, strict=True):
-            axes.plot(steps, curve, label=run.name, markevery=[at - 1 for at in run.switches], **style)
-    labels = "loss", "loss minus that of 32 bits\nthroughout, same batches", "state bytes\na parameter"
+            axes.plot(steps, curve, label=run.name, markevery=[at - 1 for at in run.switches], **look)
+    labels = "loss", "loss minus that\nof 32 bits throughout", "state bytes\na parameter"
     for axes, label in zip(panels, labels, strict=True):
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
-    panels[0].set_title(f"running medians of {plots.SMOOTHED} training losses; the first steps lie above", fontsize=10)
+    panels[0].set_title(f"medians of {plots.SMOOTHED} training losses; the first steps lie above", fontsize=10)
     panels[0].set_ylim(0.95 * plots.running_median(reference).min(), 1.25 * np.median(reference))
-    panels[0].legend(fontsize=9)
     panels[2].set_ylim(bottom=0)
     panels[2].set_xlabel("step; triangles mark switches")
-    figure.savefig(path, dpi=110)
+    style.legend_below(figure, panels[0])
+    style.saved(figure, path)
 
 
 def main() -> None:

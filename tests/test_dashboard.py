@@ -18,8 +18,9 @@ from browser import BROWSER, Browser
 from automagic_bnb import Automagic8bit, RunLog, training_metrics, write_dashboard
 from automagic_bnb.command import cli
 from automagic_bnb.run_log import Run, Series, read_run
-from automagic_bnb.watch.dashboard import HUES, MOST_POINTS, colour_of, comparison, run_name, summary, thinned
+from automagic_bnb.watch.dashboard import FEW_RUNS, MOST_POINTS, colour_of, comparison, run_name, summary, thinned
 from automagic_bnb.watch.panels import PANELS
+from automagic_bnb.watch.style import COLOURS
 
 pytest.importorskip("plotly", reason="plotly is not installed: pip install 'automagic-bnb[dashboard]'")
 
@@ -100,7 +101,7 @@ def test_the_table_has_a_row_for_each_run(page: Path) -> None:
         ["given", "deep/found", HOSTILE]
     )
     at = text.index(HOSTILE)
-    assert text[at : at + 7] == [HOSTILE, "2", "2", "2", "1", "–", "–"]
+    assert text[at : at + 7] == [HOSTILE, "2", "2", "2", "1", "–", "–"]  # both losses, the step, how many NaN
 
 
 def test_the_curves_are_what_was_logged(logdir: Path) -> None:
@@ -117,7 +118,7 @@ def test_the_curves_are_what_was_logged(logdir: Path) -> None:
                 count += 1
                 assert (run.name, steps.tolist(), values.tolist()) in drawn, name
     assert count == len(drawn) > 20
-    assert {t.line.color for t in figure.data} == set(HUES[:2])
+    assert {t.line.color for t in figure.data} == set(COLOURS[:2])
     assert not figure.layout.showlegend  # the table is the legend
 
 
@@ -134,7 +135,7 @@ def test_lost_losses_are_marked() -> None:
     marks = {t.legendgroup: t for t in figure.data if t.mode == "markers"}
     assert set(marks) == {"lossy", "all", "below 0"}
     assert (list(marks["lossy"].x), list(marks["lossy"].y)) == ([1, 3], [0, 0])
-    assert marks["lossy"].marker.color == HUES[1]
+    assert marks["lossy"].marker.color == COLOURS[1]
     assert list(marks["below 0"].y) == [-5]
     assert 1000 < len(marks["all"].x) <= MOST_POINTS
     assert "×: NaN or infinite" in figure.layout.annotations[0].text
@@ -158,7 +159,7 @@ def test_summary() -> None:
         "state_bytes": Series(steps[:2], np.array([1e6, 2.5e6])),
         "skipped_elements": Series(np.array([70]), np.array([12.0])),
     }
-    assert summary(Run("a", series)) == ("a", "99", "7", "6.5", "1", "2.5", "12")
+    assert summary(Run("a", series)) == ("a", "7", "6.5", "99", "1", "2.5", "12")
     assert summary(Run("b", {})) == ("b", "–", "–", "–", "0", "–", "–")
 
 
@@ -235,7 +236,7 @@ def test_a_browser_draws_every_curve_and_asks_nobody(page: Path, logdir: Path, t
         assert panel.title in dom
     assert "<title>1</title>" not in dom  # what the third run's name would do
     pixels = matplotlib.image.imread(picture)[..., :3]
-    seen = [(np.abs(pixels - rgb(colour)).max(axis=-1) < 0.02).sum() for colour in HUES]
+    seen = [(np.abs(pixels - rgb(colour)).max(axis=-1) < 0.02).sum() for colour in COLOURS]
     assert min(seen[1:3]) > 300
     assert seen[0] > 80  # two points, and its row of the table
     assert max(seen[3:5]) == 0
@@ -258,7 +259,7 @@ def test_a_request_would_be_seen(page: Path, tmp_path: Path) -> None:
     assert "data-error" in root
     assert 'class="js-line"' not in dom
     pixels = matplotlib.image.imread(picture)[..., :3]
-    assert (np.abs(pixels - rgb(HUES[0])).max(axis=-1) < 0.02).sum() == 0
+    assert (np.abs(pixels - rgb(COLOURS[0])).max(axis=-1) < 0.02).sum() == 0
 
 
 @pytest.fixture(scope="module")
@@ -279,6 +280,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 TITLES = "[...document.querySelectorAll('.annotation-text')].map(e => e.getBoundingClientRect())"
+NAMES = "[...document.querySelectorAll('td button')]"
 FIRST_NAMES = "[...document.querySelectorAll('tbody tr')].slice(0, 2).map(r => r.cells[0].textContent.slice(-2))"
 HIDDEN = "graphs.data.filter(t => t.visible === false).map(t => t.legendgroup.slice(-2))"
 
@@ -292,6 +294,9 @@ def test_it_fits_the_screen(browser: Any, twenty: Path, page: Path, width: int, 
         assert browser.run("graphs.dataset.columns") == str(columns)
         assert browser.run("document.documentElement.scrollWidth") <= width
         browser.wait_for("document.querySelectorAll('.js-line').length > 3")
+        rows = "[...document.querySelectorAll('tbody tr')].map(row => row.offsetHeight)"
+        assert max(browser.run(rows)) < 90  # long names take two lines or three, and are whole
+        assert browser.run(f"{NAMES}.every(e => e.scrollWidth <= e.clientWidth)")
         titles = browser.run(f"{TITLES}.map(b => [b.left, b.right, b.top, b.bottom])")
         assert len(titles) >= 2
         for i, (left, right, top, bottom) in enumerate(titles):
@@ -316,10 +321,10 @@ def test_it_follows_the_screen(browser: Any, twenty: Path) -> None:
 def test_a_click_on_a_head_sorts(browser: Any, twenty: Path, width: int) -> None:
     """By number where there are numbers: 9 before 10; again, the other way round; names as text."""
     browser.open(twenty, width)
-    browser.click("th:nth-child(3) button")
+    browser.click("th:nth-child(2) button")
     assert browser.run(FIRST_NAMES) == ["19", "18"]
-    assert browser.run("document.querySelector('th:nth-child(3)').ariaSort") == "ascending"
-    browser.click("th:nth-child(3) button")
+    assert browser.run("document.querySelector('th:nth-child(2)').ariaSort") == "ascending"
+    browser.click("th:nth-child(2) button")
     assert browser.run(FIRST_NAMES) == ["00", "01"]
     browser.click("th:nth-child(1) button")
     browser.click("th:nth-child(1) button")
@@ -332,11 +337,11 @@ def test_a_click_on_a_run_hides_its_curves(browser: Any, twenty: Path) -> None:
     """In all panels, and shows them again; its colour is that of its row."""
     browser.open(twenty, 390)
     colour = browser.run("getComputedStyle(document.querySelector('tbody tr:nth-child(4) .swatch')).backgroundColor")
-    assert [int(part) for part in re.findall(r"\d+", colour)] == [round(255 * part) for part in rgb(HUES[3])]
+    assert [int(part) for part in re.findall(r"\d+", colour)] == [round(255 * part) for part in rgb(COLOURS[3])]
     browser.click("tbody tr:nth-child(4) button")
     hidden = browser.run(HIDDEN)
     assert set(hidden) == {"03"}
-    assert len(hidden) >= 4  # losses, their median, rates and the band
+    assert len(hidden) == 2  # the losses' median and the rate
     assert browser.run("document.querySelector('tbody tr:nth-child(4) button').ariaPressed") == "false"
     browser.click("tbody tr:nth-child(4) button")
     assert browser.run(HIDDEN) == []
@@ -364,6 +369,16 @@ def test_losses_are_smoothed_from_50_on(tmp_path: Path) -> None:
         assert len(figure.data) == curves
 
 
+def test_many_runs_do_not_bury_each_other() -> None:
+    """Of a few runs every loss and the range of the rates are drawn behind the curves, of many the curves alone."""
+    names = ("loss", "lr/mean", "lr/p10", "lr/p90")
+    for count, traces in ((FEW_RUNS, 5), (FEW_RUNS + 1, 2)):
+        runs = [Run(str(i), {name: Series(np.arange(60), np.ones(60)) for name in names}) for i in range(count)]
+        figure: Any = comparison(runs)
+        assert len(figure.data) == traces * count
+        assert ("shaded" in figure.layout.annotations[1].text) == (count <= FEW_RUNS)
+
+
 def test_twenty_runs_have_twenty_colours() -> None:
     assert len({colour_of(index) for index in range(20)}) == 20
 
@@ -378,6 +393,19 @@ def test_command_writes_the_page_and_says_where(tmp_path: Path, capsys: pytest.C
     assert cli.main(["dashboard", str(tmp_path / "run"), "--out", str(tmp_path / "x.html")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'x.html'}\n"
     assert (tmp_path / "x.html").stat().st_size > 1e6
+
+
+def test_command_shows_a_terminal_how_far_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing to a pipe."""
+    monkeypatch.setattr("automagic_bnb.command.progress.INTERVAL", 0)
+    log_losses(tmp_path / "run", [3.0, 2.0])
+    for terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        assert cli.main(["dashboard", str(tmp_path)]) == 0
+        drawn = capsys.readouterr().err
+        assert ("reading [" in drawn, "drawing [" in drawn, drawn == "") == (terminal, terminal, not terminal)
 
 
 def test_command_explains_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

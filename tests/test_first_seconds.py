@@ -13,7 +13,7 @@ import pytest
 
 import automagic_bnb
 from automagic_bnb.command import cli, quiet
-from automagic_bnb.command.progress import progress
+from automagic_bnb.command.progress import WatchedFile, progress
 
 HEAVY = ("torch", "bitsandbytes", "triton", "numpy", "matplotlib", "sklearn")
 COMMANDS = (["--help"], ["--version"], ["demo", "--help"], ["doctor", "--help"], ["inspect", "--help"])
@@ -79,6 +79,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 def test_progress_gives_every_item_and_draws_for_a_terminal_only(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("automagic_bnb.command.progress.INTERVAL", 0)
     assert list(progress("abc", "reading")) == ["a", "b", "c"]
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
@@ -88,3 +89,30 @@ def test_progress_gives_every_item_and_draws_for_a_terminal_only(
     assert drawn.endswith("\r\x1b[K")
     assert list(progress(iter("ab"), "reading")) == ["a", "b"]
     assert "reading 1" in capsys.readouterr().err
+
+
+def test_a_bar_is_drawn_ten_times_a_second_at_most(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr("automagic_bnb.command.progress.INTERVAL", 1000)
+    assert len(list(progress(range(10_000), "reading"))) == 10_000
+    assert capsys.readouterr().err.count("reading") == 1
+
+
+def test_reading_a_file_shows_how_much_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To a terminal, in MB; what is read is what is there."""
+    monkeypatch.setattr("automagic_bnb.command.progress.INTERVAL", 0)
+    path = tmp_path / "x"
+    path.write_bytes(bytes(range(250)) * 16_000)  # 4 MB
+    for terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        with WatchedFile(path, "reading") as file:
+            part = bytearray(1_000_000)
+            assert file.readinto(part) == 1_000_000
+            assert bytes(part) + file.read() == path.read_bytes()
+        drawn = capsys.readouterr().err
+        assert drawn.endswith("\r\x1b[K") == terminal
+        assert ("reading [######..................] 1/4 MB" in drawn) == terminal

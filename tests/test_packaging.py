@@ -121,6 +121,45 @@ print(kernels and kernels.origin)
 """
 
 
+def interpreter(minor: int) -> str | None:
+    """Python 3.minor, where the machine has one: on the path, or of pyenv's."""
+    of_pyenv = sorted((Path.home() / ".pyenv" / "versions").glob(f"3.{minor}.*/bin/python3"))
+    for found in filter(None, [shutil.which(f"python3.{minor}"), *map(str, of_pyenv)]):
+        said = subprocess.run([found, "-c", "import sys; print(sys.version_info[1])"], capture_output=True, text=True)
+        if said.stdout.strip() == str(minor):  # what pyenv puts on the path may start nothing
+            return found
+    return None
+
+
+@pytest.mark.parametrize("minor", range(10, 15))
+def test_every_python_reads_it_and_answers(minor: int, built: Path, tmp_path: Path) -> None:
+    """Without torch or anything else: no syntax that it lacks or warns of, and version and help of every command."""
+    python = interpreter(minor)
+    if python is None:
+        pytest.skip(f"no Python 3.{minor} on this machine")
+    (wheel,) = built.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    run(python, "-W", "error", "-m", "compileall", "-q", str(tmp_path / "site"), cwd=tmp_path)
+    bare = {"PYTHONPATH": str(tmp_path / "site"), "PYTHONNOUSERSITE": "1"}
+    assert automagic_bnb.__version__ in run(python, "-m", "automagic_bnb", "--version", cwd=tmp_path, **bare)
+    for command in ("demo", "doctor", "dashboard", "run", "inspect"):
+        assert "usage" in run(python, "-m", "automagic_bnb", command, "--help", cwd=tmp_path, **bare)
+
+
+def test_uv_installs_it(built: Path, tmp_path: Path) -> None:
+    """The wheel, into an empty environment, from which the command answers."""
+    uv = shutil.which("uv", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    if uv is None:
+        pytest.skip("uv is not installed: pip install uv")
+    (wheel,) = built.glob("*.whl")
+    run(uv, "venv", "--offline", "--python", sys.executable, str(tmp_path / "venv"), cwd=tmp_path)
+    (scripts,) = (path for path in (tmp_path / "venv" / name for name in ("bin", "Scripts")) if path.exists())
+    python = str(scripts / "python")
+    run(uv, "pip", "install", "--offline", "--no-deps", "--python", python, str(wheel), cwd=tmp_path)
+    assert automagic_bnb.__version__ in run(str(scripts / "automagic-bnb"), "--version", cwd=tmp_path)
+
+
 def test_an_installed_wheel_exposes_no_kernels(built: Path, tmp_path: Path) -> None:
     """Its modules are found under the package's name only, outside any checkout."""
     (wheel,) = built.glob("*.whl")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from automagic_bnb import __version__
 from automagic_bnb.command import quiet
-from automagic_bnb.command.demo_options import PEERS, DemoOptions
+from automagic_bnb.command.demo_options import PEERS, DemoError, DemoOptions
 
 PROFILES = ("lean", "memory_optimized", "balanced", "quality_optimized")
 Run = Callable[[argparse.Namespace], int]
@@ -92,16 +92,13 @@ def add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.set_defaults(run=run_demo, **vars(DemoOptions()))
 
 
+@expecting("demo", DemoError)
 def run_demo(args: argparse.Namespace) -> int:
     """`automagic-bnb demo`."""
     from automagic_bnb.command import demo
 
     options = DemoOptions(**{name: value for name, value in vars(args).items() if name != "run"})
-    try:
-        runs = demo.run_demo(options)
-    except demo.DemoError as e:
-        sys.stderr.write(f"automagic-bnb demo: error: {e}\n")
-        return 1
+    runs = demo.run_demo(options)
     return 0 if demo.is_complete(runs, options) else INTERRUPTED
 
 
@@ -140,9 +137,10 @@ def add_dashboard(commands: argparse._SubParsersAction[argparse.ArgumentParser])
 @expecting("dashboard", ImportError, OSError, ValueError)
 def run_dashboard(args: argparse.Namespace) -> int:
     """`automagic-bnb dashboard`."""
+    from automagic_bnb.command.progress import progress
     from automagic_bnb.watch import dashboard
 
-    sys.stdout.write(f"{dashboard.write_dashboard(args.logdir, args.out)}\n")
+    sys.stdout.write(f"{dashboard.write_dashboard(args.logdir, args.out, progress=progress)}\n")
     return 0
 
 

@@ -14,6 +14,10 @@ PEERS = ("prodigy",)
 """What may run besides."""
 
 
+class DemoError(RuntimeError):
+    """The demo cannot run here; the message says why and what to do."""
+
+
 @dataclass(frozen=True)
 class DemoOptions:
     """Rates are per step, `lr=None` lets `Automagic8bit` find its own; `compare` adds one of `PEERS`."""

@@ -1,4 +1,4 @@
-"""The demo's own pictures; what they share with others is in `plots`."""
+"""The demo's own pictures; what they share with others is in `style`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from automagic_bnb.watch.plots import COLOURS, new_figure, saved
+from automagic_bnb.watch.style import COLOURS, legend_below, new_figure, point_style, saved, scale_of_rates
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from automagic_bnb.command.demo import History
 
-SHADES = ("#56b4e9", "#0072b2")
-MARK_STYLES = (("black", "-"), ("black", ":"), *((colour, "--") for colour in COLOURS[1:]))
+SHADES = (COLOURS[5], COLOURS[0])
+MARK_STYLES = (("black", "-"), ("black", ":"), *zip(COLOURS[1:4], ("--", "-.", ":"), strict=True))
 SMOOTHING = 25
 """Steps of the trailing mean over the training loss, whose batches are far noisier than the differences shown."""
 BINS_PER_OCTAVE = 8
@@ -32,24 +34,30 @@ def save_result(path: Path, images: Sequence[np.ndarray], curves: Mapping[str, H
         curves: by the words for its legend, a history.
         digits: that the pictures show, in rows.
     """
-    figure = new_figure("A small model that draws 0-4 learns to draw 5-9", width=6, height=6.5)
-    above, below = np.asarray(figure.subfigures(2, 1, height_ratios=(4, 10))).flat
-    titles = ("what it is to draw", "before the training", "after, Automagic8bit")
+    figure = new_figure("A model that draws 0-4 learns to draw 5-9", height=5.8)
+    above, below = np.asarray(figure.subfigures(2, 1, height_ratios=(2, 5))).flat
+    titles = ("to be learned", "before training", "after, Automagic8bit")
     for axes, title, pictures in zip(above.subplots(1, 3), titles, images, strict=True):
-        axes.imshow(tile(pictures, len(digits)), cmap="gray_r", vmin=-1, vmax=1, interpolation="bicubic")
-        axes.set_title(title, fontsize=11)
-        axes.set_xticks([])
-        axes.set_yticks([])
-        axes.spines[:].set_color("lightgrey")
+        show(axes, title, pictures, len(digits))
     axes = below.subplots()
-    for colour, (words, history) in zip(COLOURS, curves.items(), strict=False):
+    for place, (words, history) in enumerate(curves.items()):
         loss = history.validation_loss
-        axes.plot(history.validation_step, loss, color=colour, lw=2.5, label=f"{words} → {loss[-1]:.3f}")
+        label = f"{words} → {loss[-1]:.3f}"
+        axes.plot(history.validation_step, loss, lw=2, ms=5, label=label, **point_style(place))
     axes.set_xlabel("training steps")
     axes.set_ylabel("error on digits it has not seen\n(lower is better)")
     axes.grid(alpha=0.3)
-    axes.legend(title="optimizer: its learning rate → error at the end", fontsize=10, title_fontsize=10)
+    legend_below(below, axes, title="optimizer, its learning rate → error at the end")
     saved(figure, path)
+
+
+def show(axes: Axes, title: str, pictures: np.ndarray, rows: int) -> None:
+    """Pictures as `tile` lays them out, dark on paper, in a faint frame."""
+    axes.imshow(tile(pictures, rows), cmap="gray_r", vmin=-1, vmax=1, interpolation="bicubic")
+    axes.set_title(title, fontsize=10)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_color("lightgrey")
 
 
 def save_samples(path: Path, images: Mapping[str, np.ndarray], digits: Sequence[int]) -> None:
@@ -61,17 +69,11 @@ def save_samples(path: Path, images: Mapping[str, np.ndarray], digits: Sequence[
         digits: the classes of the rows.
     """
     rows = -(-len(images) // 2)
-    title = "Digits 5-9 before and after the LoRA\n(8×8 pixels, smoothly enlarged; all samples from the same noise)"
-    figure = new_figure(title, height=0.8 + 2.8 * rows)
-    panels = figure.subplots(rows, 2).flat
-    for axes, (title, pictures) in zip(panels, images.items(), strict=False):
-        axes.imshow(tile(pictures, len(digits)), cmap="gray_r", vmin=-1, vmax=1, interpolation="bicubic")
-        axes.set_title(title, fontsize=12)
+    figure = new_figure("Digits 5-9 before and after: 8×8 pixels, smoothed; all from the same noise", 0.7 + 1.7 * rows)
+    for axes, (title, pictures) in zip(figure.subplots(rows, 2).flat, images.items(), strict=False):
+        show(axes, title, pictures, len(digits))
         axes.set_yticks([CELL * (row + 0.5) - 0.5 for row in range(len(digits))], [str(digit) for digit in digits])
-        axes.set_xticks([])
-        axes.tick_params(labelsize=12, length=0)
-        axes.set_ylabel("class")
-        axes.spines[:].set_color("lightgrey")
+        axes.tick_params(length=0)
     for axes in list(figure.axes)[len(images) :]:
         axes.set_axis_off()
     saved(figure, path)
@@ -90,24 +92,22 @@ def save_curves(path: Path, histories: Mapping[str, History]) -> None:
 
     That is the rate before the bounds hold single weights back, so it may lie above the mean of `learned_rates`.
     """
-    figure = new_figure("LoRA onto the digits 5-9", height=7.5)
+    figure = new_figure("A LoRA learns the digits 5-9", height=7)
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(5, 3))
-    for colour, (label, history) in zip(COLOURS, histories.items(), strict=False):
+    for place, (label, history) in enumerate(histories.items()):
         steps = np.arange(1, len(history.train_loss) + 1)
-        smooth = trailing_mean(history.train_loss, SMOOTHING)
-        losses.plot(steps, smooth, color=colour, alpha=0.4, lw=1.5, label=f"{label}, training")
-        validation = history.validation_loss
-        title = f"{label}, validation, last {validation[-1]:.4f}"
-        losses.plot(history.validation_step, validation, color=colour, lw=2, marker="o", ms=4, label=title)
-        rates.plot(steps, history.learning_rate, color=colour, lw=2, label=label)
+        style = point_style(place)
+        losses.plot(steps, trailing_mean(history.train_loss, SMOOTHING), color=style["color"], alpha=0.4, lw=1.5)
+        losses.plot(history.validation_step, history.validation_loss, lw=2, ms=4, label=label, **style)
+        rates.plot(steps, history.learning_rate, lw=2, ms=4, markevery=0.1, **style)
     losses.set_ylabel("flow-matching loss\n(mean squared error per pixel)")
-    losses.legend(title=f"training: mean of the last {SMOOTHING} steps")
     rates.set_yscale("log")
     rates.set_ylabel("mean learning rate,\nbefore bounds")
     rates.set_xlabel("step")
-    rates.legend()
     for axes in (losses, rates):
         axes.grid(alpha=0.3)
+    title = f"with marks: held-out digits\npale: training, mean of the last {SMOOTHING} steps"
+    legend_below(figure, losses, title=title)
     saved(figure, path)
 
 
@@ -127,7 +127,7 @@ def save_learning_rates(path: Path, learned: Mapping[str, np.ndarray], marks: Ma
         learned: by kind of matrix, the rates of its weights, float [n], above 0.
         marks: rates to draw as vertical lines, by label.
     """
-    figure = new_figure("Learning rates of single weights after the last step")
+    figure = new_figure("Learning rates of single weights, at the end", height=5.2)
     axes = figure.subplots()
     octaves = np.log2(np.concatenate(list(learned.values())))
     # The top bin ends where the rates do, so that rates held at their bound share one bin.
@@ -138,9 +138,9 @@ def save_learning_rates(path: Path, learned: Mapping[str, np.ndarray], marks: Ma
     axes.hist(list(learned.values()), bins=edges, stacked=True, label=list(learned), color=colours)
     for (label, rate), (colour, style) in zip(marks.items(), MARK_STYLES, strict=False):
         axes.axvline(rate, color=colour, ls=style, lw=2, label=f"{label}, {rate:.2e}")
-    axes.set_xscale("log")
+    scale_of_rates(axes)
     axes.set_xlabel("learning rate")
     axes.set_ylabel("weights per bin of 1/8 octave")
-    axes.legend()
     axes.grid(alpha=0.3)
+    legend_below(figure, axes)
     saved(figure, path)

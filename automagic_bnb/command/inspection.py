@@ -25,13 +25,15 @@ from torch import Tensor
 from automagic_bnb import auto_lr, config
 from automagic_bnb import quantization as q
 from automagic_bnb import state as st
-from automagic_bnb.command.progress import progress
+from automagic_bnb.command.progress import WatchedFile, progress
 from automagic_bnb.migration import WRAPPED
 
 ENTRIES = ("optimizer", "optimizer_state_dict", "optimizer_state", "optimizer_states", "optim")
 """Where trainers keep it within a larger checkpoint."""
 OCTAVE_PARTS = 4
 """Bars of the rates' histogram for a factor of two."""
+MOST_NAMED = 6
+"""Groups whose mean rates the picture names."""
 LARGEST = 10
 """Parameters that the table shows, those with most bytes."""
 
@@ -90,7 +92,8 @@ def load(path: Path) -> dict[str, Any]:
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; name the optimizer's file in it, such as optimizer.pt")
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        with WatchedFile(path, "reading") as file:
+            found = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         reason = str(e).splitlines()[0] if str(e) else "cannot be unpickled"
         raise ValueError(
@@ -115,7 +118,7 @@ def examine(path: Path) -> Report:
     groups = [group_of(group) for group in saved["param_groups"]]
     owners = {key: i for i, group in enumerate(saved["param_groups"]) for key in group["params"]}
     parameters, histogram = [], Counter[int]()
-    for number, state in progress(saved["state"].items(), "reading"):
+    for number, state in progress(saved["state"].items(), "examining"):
         parameters.append(parameter_of(number, owners.get(number, 0), state))
         for bar, count in bars(state, groups[parameters[-1].group]):
             histogram[bar] += count
@@ -301,30 +304,33 @@ def histogram_lines(rates: list[tuple[float, int]], width: int = 40) -> list[str
 
 def draw(report: Report, path: Path) -> None:
     """Bytes by tensor, and the rates of single weights."""
-    from automagic_bnb.watch.plots import COLOURS, new_figure, saved
+    from automagic_bnb.watch.style import COLOURS, legend_below, line_style, new_figure, saved, scale_of_rates
 
     sizes = Counter[str]()
     for parameter in report.parameters:
         for name, text in parameter.tensors.items():
             dtype, _, shape = text.partition(" ")
             sizes[name] += math.prod(json.loads(shape)) * getattr(torch, dtype).itemsize
-    figure = new_figure(f"{Path(report.file).name}: {megabytes(report.bytes)} of optimizer state", width=6, height=7)
-    held, rates = figure.subplots(2, 1)
+    title = f"{Path(report.file).name}: {megabytes(report.bytes)} of optimizer state"
+    figure = new_figure(title, height=4.5 + 0.22 * len(sizes))
+    held, rates = figure.subplots(2, 1, height_ratios=(0.8 + 0.22 * len(sizes), 2.5))
     names = [name for name, _ in sizes.most_common()][::-1]
     held.barh(names, [sizes[name] / 1e6 for name in names], color=COLOURS[0])
     held.set_xlabel("MB, by tensor of the state")
     edges = np.array([rate for rate, _ in report.rates])
+    rates.set_xlabel("learning rate of single weights")
+    rates.set_ylabel("weights")
     if len(edges):
         step = 2 ** (1 / OCTAVE_PARTS)
         counts = [count for _, count in report.rates]
         rates.bar(edges, counts, width=edges * (step - 1), align="edge", color=COLOURS[0])
-        rates.set_xscale("log")
-        for group, colour in zip(report.groups, itertools.cycle(COLOURS[1:]), strict=False):
-            if group.rate:
-                label = f"mean, {group.rate:.2e} ({group.rate_origin})"
-                rates.axvline(group.rate, color=colour, ls="--", lw=2, label=label)
-        if len(report.groups) <= 4:
-            rates.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
-    rates.set_xlabel("learning rate of single weights")
-    rates.set_ylabel("weights")
+        scale_of_rates(rates)
+        known = [(index, group) for index, group in enumerate(report.groups) if group.rate]
+        for place, (index, group) in enumerate(known):
+            label = f"mean of group {index}: {group.rate:.2e}, {group.rate_origin}"
+            rates.axvline(group.rate, lw=2, label=label, **line_style(place + 1))
+        if 0 < len(known) <= MOST_NAMED:
+            legend_below(figure, rates)
+    else:
+        rates.text(0.5, 0.5, "not recorded", ha="center", transform=rates.transAxes)
     saved(figure, path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import textwrap
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +17,17 @@ from automagic_bnb.run_log import FILE_NAME as LOG_NAME
 from automagic_bnb.run_log import Run, Series, find_runs, read_run
 from automagic_bnb.watch.panels import Panel, panels_of
 from automagic_bnb.watch.plots import MARKED, SMOOTHED, SMOOTHED_FROM, running_median, window_of
+from automagic_bnb.watch.style import COLOURS
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
+Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 FILE_NAME = "dashboard.html"
 MOST_POINTS = 2000
 """Of one curve, about as many as a screen has columns; of more, each stretch shows its least and its greatest."""
-HUES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#a6761d", "#666666", "#e6ab02", "#7570b3", "#1b1b1b")
+FEW_RUNS = 5
+"""Runs up to which what lies behind the curves is drawn, too: every single loss, and the range of rates."""
 ROW_HEIGHT = 380
 """Pixels of a row of panels."""
 NARROW = 900
@@ -64,12 +68,13 @@ th, td { padding: 0.25em 0.6em; text-align: right; border-bottom: 1px solid #ddd
 th { position: sticky; top: 0; background: #fff; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; max-width: 45vw; }
 button { font: inherit; color: inherit; background: none; border: 0; padding: 0.2em 0; cursor: pointer; }
-td button { max-width: 45vw; overflow: hidden; text-overflow: ellipsis; }
+td button { display: flex; align-items: center; text-align: left; white-space: normal; overflow-wrap: anywhere;
+  width: max-content; max-width: 40vw; }
 button:focus-visible, .wide:focus-visible { outline: 2px solid #0072b2; }
 button[aria-pressed="false"] { opacity: 0.35; }
 th[aria-sort="ascending"] button::after { content: " \\25b2"; }
 th[aria-sort="descending"] button::after { content: " \\25bc"; }
-.swatch { display: inline-block; width: 1.4em; height: 0.5em; margin-right: 0.5em; vertical-align: middle; }
+.swatch { flex: none; width: 1.4em; height: 0.5em; margin-right: 0.5em; }
 """
 SCRIPT = """
 const graphs = document.getElementById("graphs"), table = document.querySelector("table");
@@ -114,7 +119,9 @@ arrange();
 """
 
 
-def write_dashboard(logdir: str | Path, out: str | Path | None = None) -> Path:
+def write_dashboard(
+    logdir: str | Path, out: str | Path | None = None, *, progress: Progress = lambda items, title: items
+) -> Path:
     """Write a page that compares the runs in a folder and below it, and return its path.
 
     A run that cannot be read is named in a warning and left out.
@@ -124,6 +131,7 @@ def write_dashboard(logdir: str | Path, out: str | Path | None = None) -> Path:
     Args:
         logdir: holds run logs, as `RunLog` and the callbacks write them.
         out: the file to write; None: `dashboard.html` in that folder.
+        progress: takes what is to be done and a word for it, and gives it back one by one; the command's draws a bar.
 
     Raises:
         NotADirectoryError, FileNotFoundError: there is no such folder, or no run in it.
@@ -137,9 +145,9 @@ def write_dashboard(logdir: str | Path, out: str | Path | None = None) -> Path:
     found = find_runs(folder)
     path = folder / FILE_NAME if out is None else Path(out)
     check_target(path, found)
-    runs = readable_runs(found, folder)
+    runs = readable_runs(progress(found, "reading"), folder)
     config = {"displaylogo": False, "responsive": True}
-    graphs = comparison(runs).to_html(full_html=False, include_plotlyjs=True, config=config, div_id=GRAPHS)
+    graphs = comparison(runs, progress).to_html(full_html=False, include_plotlyjs=True, config=config, div_id=GRAPHS)
     title = html.escape(f"Training runs in {folder.resolve().name}")
     path.parent.mkdir(parents=True, exist_ok=True)
     parts = {"style": STYLE, "script": SCRIPT, "table": summary_table(runs), "graphs": graphs}
@@ -157,7 +165,7 @@ def check_target(path: Path, runs: list[Path]) -> None:
         raise ValueError(f"{path} is a run's log, which the page would overwrite; choose another file")
 
 
-def readable_runs(found: list[Path], folder: Path) -> list[Run]:
+def readable_runs(found: Iterable[Path], folder: Path) -> list[Run]:
     """What was logged in these folders; one that cannot be read is named in a warning and left out.
 
     Raises:
@@ -170,7 +178,7 @@ def readable_runs(found: list[Path], folder: Path) -> list[Run]:
         except (OSError, ValueError) as e:
             warn_once(f"the run in {path} is left out, it cannot be read: {e}")
     if not runs:
-        raise ValueError(f"none of the {len(found)} runs in {folder} can be read")
+        raise ValueError(f"none of the runs in {folder} can be read")
     return runs
 
 
@@ -185,7 +193,7 @@ def run_name(path: Path, folder: Path) -> str:
 
 def summary_table(runs: list[Run]) -> str:
     """A row for each run: its curves' colour, how far it came, its loss, what it held and skipped."""
-    names = ("run", "last step", "loss at the end", "lowest loss", "NaN losses", "state, MB", "skipped elements")
+    names = ("run", "loss at the end", "lowest loss", "last step", "NaN losses", "state, MB", "skipped elements")
     head = "".join(f'<th scope="col"><button type="button">{name}</button></th>' for name in names)
     rows = "".join(table_row(run, colour_of(index)) for index, run in enumerate(runs))
     return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
@@ -205,7 +213,7 @@ def table_row(run: Run, colour: str) -> str:
 
 def colour_of(index: int) -> str:
     """Of the run at this place: twenty of them, the second ten being paler."""
-    hue, pale = HUES[index % len(HUES)], index // len(HUES) % 2
+    hue, pale = COLOURS[index % len(COLOURS)], index // len(COLOURS) % 2
     if not pale:
         return hue
     return "#" + "".join(f"{(int(hue[i : i + 2], 16) + 255) // 2:02x}" for i in (1, 3, 5))
@@ -221,9 +229,9 @@ def summary(run: Run) -> tuple[str, ...]:
     last_step = max((int(series.steps[-1]) for series in run.series.values()), default=None)
     return (
         run.name,
-        "–" if last_step is None else f"{last_step}",
         number(np.median(end) if end.size else None),
         number(np.nanmin(smooth) if np.isfinite(smooth).any() else None),
+        "–" if last_step is None else f"{last_step}",
         str(int((~np.isfinite(loss)).sum())),
         number(state[-1] * 1e-6 if state.size else None),
         number(skipped[-1] if skipped.size else None),
@@ -237,7 +245,7 @@ def number(value: Any) -> str:
 # --- the graphs ------------------------------------------------------------------------------------------------------
 
 
-def comparison(runs: list[Run]) -> Figure:
+def comparison(runs: list[Run], progress: Progress = lambda items, title: items) -> Figure:
     """All panels of all runs, a colour for each run; the table of the page is their legend.
 
     Raises:
@@ -251,18 +259,18 @@ def comparison(runs: list[Run]) -> Figure:
         raise ImportError('the dashboard needs plotly: pip install "automagic-bnb[dashboard]"') from e
     columns = min(len(panels), 2)
     rows = -(-len(panels) // columns)
-    titles = [f"<b>{panel.title}</b><br><sup>{key(panel, runs)}</sup>" for panel in panels]
+    titles = [f"<b>{panel.title}</b><br><span style='font-size:11px'>{key(panel, runs)}</span>" for panel in panels]
     figure = make_subplots(rows, columns, subplot_titles=titles, vertical_spacing=0.32 / rows, horizontal_spacing=0.09)
-    for place, panel in enumerate(panels):
+    for place, panel in enumerate(progress(panels, "drawing")):
         at: dict[str, Any] = {"row": place // columns + 1, "col": place % columns + 1}
         drawn = {name for run in runs for name in panel.drawn(run)}
         for index, run in enumerate(runs):
+            if len(runs) <= FEW_RUNS:
+                add_background(figure, panel, run, colour_of(index), at)
             add_run(figure, panel, run, drawn, colour_of(index), at)
         figure.update_xaxes(title_text="step", **at)
-        figure.update_yaxes(title_text=panel.unit, **at)
-        figure.update_yaxes(
-            **({"type": "log", "exponentformat": "power"} if panel.logarithmic else {"rangemode": "tozero"}), **at
-        )
+        scale = {"type": "log", "exponentformat": "e", "dtick": 1} if panel.logarithmic else {"rangemode": "tozero"}
+        figure.update_yaxes(title_text=panel.unit, **scale, **at)
     figure.update_xaxes(matches="x", showticklabels=True)
     figure.update_yaxes(automargin=True)
     figure.update_annotations(yanchor="bottom", font_size=14)
@@ -273,7 +281,7 @@ def comparison(runs: list[Run]) -> Figure:
         height=ROW_HEIGHT * rows + top,
         hovermode="closest",
         showlegend=False,
-        margin={"t": top, "l": 60, "r": 15, "b": 60},
+        margin={"t": top, "l": 10, "r": 10, "b": 60},
         meta={"panels": len(panels), "row": ROW_HEIGHT, "top": top, "narrow": NARROW},  # for the script
     )
     return figure
@@ -289,7 +297,8 @@ def key(panel: Panel, runs: list[Run]) -> str:
             kinds.setdefault(words[panel.dash(curve, drawn)], []).append(curve.label)
     parts = [f"{kind}: {', '.join(labels)}" for kind, labels in kinds.items()]
     parts += ["×: NaN or infinite"] if any(len(lost_losses(panel, run)) for run in runs) else []
-    parts += ["shaded: 10 % to 90 % of elements"] if panel.band and set(panel.band) <= drawn else []
+    shaded = panel.band and set(panel.band) <= drawn and len(runs) <= FEW_RUNS
+    parts += ["shaded: 10 % to 90 % of elements"] if shaded else []
     return "<br>".join(textwrap.wrap("; ".join(parts), KEY_WIDTH)) if len(parts) > 1 else ""
 
 
@@ -301,18 +310,36 @@ def lost_losses(panel: Panel, run: Run) -> np.ndarray:
     return steps[~np.isfinite(values)]
 
 
-def add_run(figure: Figure, panel: Panel, run: Run, drawn: set[str], colour: str, at: dict[str, Any]) -> None:
-    """One run's curves in one panel, in which these metrics are drawn of any run."""
+def add_background(figure: Figure, panel: Panel, run: Run, colour: str, at: dict[str, Any]) -> None:
+    """What lies behind one run's curves: its panel's band, and every loss where the curve is a running median."""
     series = panel.drawn(run)
-    common = {"legendgroup": run.name, "showlegend": False, "name": run.name}
+    common = {"mode": "lines", "hoverinfo": "skip", **of_run(run)}
     low, high = (series.get(name) for name in panel.band or ("", ""))
     if low is not None and high is not None and np.array_equal(low.steps, high.steps):
         keep = thinned(high)
         edge = {"width": 0, "color": colour}
         for (steps, values), fill in ((low, {}), (high, {"fill": "tonexty", "fillcolor": faint(colour)})):
-            figure.add_scatter(
-                x=steps[keep], y=values[keep], line=edge, mode="lines", hoverinfo="skip", **fill, **common, **at
-            )
+            figure.add_scatter(x=steps[keep], y=values[keep], line=edge, **fill, **common, **at)
+    if "loss" in series and is_smoothed("loss", series["loss"]):
+        steps, values = series["loss"]
+        keep, thin = thinned(series["loss"]), {"color": colour, "width": 1}
+        figure.add_scatter(x=steps[keep], y=values[keep], line=thin, opacity=0.3, **common, **at)
+
+
+def of_run(run: Run) -> dict[str, Any]:
+    """What all traces of a run have, by which the page's script finds them."""
+    return {"legendgroup": run.name, "showlegend": False, "name": run.name}
+
+
+def is_smoothed(metric: str, series: Series) -> bool:
+    """Whether its curve is a running median."""
+    return metric == "loss" and len(series.steps) >= SMOOTHED_FROM
+
+
+def add_run(figure: Figure, panel: Panel, run: Run, drawn: set[str], colour: str, at: dict[str, Any]) -> None:
+    """One run's curves in one panel, in which these metrics are drawn of any run."""
+    series = panel.drawn(run)
+    common = of_run(run)
     for curve in panel.curves:
         if curve.metric not in series:
             continue
@@ -324,11 +351,7 @@ def add_run(figure: Figure, panel: Panel, run: Run, drawn: set[str], colour: str
             "shape": "hv" if panel.stepped else "linear",
         }
         hover = f"{html.escape(run.name)}<br>{curve.label} %{{y:.4g}}<br>step %{{x}}<extra></extra>"
-        if curve.metric == "loss" and len(steps) >= SMOOTHED_FROM:
-            keep, thin = thinned(series[curve.metric]), {**line, "width": 1}
-            figure.add_scatter(
-                x=steps[keep], y=values[keep], line=thin, mode="lines", opacity=0.3, hoverinfo="skip", **common, **at
-            )
+        if is_smoothed(curve.metric, series[curve.metric]):
             values = running_median(values, window_of(values))
         keep = thinned(Series(steps, values))
         mode = "lines+markers" if len(steps) <= MARKED else "lines"

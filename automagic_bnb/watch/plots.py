@@ -1,4 +1,4 @@
-"""Pictures of what the package measures, drawn with matplotlib's object interface: no window, no global state.
+"""Pictures of what the package measures, in the style that all pictures share.
 
 Every function returns the `matplotlib.figure.Figure` and, where a path is given, writes it there too.
 """
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from automagic_bnb.run_log import Run, Series, as_run
 from automagic_bnb.watch.panels import Curve, Panel, panels_of
+from automagic_bnb.watch.style import COLOURS, legend_below, new_figure, point_style, saved
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,39 +22,14 @@ if TYPE_CHECKING:
 
     from automagic_bnb.watch.spectrum import Spectrum
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
-"""Blue, vermilion, green and purple, told apart with any colour vision."""
-DPI = 150
 SMOOTHED = 21
 """Losses in a running median, of fewer where there are few."""
 SMOOTHED_FROM = 50
 """Losses from which on their running median is drawn."""
 
-LINES = {"solid": "-", "dash": "--", "dot": ":"}
+DASHES = {"solid": "-", "dash": "--", "dot": ":"}
 MARKED = 30
 """Values up to which each gets a marker; a single one between gaps would not show otherwise."""
-
-
-def new_figure(title: str, width: float = 9, height: float = 5) -> Figure:
-    """An empty figure of that size in inches.
-
-    Raises:
-        ImportError: matplotlib is not installed; names the extra that brings it.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise ImportError('pictures need matplotlib: pip install "automagic-bnb[plots]"') from e
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(title, fontsize=14)
-    return figure
-
-
-def saved(figure: Figure, path: str | Path | None) -> Figure:
-    """The figure, written to the path if there is one; the suffix (.png, .svg, .pdf) is the format."""
-    if path is not None:
-        figure.savefig(path, dpi=DPI)
-    return figure
 
 
 def plot_spectrum(spectrum: Spectrum, path: str | Path | None = None) -> Figure:
@@ -66,21 +42,16 @@ def plot_spectrum(spectrum: Spectrum, path: str | Path | None = None) -> Figure:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    figure = new_figure(f"Spatial spectrum of a tensor [{', '.join(map(str, spectrum.shape))}]")
+    figure = new_figure(f"Spatial spectrum of a tensor [{', '.join(map(str, spectrum.shape))}]", height=4.8)
     axes = figure.subplots()
     curves = (
         ("before the filter", spectrum.power_before, spectrum.high_share_before, "-"),
-        (
-            f"after, frequency_penalty {spectrum.frequency_penalty:g}",
-            spectrum.power_after,
-            spectrum.high_share_after,
-            "--",
-        ),
+        ("after", spectrum.power_after, spectrum.high_share_after, "--"),
     )
-    for colour, (label, power, share, style) in zip(COLOURS, curves, strict=False):
+    for place, (label, power, share, style) in enumerate(curves):
         seen = power > 0  # not in empty bins (NaN), nor where a logarithm has nothing to show
-        label += f"; {share:.2%} of the energy above the cut-off" if spectrum.energy_before > 0 else ""
-        axes.plot(spectrum.radius[seen], power[seen], style, color=colour, lw=2, marker="o", ms=4, label=label)
+        label += f": {share:.2%} of the energy above the cut-off" if spectrum.energy_before > 0 else ""
+        axes.plot(spectrum.radius[seen], power[seen], ls=style, lw=2, ms=4, label=label, **point_style(place))
     axes.axvline(spectrum.cutoff, color="black", ls=":", lw=1.5, label=f"cut-off {spectrum.cutoff:g}")
     axes.set_xlim(0, 1)
     if spectrum.energy_before > 0:
@@ -90,7 +61,7 @@ def plot_spectrum(spectrum: Spectrum, path: str | Path | None = None) -> Figure:
     axes.set_xlabel("spatial frequency (0: constant, 1: chequerboard)")
     axes.set_ylabel("mean power of a mode")
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center")
+    legend_below(figure, axes, title=f"frequency_penalty {spectrum.frequency_penalty:g}")
     return saved(figure, path)
 
 
@@ -100,7 +71,7 @@ def plot_singular_values(
     path: str | Path | None = None,
     title: str = "Singular values",
 ) -> Figure:
-    """Singular values by index, and beside them the effective rank over the steps where a history is given.
+    """Singular values by index, and below them the effective rank over the steps where a history is given.
 
     Args:
         values: by label, what `singular_values` returned, [n].
@@ -111,24 +82,22 @@ def plot_singular_values(
     Raises:
         ImportError: matplotlib is not installed.
     """
-    figure = new_figure(title, width=13 if history else 9)
-    panels = figure.subplots(1, 2 if history else 1, squeeze=False)[0]
+    figure = new_figure(title, height=7.5 if history else 4.5)
+    panels = figure.subplots(2 if history else 1, 1, squeeze=False)[:, 0]
     for place, (label, sigma) in enumerate(values.items()):
         sigma = sigma.detach().cpu()
-        index = range(1, len(sigma) + 1)
-        panels[0].plot(index, sigma, marker="o", ms=4, lw=2, label=label, **line_style(place))
+        panels[0].plot(range(1, len(sigma) + 1), sigma, ms=4, lw=2, label=label, **point_style(place))
     panels[0].set_xlabel("index")
     panels[0].set_ylabel("singular value")
-    panels[0].set_ylim(bottom=0)
     finish(panels[0])
     if history:
         for place, (label, by_step) in enumerate(history.items()):
             ranks = {step: rank for step, rank in by_step.items() if rank > 0}
-            panels[1].plot(list(ranks), list(ranks.values()), marker="o", ms=4, lw=2, label=label, **line_style(place))
+            panels[1].plot(list(ranks), list(ranks.values()), ms=4, lw=2, label=label, **point_style(place))
         panels[1].set_xlabel("step")
         panels[1].set_ylabel("effective rank")
-        panels[1].set_ylim(bottom=0)
         finish(panels[1])
+    legend_below(figure, panels[-1])
     return saved(figure, path)
 
 
@@ -139,8 +108,8 @@ def plot_training(
 ) -> Figure:
     """A run at a glance: loss, learning rates, state memory, torque, edges and skipped elements over the steps.
 
-    Of the rates, the mean, the range from the 10th to the 90th percentile, and the bounds are drawn. What was not
-    logged is left out. A long loss is drawn with its running median.
+    One panel stands below the other. Of the rates, the mean, the range from the 10th to the 90th
+    percentile, and the bounds are drawn. What was not logged is left out. A long loss is drawn with its running median.
 
     Args:
         run_or_history: a run, the folder of one (as `RunLog` and the callbacks write it), records with a "step" each
@@ -156,14 +125,9 @@ def plot_training(
     """
     run = as_run(run_or_history)
     panels = panels_of([run])
-    columns = 3 if len(panels) > 4 else min(len(panels), 2)
-    rows = -(-len(panels) // columns)
-    figure = new_figure(title or run.name, width=5.2 * columns, height=0.6 + 3.6 * rows)
-    places = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axes, panel in zip(places, panels, strict=False):
+    figure = new_figure(title or run.name, height=0.5 + 2.7 * len(panels))
+    for axes, panel in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
         draw_panel(axes, panel, run)
-    for axes in places[len(panels) :]:
-        axes.set_visible(False)
     return saved(figure, path)
 
 
@@ -174,7 +138,7 @@ def draw_panel(axes: Axes, panel: Panel, run: Run) -> None:
     if low is not None and high is not None and np.array_equal(low.steps, high.steps):
         axes.fill_between(low.steps, low.values, high.values, color=COLOURS[0], alpha=0.25, lw=0, label="10 % to 90 %")
     for place, curve in enumerate(curve for curve in panel.curves if curve.metric in series):
-        style = {"color": COLOURS[place], "ls": LINES[panel.dash(curve, series)]}
+        style = {"color": COLOURS[place], "ls": DASHES[panel.dash(curve, series)]}
         style["ds"] = "steps-post" if panel.stepped else "default"
         draw_curve(axes, curve, series[curve.metric], style)
     axes.set_title(panel.title, fontsize=12)
@@ -231,13 +195,8 @@ def running_median(values: np.ndarray, window: int = SMOOTHED) -> np.ndarray:
     return medians
 
 
-def line_style(place: int) -> dict[str, str]:
-    """Colour and dashes of the line at this place, no two alike among the first eight."""
-    return {"color": COLOURS[place % len(COLOURS)], "ls": ("-", "--")[place // len(COLOURS) % 2]}
-
-
 def finish(axes: Axes) -> None:
-    """What every panel of lines has: whole numbers below it, a legend and a faint grid."""
+    """What every panel over counts has: whole numbers below it, nothing below 0, and a faint grid."""
     axes.locator_params(axis="x", integer=True)
-    axes.legend()
+    axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)

@@ -25,7 +25,18 @@ from search import Results
 from tasks import Task
 from training import measure
 
+from automagic_bnb.watch import style
+
 HERE = Path(__file__).parent
+NAMES = {
+    "ours": "Automagic8bit, best rate",
+    "ours-found": "Automagic8bit, no rate given",
+    "adamw8bit": "AdamW8bit",
+    "prodigy": "Prodigy, no rate given",
+    "schedule-free": "Schedule-Free, best rate",
+    "muon": "Muon, best rate",
+}
+"""Of optimizers, for pictures; others stand under their names in the tables."""
 
 
 @dataclass(frozen=True)
@@ -228,49 +239,46 @@ def markdown(comparison: Comparison) -> str:
 
 # --- plots -----------------------------------------------------------------------------------------------------------
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
-MARKERS = "osD^vPX"
-WIDTH = 4.6
-"""Inches; with the fonts below, letters stay legible on a phone."""
-
 
 def _figure(rows: int, columns: int, height: float) -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    pyplot.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    return pyplot.subplots(rows, columns, figsize=(WIDTH, height), squeeze=False, layout="constrained")
+    """An empty figure of that height in inches, in the style that all pictures share, and its axes."""
+    figure = style.new_figure("", height)
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def plot_regret(comparison: Comparison, split: str, shown: Sequence[str], path: Path, limit: float = 20.0) -> None:
-    """The excess of some optimizers by task; what lies beyond the limit stands at it, with its value beside it."""
+def plot_regret(
+    comparison: Comparison, split: str, shown: Sequence[str], path: Path, description: str = "", limit: float = 20.0
+) -> None:
+    """The excess of some optimizers by task; what lies beyond the limit stands at it, with its value beside it.
+
+    Args:
+        description: to be kept in the PNG.
+    """
     chosen = comparison.of(split)
-    figure, ((axis,),) = _figure(1, 1, 1.2 + 0.42 * len(chosen))
+    figure, ((axis,),) = _figure(1, 1, 1.5 + 0.14 * len(shown) * len(chosen))
     for i, name in enumerate(shown):
         for row, task in enumerate(chosen):
             if (excess := comparison.excess(task.name, name)) is None:
                 continue
             at = max(-limit, min(excess.mean, limit)) if math.isfinite(excess.mean) else limit
             half = excess.half if math.isfinite(excess.half) and abs(at) < limit else 0.0
-            style = {"color": COLOURS[i % 7], "marker": MARKERS[i % 7], "label": name if row == 0 else None}
+            look = style.point_style(i)
             height = row + 0.8 / len(shown) * (i - (len(shown) - 1) / 2)
-            axis.errorbar(at, height, xerr=half, markersize=5, linestyle="", **style)
+            axis.errorbar(at, height, xerr=half, ms=5, ls="", label=NAMES.get(name, name) if row == 0 else None, **look)
             if at == limit:
                 beyond = f"{excess.mean:+.0f}" if math.isfinite(excess.mean) else "diverged"
-                axis.annotate(f"  {beyond} →", (at, height), va="center", fontsize=7, color=COLOURS[i % 7])
+                axis.annotate(f"  {beyond} →", (at, height), va="center", fontsize=8, color=look["color"])
             if at == -limit:
                 axis.annotate(f"← {excess.mean:+.0f}", (at, height), (8, 0), textcoords="offset points",
-                              va="center", fontsize=7, color=COLOURS[i % 7])  # fmt: skip
+                              va="center", fontsize=8, color=look["color"])  # fmt: skip
     axis.axvline(0, color="0.4", linewidth=1)
     axis.set_yticks(range(len(chosen)), [task.name for task in chosen])
     axis.invert_yaxis()
     axis.grid(axis="y", color="0.92")
     axis.set_xlim(-1.05 * limit, 1.25 * limit)
-    axis.set_xlabel("loss over AdamW8bit at its best rate, %")
+    axis.set_xlabel("loss over AdamW8bit at its best rate, %\n(left of 0 is better)")
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
-    figure.savefig(path, dpi=200)
+    style.saved(figure, path, description)
 
 
 def plot_rates(comparison: Comparison, split: str, shown: Sequence[str], found: str, path: Path) -> None:
@@ -292,26 +300,32 @@ def plot_rates(comparison: Comparison, split: str, shown: Sequence[str], found: 
         }
         for i, (name, points) in enumerate(excess.items()):
             xs, ys = zip(*points, strict=True) if points else ((), ())
-            axis.plot(xs, ys, color=COLOURS[i], marker=MARKERS[i], markersize=3, linewidth=1.2, label=name)
+            axis.plot(xs, ys, ms=3, lw=1.2, label=NAMES.get(name, name), **style.point_style(i))
         own = comparison.best.get((task.name, found))
         if own is not None and own.found is not None:
             at = comparison.excess(task.name, found)
-            style = {"marker": "*", "markersize": 11, "markeredgecolor": "white", "color": "black"}
-            axis.plot([own.found], [at.mean if at else math.nan], linestyle="", zorder=3, label=found, **style)
+            star = {
+                "marker": "*",
+                "ms": 11,
+                "markeredgecolor": "white",
+                "color": "black",
+                "label": NAMES.get(found, found),
+            }
+            axis.plot([own.found], [at.mean if at else math.nan], ls="", zorder=3, **star)
         lowest = min((y for points in excess.values() for _, y in points), default=0.0)
         lowest = min(lowest, at.mean if own is not None and own.found is not None and at else 0.0)
         axis.set(xscale="log", xlim=(1e-5, 0.1), ylim=(min(-10.0, 1.15 * lowest), 60), title=task.name)
         axis.set_xticks([1e-5, 1e-4, 1e-3, 1e-2, 1e-1])
         axis.minorticks_off()
-        axis.title.set_fontsize(8)
+        axis.title.set_fontsize(9)
         axis.axhline(0, color="0.7", linewidth=0.8)
     for axis in list(axes.flat)[len(chosen) :]:
         axis.set_visible(False)
     figure.supxlabel("learning rate")
     figure.supylabel("loss over AdamW8bit at its best rate, %")
     handles, labels = next(iter(axes.flat)).get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=200)
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
+    style.saved(figure, path)
 
 
 def main() -> int:
