@@ -44,7 +44,7 @@ class Automagic(ParameterGroups):
             been found, and shows that as long as no scheduler drives the group. With `auto_lr=True` from 0.01 on a
             factor of the rate found, below it where the search starts.
         options: any field of `AutomagicConfig`, which lists them with their defaults. All but `backend`, `is_paged`,
-            `profile`, `run_log`, `run_log_every` and `verbose` may also stand in a parameter group or in a
+            `preset`, `profile`, `run_log`, `run_log_every` and `verbose` may also stand in a parameter group or in a
             `GlobalOptimManager` override.
 
     Raises:

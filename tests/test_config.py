@@ -58,6 +58,7 @@ DEFAULTS = {
     "master": "stochastic",
     "seed": 0,
     "backend": None,
+    "preset": None,
     "profile": None,
     "verbose": False,
     "run_log": None,
@@ -160,6 +161,7 @@ VALUES: dict[str, Values] = {
     "run_log_every": whole(10, 1, 1000, beyond=[0, -1]),
     "block_wise": ([(True, True), ("true", True)], [False, "False", 1, None]),
     "backend": choice("triton", "torch"),
+    "preset": choice("sdxl-lora", "flux-lora", "wan-lora", "llm-lora", "full"),
     "profile": choice("lean", "memory_optimized", "balanced", "quality_optimized"),
     "betas": (
         LEGAL_BETAS,
@@ -428,10 +430,10 @@ def test_options_stand_above_their_profile() -> None:
 # ------------------------------------------------------------------------------------------------ groups and overrides
 
 
-WHOLE_OPTIMIZER = ("backend", "is_paged", "profile", "run_log", "run_log_every", "verbose")
+WHOLE_OPTIMIZER = ("backend", "is_paged", "preset", "profile", "run_log", "run_log_every", "verbose")
 
 
-def test_six_options_hold_for_the_whole_optimizer() -> None:
+def test_seven_options_hold_for_the_whole_optimizer() -> None:
     """All others may stand in a group or an override."""
     assert set(config.GROUP_OPTIONS) == set(DEFAULTS) - set(WHOLE_OPTIMIZER)
 
