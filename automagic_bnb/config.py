@@ -289,7 +289,8 @@ class AutomagicConfig:
     # stochastic_rounding=False).
     master: str = _opt("stochastic", _choice_rule("none", "stochastic", "ecc8", scope="parameter"))
     # How it runs.
-    seed: int = _opt(0, _integer_rule("a whole number from 0 to 2**63 - 1", 0, 2**63 - 1))
+    # Of random bits; None: a parameter's name alone tells them, or where it has none the optimizer's number besides.
+    seed: int | None = _opt(None, _or_none(_integer_rule("a whole number from 0 to 2**63 - 1", 0, 2**63 - 1)))
     # Steps are counted on the device, and CUDA graphs may capture one.
     capturable: bool = _opt(False, _BOOL)
     backend: str | None = _opt(None, _or_none(_choice_rule("triton", "torch")))

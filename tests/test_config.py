@@ -56,7 +56,7 @@ DEFAULTS = {
     "cautious": True,
     "stochastic_rounding": True,
     "master": "stochastic",
-    "seed": 0,
+    "seed": None,
     "backend": None,
     "preset": None,
     "profile": None,
@@ -153,7 +153,7 @@ VALUES: dict[str, Values] = {
     "optim_bits": whole(8, 32, beyond=[0, 4, 9, 16, 31, 33, 56, -8]),
     "mask_bits": whole(8, 4, 0, beyond=[1, 2, 5, 16, 32, -4]),
     "mean_bits": whole(32, 16, beyond=[0, 8, 24, 48]),
-    "seed": whole(0, 2**63 - 1, 1234567890123456789, beyond=[-1, 2**63, "1e400"]),
+    "seed": or_none(whole(0, 2**63 - 1, 1234567890123456789, beyond=[-1, 2**63, "1e400"])),
     "run_log": (
         [("runs/a", "runs/a"), (Path("runs/a"), "runs/a"), (None, None), ("none", None)],
         [1, True, b"runs", ["a"]],
