@@ -56,8 +56,8 @@ class Facts:
         """The key of its random bits under these options: of its seed and its name, which is the same in whatever
         optimizer the parameter is, alone or among others; without a name of its ordinal.
 
-        Where no seed is given, an optimizer's own number stands for one, by which the first parameters of two optimizers
-        differ; of parameters with names, 0.
+        Where no seed is given, the optimizer's own number stands for one, by which the first parameters of two
+        optimizers differ; of parameters with names, 0.
         """
         seed = options["seed"]
         if not self.name:
