@@ -238,15 +238,10 @@ def tiny_model(tmp_path: Path) -> Path:
 
 def run_in(folder: Path, *arguments: str) -> str:
     """What a process says; it fails where the process does."""
-    environment = {
-        **os.environ,
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "HF_DATASETS_CACHE": str(folder / "cache"),
-    }
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", *arguments], cwd=folder, capture_output=True, text=True, env=environment
-    )
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment["HF_DATASETS_CACHE"] = str(folder / "cache")
+    command = [sys.executable, "-W", "ignore", *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -261,9 +256,8 @@ def test_trls_script_trains(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "data/train.jsonl").write_text("\n".join(rows))
     names = '"HuggingFaceTB/SmolLM2-135M", "mhenrichsen/alpaca_2k_test"'
     assert names in script
-    script = script.replace(names, f"{str(tiny_model)!r}, {str(tmp_path / 'data')!r}").replace(
-        "STEPS = 500", "STEPS = 3"
-    )
+    script = script.replace(names, f"{str(tiny_model)!r}, {str(tmp_path / 'data')!r}")
+    script = script.replace("STEPS = 500", "STEPS = 3")
     script = script.replace('report_to="none"', 'report_to="none", use_cpu=True, bf16=False')  # this is no GPU
     script += "opt = getattr(trainer.optimizer, 'optimizer', trainer.optimizer)\n"
     script += "print([type(opt).__name__, opt.param_groups[0]['lora'], opt.param_groups[0]['auto_lr']])\n"
