@@ -92,6 +92,7 @@ class Search:
 
     def has_started(self) -> bool:
         """Whether a step has been taken; if not, what the search keeps in its groups is made."""
+        self.follow()
         group = self.leader
         if {"auto_lr_rate", "auto_lr_sums"} <= group.keys():
             return True
@@ -99,6 +100,21 @@ class Search:
         group["auto_lr_sums"], group["auto_lr_count"] = torch.zeros(2, dtype=torch.float32, device=d.device), 0
         group["auto_lr_watched"] = group["auto_lr_joined"] = 0
         return False
+
+    def follow(self) -> None:
+        """Take what the search keeps on a device to where its first parameter is: a trainer that moves models and
+        states by hand leaves it behind."""
+        device = st.local_tensor(self.leader["params"][0]).device
+        rate = self.leader.get("auto_lr_rate")
+        if rate is None or rate.device == device:
+            return
+        self.settle()
+        self.counter = self.places = None
+        self.shown.clear()
+        for group in self.groups:
+            for name in ("auto_lr_rate", "auto_lr_sums", "effective_lr"):
+                if isinstance(group.get(name), Tensor):
+                    group[name] = group[name].to(device)
 
     def count(self) -> bool:
         """Count a step that begins; whether its estimate moves d."""

@@ -35,7 +35,7 @@ SHARDED_WARNING = (
 WRAPPERS = frozenset(["module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
 """Parts of a parameter's name that say how a model is wrapped, not which parameter it is."""
 
-NONE_ALLOWED = frozenset(["max_lr", "auto_lr_steps", "lora"])
+NONE_ALLOWED = frozenset(["max_lr", "auto_lr_steps", "lora", "seed"])
 """Options that a group may have as None; of the others it has what None stood for."""
 RATES = frozenset(["lr", "base_lr", "initial_lr", "auto_lr_rate", "auto_lr_given", "auto_lr_peak", "effective_lr"])
 """Numbers of a group that a schedule or a search has left there, each >= 0."""
@@ -226,7 +226,7 @@ def _check_group_entry(name: str, value: Any, where: str) -> None:
         number: Any = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
         if not config.is_number(number) or not 0 <= number <= st.FLOAT_MAX:
             raise ValueError(f"{name}={number!r}{where}: must be a finite number >= 0")
-    elif name == "auto_lr_count":
+    elif name in ("auto_lr_count", "own_seed"):
         migration.checked_step(value, f"{name}{where}")
     elif name == "auto_lr_sums" and not (
         isinstance(value, Tensor) and tuple(value.shape) == (2,) and bool(torch.isfinite(value).all())

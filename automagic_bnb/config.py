@@ -1,4 +1,4 @@
-"""Every option of the optimizer: its default, its legal range, its check, and the ready-made profiles.
+"""Every option of the optimizer: its default, its legal range, its check, and the ready-made presets and profiles.
 
 An option is written once, as a field of `AutomagicConfig` with the `Rule` that checks it. The constructor, parameter
 groups, `GlobalOptimManager` overrides and profiles all go through `check_option`.
@@ -30,6 +30,14 @@ LARGE_LR = 0.03
 """A given rate above it is said to be one, once."""
 FACTOR_LR = 0.01
 """With auto_lr=True an lr from here on is a factor of the rate found (Prodigy's lr=1), a lower one where it starts."""
+PRESETS: dict[str, dict[str, Any]] = {
+    "sdxl-lora": {"lora": True, "weight_decay": 0.01},
+    "flux-lora": {"lora": True, "weight_decay": 1e-4},
+    "wan-lora": {"lora": True, "weight_decay": 0.01},
+    "llm-lora": {"lora": True, "weight_decay": 0.01},
+    "full": {"weight_decay": 0.01},
+}
+"""By what is trained, the options that a measurement or a publication speaks for: docs/presets.md has each one's."""
 
 
 @dataclass(frozen=True)
@@ -281,10 +289,13 @@ class AutomagicConfig:
     # stochastic_rounding=False).
     master: str = _opt("stochastic", _choice_rule("none", "stochastic", "ecc8", scope="parameter"))
     # How it runs.
-    seed: int = _opt(0, _integer_rule("a whole number from 0 to 2**63 - 1", 0, 2**63 - 1))
+    # Of random bits; None: a parameter's name alone tells them, or where it has none the optimizer's number besides.
+    seed: int | None = _opt(None, _or_none(_integer_rule("a whole number from 0 to 2**63 - 1", 0, 2**63 - 1)))
     # Steps are counted on the device, and CUDA graphs may capture one.
     capturable: bool = _opt(False, _BOOL)
     backend: str | None = _opt(None, _or_none(_choice_rule("triton", "torch")))
+    # What is trained, and how it is kept: options that stand below those given, a preset's above a profile's.
+    preset: str | None = _opt(None, _or_none(_choice_rule(*PRESETS)))
     profile: str | None = _opt(
         None, _or_none(_choice_rule("lean", "memory_optimized", "balanced", "quality_optimized"))
     )
@@ -412,7 +423,7 @@ def near_miss(key: str) -> str | None:
 
 
 def make_config(**options: Any) -> AutomagicConfig:
-    """A checked config: the profile, if one is named, under the options given.
+    """A checked config: the profile, if one is named, under the preset's options, under those given.
 
     Raises:
         TypeError, ValueError: as `check_option`; and where min_lr exceeds max_lr, or lr lies above a max_lr that the
@@ -422,8 +433,10 @@ def make_config(**options: Any) -> AutomagicConfig:
         if name not in RULES:
             raise unknown_option(name)
     profile = check_option("profile", options.get("profile"))
+    preset = check_option("preset", options.get("preset"))
     base = getattr(OptimizationProfiles, profile)() if profile else AutomagicConfig()
-    config = dataclasses.replace(base, **respelled({k: check_option(k, v) for k, v in options.items()}))
+    given = respelled({k: check_option(k, v) for k, v in options.items()})
+    config = dataclasses.replace(base, **{**PRESETS.get(preset, {}), **given})
     config.profile = profile
     check_rates(vars(config))
     warn_of_factor(vars(config))

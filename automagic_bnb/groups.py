@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import logging
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from operator import is_
 from typing import Any, ClassVar
@@ -30,6 +31,9 @@ logger = logging.getLogger("automagic_bnb")
 LORA_NAME_PARTS = ("lora_A", "lora_B", "lora_up", "lora_down", "lora_embedding", "lokr_", "hada_")
 TORCH_TAKES_NAMES = TorchVersion(torch.__version__) >= "2.6"
 EMBEDDING_NAME_PARTS = ("embed", "emb.", "wte", "wpe")
+own_seeds: Iterator[int] = itertools.count()
+"""What stands for a seed where none is given: the how many-th optimizer of this process it is. No random number, since
+processes that train replicas must round alike whatever their generators hold: they make the same optimizers."""
 FOREIGN_OVERRIDES = ("alpha", "t_alpha", "t_beta3", "max_unorm", "skip_zeros")
 """Keys that bitsandbytes' own optimizers read from an override and that say nothing to this one."""
 
@@ -48,13 +52,18 @@ class Facts:
     probe_stride: int = st.PROBE_STRIDE
     """Of how many blocks auto_lr watches one, by the size of the parameter's group when it came."""
 
-    @property
-    def key(self) -> int:
-        """Below 2**64, part of the key of its random bits: of its name, which is the same in whatever optimizer the
-        parameter is, alone or among others; without a name its ordinal."""
+    def random_key(self, options: dict[str, Any]) -> int:
+        """The key of its random bits under these options: of its seed and its name, which is the same in whatever
+        optimizer the parameter is, alone or among others; without a name of its ordinal.
+
+        Where no seed is given, the optimizer's own number stands for one, by which the first parameters of two
+        optimizers differ; of parameters with names, 0.
+        """
+        seed = options["seed"]
         if not self.name:
-            return self.ordinal
-        return int.from_bytes(hashlib.blake2b(self.name.encode(), digest_size=8).digest(), "big")
+            return q.parameter_key(options["own_seed"] if seed is None else seed, self.ordinal)
+        named = int.from_bytes(hashlib.blake2b(self.name.encode(), digest_size=8).digest(), "big")
+        return q.parameter_key(seed or 0, named)
 
     def counts_as_lora(self, options: dict[str, Any]) -> bool:
         """Whether the parameter is treated as LoRA's: as its group says, else as its mark or name do."""
@@ -108,6 +117,8 @@ class ParameterGroups(bnb.Optimizer2State):
     """Those of the class options that the class's name promises."""
     _lr: Tensor | None = None
     """The constructor's lr where it is a tensor."""
+    _own_seed = 0
+    """What stands for a seed where none is given; groups hold it, and checkpoints with them."""
 
     def __init__(self, params: Iterable[Any], lr: float | None = None, **options: Any) -> None:
         named = options.get("profile") is not None  # then only what the class's name promises stands above it
@@ -124,6 +135,7 @@ class ParameterGroups(bnb.Optimizer2State):
         if not bnb.BITSANDBYTES_AVAILABLE and c.optim_bits == 8:
             warn_once(bnb.MISSING_WARNING)
         self._lr = lr if isinstance(lr, Tensor) else None
+        self._own_seed = next(own_seeds)
         self._facts: dict[Tensor, Facts] = {}
         self._owners: tuple[list[Group], dict[Tensor, Group]] = ([], {})
         """The groups, and by parameter the one that it is in."""
@@ -201,6 +213,7 @@ class ParameterGroups(bnb.Optimizer2State):
         given = group.get("lr", self._lr)
         group.update(options)
         group.setdefault("base_lr", options["lr"])
+        group.setdefault("own_seed", next(iter(self.param_groups), {}).get("own_seed", self._own_seed))
         if options["capturable"] and isinstance(given, Tensor):
             if given.dtype != torch.float32 or given.dim():
                 raise TypeError(

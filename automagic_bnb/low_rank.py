@@ -92,7 +92,7 @@ def rank_tasks(
     if not wanted or theta.dim() != 2 or min(theta.shape) > LOW_RANK_MAX:
         return []
     threshold = rank_threshold(options) if d is None else d * rank_threshold(options)
-    key = q.mix_in(q.parameter_key(options["seed"], key, q.RANK_STREAM), t)
+    key = q.mix_in(q.mix_in(key, q.RANK_STREAM), t)
     weights = Weights(theta, state.get("master_residual"), st.rounds_stochastically(theta, options))
     return [RankTask(weights, threshold, key)]
 

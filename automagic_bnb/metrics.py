@@ -196,7 +196,7 @@ def subject_of(optimizer: ParameterGroups, group: dict[str, Any], p: Tensor) -> 
         grad=None if p.grad is None else st.checked_gradient(p),
         state=state,
         options=options,
-        scalars=step_scalars(options, state["step"] + 1, facts.is_lora, facts.key),
+        scalars=step_scalars(options, state["step"] + 1, facts.is_lora, facts.random_key(options)),
         d=d,
     )
 

@@ -44,7 +44,7 @@ class Automagic(ParameterGroups):
             been found, and shows that as long as no scheduler drives the group. With `auto_lr=True` from 0.01 on a
             factor of the rate found, below it where the search starts.
         options: any field of `AutomagicConfig`, which lists them with their defaults. All but `backend`, `is_paged`,
-            `profile`, `run_log`, `run_log_every` and `verbose` may also stand in a parameter group or in a
+            `preset`, `profile`, `run_log`, `run_log_every` and `verbose` may also stand in a parameter group or in a
             `GlobalOptimManager` override.
 
     Raises:
@@ -211,7 +211,7 @@ class Automagic(ParameterGroups):
         st.check_shape(state, theta)
         t, is_lora = state["step"] + 1, facts.counts_as_lora(options)
         st.set_uncounted(state, "step", t)
-        scalars = step_scalars(options, t, is_lora, facts.key)
+        scalars = step_scalars(options, t, is_lora, facts.random_key(options))
         d, watch = None, None
         if options["auto_lr"]:
             d = auto_lr.rate_tensor(group, theta.device).to(theta.device)
@@ -221,7 +221,7 @@ class Automagic(ParameterGroups):
         if flat is not theta:
             theta.copy_(flat)
         is_lora = is_lora and not self.is_sharded(p)
-        return low_rank.rank_tasks(theta, state, options, facts.key, is_lora, d)
+        return low_rank.rank_tasks(theta, state, options, facts.random_key(options), is_lora, d)
 
     @staticmethod
     def is_sharded(p: Tensor) -> bool:
@@ -267,7 +267,7 @@ class Automagic(ParameterGroups):
         group = self.group_of(p)
         options, local, facts = self.effective_options(group, p), local_tensor(p), self.facts_of(p)
         is_lora = facts.counts_as_lora(options)
-        scalars = step_scalars(options, state["step"] + 1, is_lora, facts.key)
+        scalars = step_scalars(options, state["step"] + 1, is_lora, facts.random_key(options))
         blocks = Blocks(local)
         k, _ = read_mask(state, blocks)
         d = None

@@ -112,9 +112,10 @@ def mix_in(key: Any, word: Any) -> Any:
     return key
 
 
-def parameter_key(seed: int, key: Any, stream: int) -> Any:
-    """The key of a parameter's random bits, for one purpose, of its own key; `mix_in` the step, then `random_bits`."""
-    return mix_in(mix_in(mix_in(0x9E3779B9, seed), key), stream)
+def parameter_key(seed: int, own: int) -> int:
+    """The key of a parameter's random bits, of a seed and what tells it from others; `mix_in` for which purpose and the
+    step, then `random_bits`."""
+    return mix_in(mix_in(0x9E3779B9, seed), own)
 
 
 def random_bits(key: int | Tensor, shape: torch.Size, device: torch.device) -> Tensor:

@@ -72,7 +72,7 @@ def relative_rate(options: dict[str, Any]) -> float:
 
 
 def step_scalars(options: dict[str, Any], t: int, is_lora: bool, key: int) -> Scalars:
-    """The scalars of step t (from 1) of the parameter whose random bits have this key.
+    """The scalars of step t (from 1) of the parameter whose random bits have this key (`quantization.parameter_key`).
 
     Args:
         options: the effective options of the parameter, with `lr`, `base_lr` (the group's constructor lr) and, where
@@ -95,5 +95,5 @@ def step_scalars(options: dict[str, Any], t: int, is_lora: bool, key: int) -> Sc
         kappa=options["low_rank_emphasis"] if is_lora else 1.0,
         adapt_mask=warm and t >= 2,
         learn_polarity=warm,
-        rounding_key=q.mix_in(q.parameter_key(options["seed"], key, q.STEP_STREAM), t),
+        rounding_key=q.mix_in(q.mix_in(key, q.STEP_STREAM), t),
     )

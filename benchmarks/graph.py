@@ -32,6 +32,7 @@ def model(tensors: int) -> list[Any]:
 
 def trained(replays: bool, tensors: int, options: dict[str, Any]) -> tuple[list[Any], Automagic8bit, Any]:
     """`STEPS` steps on gradients of a quadratic whose targets change from step to step."""
+    options = {"seed": 0, **options}
     parameters, given = model(tensors), options.get("lr")
     rate = None if given is None else torch.tensor(given, device="cuda")
     opt = Automagic8bit(parameters, **{**options, "lr": rate}, lora=True, min_8bit_size=0, capturable=True)

@@ -224,7 +224,7 @@ class Matrices:
         """Of these matrices in the bucket."""
         members = [bucket.members[row] for row in bucket.rank_rows]
         self.table = np.array([_entry(m) for m in members], dtype=np.int64).reshape(-1, len(Column))
-        self.keys = np.array([q.parameter_key(m.seed, m.key, q.RANK_STREAM) for m in members], np.uint64)
+        self.keys = np.array([q.mix_in(m.key, q.RANK_STREAM) for m in members], np.uint64)
         self.sources = np.array([m.source for m in members], dtype=np.int64)
         ranks = [_rank_class(m.theta) if takes(m, bucket.spec) else 0 for m in members]
         self.ranks = np.array(ranks, dtype=np.int64)

@@ -184,8 +184,8 @@ class Member:
     state: st.State
     group: dict[str, Any]
     source: int
-    seed: int
     key: int
+    """Of its random bits."""
     is_lora: bool
     sharded: bool
     rate: Tensor | None
@@ -242,7 +242,7 @@ class Bucket:
         self.sources: dict[int, np.ndarray] = {}
         for source in {m.source for m in members}:
             self.sources[source] = np.array([row for row, m in enumerate(members) if m.source == source])
-        self.keys = np.array([q.parameter_key(m.seed, m.key, q.STEP_STREAM) for m in members], np.uint64)
+        self.keys = np.array([q.mix_in(m.key, q.STEP_STREAM) for m in members], np.uint64)
         self.lora = np.array([m.is_lora for m in members])
         self.rank_rows = [
             row for row, m in enumerate(members) if m.is_lora and m.theta.dim() == 2 and m.theta.shape == m.p.shape

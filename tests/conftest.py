@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import itertools
 import os
 import sys
 import warnings
@@ -24,7 +25,9 @@ if not torch.cuda.is_available():
     # Triton reads it when it is imported, which bitsandbytes does: the kernels then run, interpreted, on CPU tensors.
     os.environ["TRITON_INTERPRET"] = "1"
 
-from automagic_bnb import Automagic8bit, bnb, fused, notices
+from automagic_bnb import Automagic8bit, bnb, fused, groups, notices
+
+groups.own_seeds = itertools.repeat(0)  # tests hold two optimizers beside each other, of which both are to round alike
 
 sys.path.append(str(Path(__file__).parent))  # importlib mode does not: for `import rule_in_float64`
 

@@ -46,6 +46,19 @@ def replicas(rank: int, seed: int) -> list[Tensor]:
     return [*(p.detach() for p in model.parameters()), *held]
 
 
+def replicas_apart(rank: int) -> list[Tensor]:
+    """Weights after 10 steps with an optimizer for each parameter, made while the generators hold different things."""
+    torch.manual_seed(17 * rank)
+    model = nn.parallel.DistributedDataParallel(network(torch.bfloat16))
+    opts = [Automagic8bit([p], lr=1e-3) for p in model.parameters()]
+    for _ in range(10):
+        model(torch.randn(8, 64, dtype=torch.bfloat16)).square().mean().backward()
+        for opt in opts:
+            opt.step()
+            opt.zero_grad()
+    return [p.detach() for p in model.parameters()]
+
+
 def move(parameters: list[Any], opt: Any, steps: int, place: Callable[[Tensor], Tensor]) -> None:
     """Step on gradients that every process draws alike; `place` lays one out as its parameter is."""
     generator = torch.Generator().manual_seed(1)
@@ -121,6 +134,7 @@ def main(rank: int, store: str, out: Path) -> None:
     seen = {
         "replicas": replicas(rank, seed=0),
         "replicas with seeds of their own": replicas(rank, seed=rank),
+        "replicas of an optimizer for each parameter": replicas_apart(rank),
         "aligned": beside_whole(mesh, ALIGNED),
         "default": beside_whole(mesh, {}),
         "own files": own_files(mesh, out, rank),

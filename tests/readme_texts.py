@@ -16,6 +16,7 @@ NAMES = (
     "install",
     "trainers",
     "options",
+    "presets",
     "learning-rate",
     "memory",
     "watching",

@@ -56,8 +56,9 @@ DEFAULTS = {
     "cautious": True,
     "stochastic_rounding": True,
     "master": "stochastic",
-    "seed": 0,
+    "seed": None,
     "backend": None,
+    "preset": None,
     "profile": None,
     "verbose": False,
     "run_log": None,
@@ -152,7 +153,7 @@ VALUES: dict[str, Values] = {
     "optim_bits": whole(8, 32, beyond=[0, 4, 9, 16, 31, 33, 56, -8]),
     "mask_bits": whole(4, 8, 0, beyond=[1, 2, 5, 16, 32, -4]),
     "mean_bits": whole(16, 32, beyond=[0, 8, 24, 48]),
-    "seed": whole(0, 2**63 - 1, 1234567890123456789, beyond=[-1, 2**63, "1e400"]),
+    "seed": or_none(whole(0, 2**63 - 1, 1234567890123456789, beyond=[-1, 2**63, "1e400"])),
     "run_log": (
         [("runs/a", "runs/a"), (Path("runs/a"), "runs/a"), (None, None), ("none", None)],
         [1, True, b"runs", ["a"]],
@@ -160,6 +161,7 @@ VALUES: dict[str, Values] = {
     "run_log_every": whole(10, 1, 1000, beyond=[0, -1]),
     "block_wise": ([(True, True), ("true", True)], [False, "False", 1, None]),
     "backend": choice("triton", "torch"),
+    "preset": choice("sdxl-lora", "flux-lora", "wan-lora", "llm-lora", "full"),
     "profile": choice("lean", "memory_optimized", "balanced", "quality_optimized"),
     "betas": (
         LEGAL_BETAS,
@@ -429,10 +431,10 @@ def test_options_stand_above_their_profile() -> None:
 # ------------------------------------------------------------------------------------------------ groups and overrides
 
 
-WHOLE_OPTIMIZER = ("backend", "is_paged", "profile", "run_log", "run_log_every", "verbose")
+WHOLE_OPTIMIZER = ("backend", "is_paged", "preset", "profile", "run_log", "run_log_every", "verbose")
 
 
-def test_six_options_hold_for_the_whole_optimizer() -> None:
+def test_seven_options_hold_for_the_whole_optimizer() -> None:
     """All others may stand in a group or an override."""
     assert set(config.GROUP_OPTIONS) == set(DEFAULTS) - set(WHOLE_OPTIMIZER)
 

@@ -72,6 +72,8 @@ def test_replicas_stay_equal(two_processes: list[dict[str, Any]], tools: Any) ->
     """DDP with data and global seeds of their own: after 20 steps weights and states are the same bits."""
     first, second = (seen["replicas"] for seen in two_processes)
     assert not tools.differences(first, second)
+    first, second = (seen["replicas of an optimizer for each parameter"] for seen in two_processes)
+    assert not tools.differences(first, second)
     first, second = (seen["replicas with seeds of their own"] for seen in two_processes)
     assert tools.differences(first, second)  # the negative control: other random bits show
 

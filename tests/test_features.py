@@ -188,7 +188,7 @@ RULE_OPTIONS = """
 """
 HOW_IT_RUNS = """
     optim_bits min_8bit_size block_wise stable_emb force_8bit factored mask_bits mean_bits is_paged backend
-    profile verbose capturable run_log run_log_every
+    preset profile verbose capturable run_log run_log_every
 """
 
 

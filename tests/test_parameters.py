@@ -104,7 +104,7 @@ def test_an_optimizer_for_each_parameter_steps_as_one_for_all(dtype: torch.dtype
     for p, q, opt in zip(together, apart, many, strict=True):
         assert torch.equal(p, q)
         assert torch.equal(one.state[p]["state1"], opt.state[q]["state1"])
-    keys = {one.facts_of(p).key for p in together}
+    keys = {one.facts_of(p).random_key(one.param_groups[0]) for p in together}
     assert len(keys) == 3
 
 

@@ -102,7 +102,7 @@ def test_float32_is_not_rounded() -> None:
 
 
 def key_of(seed: int, ordinal: int, t: int, stream: int) -> int:
-    return q.mix_in(q.parameter_key(seed, ordinal, stream), t)
+    return q.mix_in(q.mix_in(q.parameter_key(seed, ordinal), stream), t)
 
 
 def keys() -> list[int]:

@@ -121,14 +121,14 @@ def mark_lora(named: Iterable[tuple[str, Tensor]]) -> int:
 
 
 def checked(options: dict[str, str]) -> dict[str, Any]:
-    """Options given as text, as the optimizer takes them.
+    """Options given as text, as the optimizer takes them; a preset as the options in it, which stand over a trainer's.
 
     Raises:
         TypeError, ValueError: an unknown option, or an illegal value.
     """
     read = {name: config.check_option(name, value) for name, value in options.items()}
     config.make_config(**read)
-    return read
+    return {**config.PRESETS.get(read.get("preset"), {}), **read}
 
 
 def replace(options: dict[str, Any]) -> list[str]:
