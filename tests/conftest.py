@@ -63,6 +63,38 @@ def numbers_as_compiled() -> Iterator[None]:
     interpreter._implicit_cvt = real
 
 
+@pytest.fixture(scope="session", autouse=True)
+def language_patched_once_a_launch() -> Iterator[None]:
+    """The interpreter puts its own functions into Triton's modules at each call of a device function, though they stay
+    there until the launch ends: half of its time."""
+    if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    if not hasattr(interpreter, "_LangPatchScope"):  # earlier versions never take them out
+        yield
+        return
+    patched: set[int] = set()
+
+    class Launch(interpreter._LangPatchScope):
+        def restore(self) -> None:
+            patched.clear()
+            super().restore()
+
+    def patch(fn: Any) -> Any:
+        modules = {id(x) for x in fn.__globals__.values() if x is interpreter.tl or x is interpreter.tl.core}
+        if patched and modules <= patched:
+            return None
+        patched.update(modules)
+        return real(fn)
+
+    real, scope = interpreter._patch_lang, interpreter._LangPatchScope
+    interpreter._patch_lang, interpreter._LangPatchScope = patch, Launch
+    yield
+    interpreter._patch_lang, interpreter._LangPatchScope = real, scope
+
+
 @pytest.fixture(autouse=True)
 def clean_process() -> Iterator[None]:
     """An override manager of bitsandbytes that knows nothing, and warnings that were never given."""
