@@ -18,6 +18,7 @@ from torch import Tensor
 from automagic_bnb import config, estimate
 from automagic_bnb import state as st
 from automagic_bnb.scalars import PEAK_RATIO, as_number, named_peak, relative_rate
+from automagic_bnb.stepping import OneByOne
 from automagic_bnb.uncompiled import capturing
 
 Group = dict[str, Any]
@@ -47,8 +48,7 @@ class Search:
     groups: list[Group]
     ratios: list[float]
     """Of each group's rate to the first's."""
-    stepped: set[Tensor] = field(default_factory=set)
-    """In the step under way, which of the parameters that are stepped one at a time have been."""
+    one_by_one: OneByOne = field(default_factory=OneByOne)
     places: tuple[Any, Any, Tensor, st.StatePlaces] | None = None
     """Where the sums lie and what each counts, and what that rests on, the sums' own places among it; None: not
     known."""
@@ -79,16 +79,11 @@ class Search:
             group["auto_lr_watched"] = parameters
 
     def begins(self, p: Tensor | None) -> bool:
-        """Whether a new step begins now; p: the one parameter that is stepped, None for all of them.
-
-        One at a time, a step ends when a parameter comes for the second time.
-        """
-        begins = p is None or not self.stepped or p in self.stepped
-        if begins:
-            self.stepped.clear()
+        """Whether a new step begins now; p: the one parameter that is stepped, None for all of them."""
         if p is not None:
-            self.stepped.add(p)
-        return begins
+            return self.one_by_one.takes(p)
+        self.one_by_one.end()
+        return True
 
     def has_started(self) -> bool:
         """Whether a step has been taken; if not, what the search keeps in its groups is made."""

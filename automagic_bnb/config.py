@@ -13,7 +13,7 @@ import math
 import operator
 import os
 import sys
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -440,7 +440,7 @@ def make_config(**options: Any) -> AutomagicConfig:
     config.profile = profile
     check_rates(vars(config))
     warn_of_factor(vars(config))
-    check_storage(vars(config), given=options)
+    check_storage(vars(config))
     return config
 
 
@@ -474,21 +474,13 @@ def warn_of_large_rate(options: dict[str, Any], where: str = "") -> None:
         )
 
 
-def check_storage(options: dict[str, Any], where: str = "", given: Container[str] = ()) -> None:
-    """Raise ValueError where 8-bit state is forced that cannot be, and warn where an option that is given comes to
-    nothing."""
+def check_storage(options: dict[str, Any], where: str = "") -> None:
+    """Raise ValueError where 8-bit state is forced that cannot be."""
     if options["force_8bit"] and options["optim_bits"] == 32:
         raise ValueError(f"option force_8bit=True{where}: contradicts optim_bits=32; leave one of them out")
     if options["force_8bit"] and not bnb.BITSANDBYTES_AVAILABLE:
         raise ValueError(
             f"option force_8bit=True{where}: needs bitsandbytes, which failed to import ({bnb.IMPORT_ERROR})"
-        )
-    if "factored" in given and options["factored"] and options["optim_bits"] == 32:
-        warn_once(f"option factored=True{where}: has no effect with optim_bits=32; pass optim_bits=8, or leave it out")
-    if "mask_bits" in given and options["mask_bits"] != 8 and options["optim_bits"] == 32:
-        warn_once(
-            f"option mask_bits={options['mask_bits']!r}{where}: has no effect with optim_bits=32; pass optim_bits=8, "
-            "or leave it out"
         )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.torch_version import TorchVersion
 
-from automagic_bnb import bnb, config, paged
+from automagic_bnb import bnb, config, idle
 from automagic_bnb import quantization as q
 from automagic_bnb import state as st
 from automagic_bnb.notices import warn_once
@@ -119,6 +119,9 @@ class ParameterGroups(bnb.Optimizer2State):
     """The constructor's lr where it is a tensor."""
     _own_seed = 0
     """What stands for a seed where none is given; groups hold it, and checkpoints with them."""
+    _unsaid: list[tuple[dict[str, Any], int | None]]
+    """The options given for a group, by its number, or for all (None), of which it has not been said yet what comes to
+    nothing."""
 
     def __init__(self, params: Iterable[Any], lr: float | None = None, **options: Any) -> None:
         named = options.get("profile") is not None  # then only what the class's name promises stands above it
@@ -139,6 +142,7 @@ class ParameterGroups(bnb.Optimizer2State):
         self._facts: dict[Tensor, Facts] = {}
         self._owners: tuple[list[Group], dict[Tensor, Group]] = ([], {})
         """The groups, and by parameter the one that it is in."""
+        self._unsaid = []
         self._overrides: dict[Tensor, dict[str, Any]] = {}
         """Options of single parameters that `requantize` was given; they stand over `GlobalOptimManager`'s."""
         super().__init__(
@@ -157,8 +161,10 @@ class ParameterGroups(bnb.Optimizer2State):
         if c.lr is None:  # schedulers count with numbers
             self.defaults["lr"] = config.NOMINAL_LR
         self.non_castable_tensor_keys = set(st.KEYS)
-        self.check_embeddings()
         self.check_lora()
+        given = {name: config.check_option(name, value) for name, value in {**options, "lr": lr}.items()}
+        self._unsaid.append((given | ({"is_paged": True} if c.is_paged else {}), None))
+        self.say_all_idle(with_parameters=False)
 
     # --- groups -------------------------------------------------------------------------------------------------
 
@@ -185,6 +191,8 @@ class ParameterGroups(bnb.Optimizer2State):
         finally:
             self.defaults = defaults
         self._index_parameters(count)
+        given = {name: value for name, value in param_group.items() if name in config.RULES}
+        self._unsaid.append(({name: config.check_option(name, value) for name, value in given.items()}, count))
 
     def _with_options(self, group: Group, where: str) -> Group:
         """The group with every option checked and filled in from the config, and the rates resolved."""
@@ -198,9 +206,8 @@ class ParameterGroups(bnb.Optimizer2State):
             options["auto_lr"] = None  # a group with a rate of its own keeps it
         options = config.respelled(options)
         config.check_rates(options, where)
-        # What a group has from the constructor it may make an exception of.
-        if {"force_8bit", "factored", "mask_bits"} & set(group):
-            config.check_storage(options, where, given=group)
+        if "force_8bit" in group:  # what a group has from the constructor it may make an exception of
+            config.check_storage(options, where)
         if "lr" in group:
             config.warn_of_factor(options)
         config.resolve_rates(options)
@@ -252,21 +259,6 @@ class ParameterGroups(bnb.Optimizer2State):
                 self._facts[p] = known.get(p, Facts(ordinal, bool(marked), bool(embedding), name, stride))
                 ordinal += 1
 
-    def check_embeddings(self) -> None:
-        """Warn where stable_emb was asked for and nothing tells which parameters are embeddings."""
-        groups = [g for g in self.param_groups if g["stable_emb"] and g["optim_bits"] == 8]
-        parameters = [p for g in groups for p in g["params"]]
-        bnb.adopt_module_overrides({id(p) for p in parameters})
-        told = any(
-            self._facts[p].name or self._facts[p].is_embedding or bnb.overrides_of(p).get("optim_bits") == 32
-            for p in parameters
-        )
-        if parameters and not told:
-            warn_once(
-                "stable_emb=True has no effect: no parameter can be told to be an embedding. Pass "
-                "model.named_parameters() in place of model.parameters(), or set _is_embedding = True on the weights"
-            )
-
     def check_lora(self) -> None:
         """Say where matrices come in pairs like LoRA's and nothing tells whether they are."""
         parameters = [p for group in self.param_groups if group["lora"] is None for p in group["params"]]
@@ -280,6 +272,52 @@ class ParameterGroups(bnb.Optimizer2State):
                 "the LoRA parts of the rule are off: no parameter has a name or a mark that says it is LoRA's. To "
                 "switch them on pass lora=True, or model.named_parameters() in place of model.parameters()"
             )
+
+    def say_all_idle(self, with_parameters: bool = True) -> None:
+        """Warn, once, of what was set by constructor, groups and overrides and has no effect.
+
+        Args:
+            with_parameters: look at the parameters too, which the first step does; all is said then.
+        """
+        own = {number: given for given, number in self._unsaid if number is not None}
+        for given, number in self._unsaid:
+            where = "" if number is None else f" in parameter group {number}"
+            for name, value in self._wished(given).items():
+                # A group's own value stands over the constructor's.
+                at = [number] if number is not None else [i for i, _ in enumerate(self.param_groups)]
+                groups = [self.param_groups[i] for i in at if i == number or name not in own.get(i, ())]
+                idle.say(name, value, self._cases(groups, with_parameters), where)
+        if with_parameters:
+            self._unsaid.clear()
+            for group, p in self._everything() if bnb.overridden_ids() else ():
+                given = {name: x for name, x in bnb.overrides_of(p).items() if name in config.GROUP_OPTIONS}
+                self.say_idle(given, [(group, p)], " in a GlobalOptimManager override")
+
+    def say_idle(self, given: dict[str, Any], owners: list[tuple[Group, Tensor]], where: str) -> None:
+        """Warn of those of these options that have no effect on any of these parameters."""
+        for name, value in self._wished(given).items():
+            idle.say(name, value, (self._case(group, p) for group, p in owners), where)
+
+    def _wished(self, given: dict[str, Any]) -> dict[str, Any]:
+        return idle.wished(given, {**vars(config.AutomagicConfig()), **self._class_options})
+
+    def _cases(self, groups: list[Group], with_parameters: bool) -> Iterator[idle.Case]:
+        for group in groups:
+            if with_parameters:
+                yield from (self._case(group, p) for p in group["params"])
+            elif group["params"]:
+                yield {**vars(self.config), **group}, None
+
+    def _case(self, group: Group, p: Tensor) -> idle.Case:
+        options, facts = self.effective_options(group, p), self.facts_of(p)
+        subject = None
+        if not is_lazy(p):
+            is_lora = facts.counts_as_lora(options)
+            subject = idle.Subject(local_tensor(p), bool(facts.name), facts.is_embedding, is_lora)
+        return {**vars(self.config), **options}, subject
+
+    def _everything(self) -> list[tuple[Group, Tensor]]:
+        return [(group, p) for group in self.param_groups for p in group["params"]]
 
     def name_parameters(self, named: Iterable[tuple[str, Tensor]]) -> None:
         """Say what parameters are called, as `model.named_parameters()` does: LoRA and embeddings are told by names.
@@ -375,8 +413,6 @@ class ParameterGroups(bnb.Optimizer2State):
             storage = st.storage_held(state)
         else:
             storage = st.storage_of(local, options, self.facts_of(p).is_embedding)
-        if self.is_paged and not paged.exists_on(local.device):
-            warn_once("paged optimizer states exist on CUDA only; elsewhere they are ordinary memory")
         self.completed(p, state, storage, options)
         if (shard := st.shard_of(p)) is not None:
             state["shard"] = shard  # lets a checkpoint of another process's part be told
@@ -435,6 +471,7 @@ class ParameterGroups(bnb.Optimizer2State):
     def __setstate__(self, state: dict[str, Any]) -> None:
         facts, overrides = state.pop("facts", None), state.pop("overrides", None)
         super().__setstate__(state)
+        self._unsaid = []
         if facts is None:
             return
         self.non_castable_tensor_keys = set(st.KEYS)

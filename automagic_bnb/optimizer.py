@@ -153,6 +153,8 @@ class Automagic(ParameterGroups):
     @st.unseen
     def _update_all(self, scaler: fused.Scaler) -> None:
         self.adopt_overrides()
+        if self._unsaid:
+            self.say_all_idle()
         tasks = []
         for group, p in self._fused.run(scaler):
             if p.grad is not None:
@@ -180,6 +182,8 @@ class Automagic(ParameterGroups):
     def _step_parameter(self, p: Tensor, group: Group) -> None:
         fused.check_capture(self.param_groups)
         self.adopt_overrides()
+        if self._unsaid:
+            self.say_all_idle()
         if (owner := self.group_of(p)) is not group and not any(q is p for q in group["params"]):
             group = owner
         if self._step_log is not None and p.grad is not None:

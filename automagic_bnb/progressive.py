@@ -6,7 +6,10 @@ from typing import Any
 
 from automagic_bnb import config
 from automagic_bnb import state as st
+from automagic_bnb.notices import warn_once
 from automagic_bnb.requantization import set_for_all
+
+STAGES, END_SIZE = 4, 4096
 
 
 class ProgressiveQuantization:
@@ -42,8 +45,8 @@ class ProgressiveQuantization:
         *,
         warmup: float = 0.2,
         falling: float = 0.6,
-        stages: int = 4,
-        end_size: int = 4096,
+        stages: int = STAGES,
+        end_size: int = END_SIZE,
         factored: bool | None = None,
     ) -> None:
         if not hasattr(optimizer, "requantize"):
@@ -56,6 +59,11 @@ class ProgressiveQuantization:
         if not (0 <= warmup <= 1 and 0 <= falling <= 1 and warmup + falling <= 1):
             raise ValueError(
                 f"warmup={warmup!r}, falling={falling!r}: shares of the steps, each from 0 to 1 and at most 1 together"
+            )
+        if falling == 0 and (stages, end_size) != (STAGES, END_SIZE):
+            warn_once(
+                f"stages={stages!r}, end_size={end_size!r}: have no effect with falling=0, in which no threshold "
+                "falls; pass a larger falling, or leave them out"
             )
         self.optimizer, self.total_steps = optimizer, total_steps
         self.warmup, self.falling, self.stages = warmup, falling, stages

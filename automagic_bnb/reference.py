@@ -91,8 +91,12 @@ def laplacian(g: Tensor) -> Tensor:
 
 def is_spatial(p: Tensor, options: dict[str, Any]) -> bool:
     """Whether the spatial filter applies to this parameter under these options."""
-    wanted = options["edge_suppression"] or options["frequency_penalty"] > 0
-    return wanted and p.dim() >= 2 and p.shape[-2] > 2 and p.shape[-1] > 2
+    return (options["edge_suppression"] or options["frequency_penalty"] > 0) and has_surface(p)
+
+
+def has_surface(p: Tensor) -> bool:
+    """Whether elements have neighbours on two sides."""
+    return p.dim() >= 2 and p.shape[-2] > 2 and p.shape[-1] > 2
 
 
 def spatial_filter(g: Tensor, lap: Tensor, edge_history: Tensor, blocks: Blocks, options: dict[str, Any]) -> Tensor:

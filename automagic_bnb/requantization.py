@@ -54,8 +54,7 @@ def requantize(
             # One assignment at the end: an error in between leaves the parameter all in its old storage.
             new = converted(state, local, storage, effective, optimizer.is_paged)
             optimizer.state[p] = st.WatchedState(new)
-    if changes.get("stable_emb"):
-        optimizer.check_embeddings()
+    optimizer.say_idle(changes, owners, " of requantize")
 
 
 def _checked(optimizer: ParameterGroups, options: dict[str, Any]) -> dict[str, Any]:
@@ -68,7 +67,7 @@ def _checked(optimizer: ParameterGroups, options: dict[str, Any]) -> dict[str, A
     changes = {name: config.check_parameter_option(name, value, " of requantize") for name, value in given.items()}
     if changes.get("force_8bit"):
         for group in optimizer.param_groups:
-            config.check_storage({**group, **changes}, " of requantize", given=changes)
+            config.check_storage({**group, **changes}, " of requantize")
     if changes.get("optim_bits") == 8 and not bnb.BITSANDBYTES_AVAILABLE:
         warn_once(bnb.MISSING_WARNING)
     return changes

@@ -2,7 +2,7 @@
 
 import sys
 
-from automagic_bnb.command.cli import main
+from automagic_bnb.command.start import main
 
 if __name__ == "__main__":
     sys.exit(main(["run", *sys.argv[1:]]))

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from automagic_bnb import config
 from automagic_bnb.notices import warn_once
+from automagic_bnb.stepping import OneByOne
 
 FILE_NAME = "metrics.jsonl"
 MAX_STEP = 2**63 - 1
@@ -103,15 +104,16 @@ class StepLog:
     def __init__(self, directory: str, every: int) -> None:
         self._directory, self._every = directory, every
         self._log: RunLog | None = None
-        self._first: Any = None  # of parameters that are stepped one at a time: the one that begins a step
+        self._one_by_one: OneByOne | None = None
+        """None: no parameter has been stepped by itself yet."""
         self._steps: int | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_log": None, "_first": None}  # a file that is open goes into no copy
+        return {**self.__dict__, "_log": None, "_one_by_one": None}  # a file that is open goes into no copy
 
     def begin_again(self) -> None:
         """States have been loaded: their steps count."""
-        self._steps = self._first = None
+        self._steps = self._one_by_one = None
 
     def stepped(self, steps: Callable[[], int], metrics: Callable[[], Mapping[str, float]]) -> None:
         """A step has been taken. steps: what states count, asked for once; metrics: asked for when it is their turn."""
@@ -129,9 +131,8 @@ class StepLog:
 
     def stepped_one(self, p: Any, steps: Callable[[], int], metrics: Callable[[], Mapping[str, float]]) -> None:
         """Called before a parameter is stepped alone: where a step begins anew, one has been taken."""
-        if self._first is None:
-            self._first = p
-        elif self._first is p:
+        is_first, self._one_by_one = self._one_by_one is None, self._one_by_one or OneByOne()
+        if self._one_by_one.takes(p) and not is_first:
             self.stepped(steps, metrics)
 
 

@@ -49,7 +49,8 @@ def few_threads() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def numbers_as_compiled() -> Iterator[None]:
-    """The interpreter leaves numbers that a kernel is given as Python's float64; compiled, they are float32."""
+    """The interpreter leaves numbers that a kernel is given as Python's float64, which compiled are float32; cuts off
+    what does not fit into bfloat16, which compiled is rounded to nearest; and takes bfloat16's denormals for 0."""
     if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
         yield
         return
@@ -61,9 +62,51 @@ def numbers_as_compiled() -> Iterator[None]:
             return tl.tensor(interpreter.TensorHandle(np.array([x], dtype=np.float32), tl.float32), tl.float32)
         return real(x)
 
+    def cast(x: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return x.view(np.uint16).astype(np.uint32) << 16
+        if (source, target) == (tl.float32, tl.bfloat16) and rounding is None:
+            bits = x.view(np.uint32)
+            rounded = bits + 0x7FFF + (bits >> 16 & 1)
+            return (np.where(np.isnan(x), bits | 0x400000, rounded) >> 16).astype(np.uint16)
+        return real_cast(x, source, target, rounding)
+
     real, interpreter._implicit_cvt = interpreter._implicit_cvt, convert
+    real_cast, interpreter._convert_float = interpreter._convert_float, cast
     yield
-    interpreter._implicit_cvt = real
+    interpreter._implicit_cvt, interpreter._convert_float = real, real_cast
+
+
+@pytest.fixture(scope="session", autouse=True)
+def language_patched_once_a_launch() -> Iterator[None]:
+    """The interpreter puts its own functions into Triton's modules at each call of a device function, though they stay
+    there until the launch ends: half of its time."""
+    if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    if not hasattr(interpreter, "_LangPatchScope"):  # earlier versions never take them out
+        yield
+        return
+    patched: set[int] = set()
+
+    class Launch(interpreter._LangPatchScope):
+        def restore(self) -> None:
+            patched.clear()
+            super().restore()
+
+    def patch(fn: Any) -> Any:
+        modules = {id(x) for x in fn.__globals__.values() if x is interpreter.tl or x is interpreter.tl.core}
+        if patched and modules <= patched:
+            return None
+        patched.update(modules)
+        return real(fn)
+
+    real, scope = interpreter._patch_lang, interpreter._LangPatchScope
+    interpreter._patch_lang, interpreter._LangPatchScope = patch, Launch
+    yield
+    interpreter._patch_lang, interpreter._LangPatchScope = real, scope
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -318,6 +319,19 @@ def test_lightning_without_loggers(tmp_path: Path) -> None:
     assert steps_of(read_run(tmp_path / "run").series["loss"]) == [1, 2, 3]
     csv = tmp_path / "csv" / "metrics.csv"
     assert not csv.exists() or "automagic" not in csv.read_text()
+
+
+@pytest.mark.parametrize("loggers", [[], ["one"]])
+def test_lightning_with_nowhere_to_log_to_is_told(loggers: list[str], tools: Any) -> None:
+    """The trainer's loggers are asked for by default, and it may have none."""
+    pytest.importorskip("lightning")
+    ours = Automagic8bit(tools.parameters((8, 8)), lr=1e-3)
+    trainer = SimpleNamespace(optimizers=[ours], global_step=0, is_global_zero=True, loggers=loggers)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        lightning_callback().on_train_start(trainer, None)
+    told = [str(x.message) for x in said if "has no effect, as the trainer has no loggers" in str(x.message)]
+    assert len(told) == (0 if loggers else 1)
 
 
 def test_lightning_with_other_optimizers(tmp_path: Path) -> None:

@@ -56,13 +56,19 @@ def test_without_stable_emb_embeddings_are_like_the_rest(tools: Any) -> None:
 
 def test_stable_emb_warns_where_nothing_can_be_recognised(tools: Any) -> None:
     """Plain parameters carry no names: the warning names both remedies."""
-    with pytest.warns(UserWarning, match=r"stable_emb=True has no effect.*named_parameters\(\).*_is_embedding"):
-        Automagic8bit(nn.Embedding(64, 64).parameters(), lr=1e-3, stable_emb=True)
+    model = nn.Embedding(64, 64)
+    opt = Automagic8bit(model.parameters(), lr=1e-3, stable_emb=True)
+    with pytest.warns(UserWarning, match=r"stable_emb=True: has no effect.*named_parameters\(\).*_is_embedding"):
+        tools.train(opt, list(model.parameters()), range(1))
 
 
-def test_stable_emb_is_silent_where_it_is_served(no_warnings: None) -> None:
+def test_stable_emb_is_silent_where_it_is_served(tools: Any, no_warnings: None) -> None:
     """bitsandbytes' own embedding, 32-bit state, names without an embedding, and empty groups give no warning."""
-    Automagic8bit(bitsandbytes.nn.StableEmbedding(64, 64).parameters(), lr=1e-3, stable_emb=True)
-    Automagic32bit(nn.Linear(4, 4).parameters(), lr=1e-3, stable_emb=True)
-    Automagic8bit(nn.Linear(4, 4).named_parameters(), lr=1e-3, stable_emb=True)
-    Automagic8bit([{"params": []}], lr=1e-3, stable_emb=True)
+    stable, linear = bitsandbytes.nn.StableEmbedding(64, 64), nn.Linear(4, 4)
+    for opt in (
+        Automagic8bit(stable.parameters(), lr=1e-3, stable_emb=True),
+        Automagic32bit(linear.parameters(), lr=1e-3, stable_emb=True),
+        Automagic8bit(linear.named_parameters(), lr=1e-3, stable_emb=True),
+        Automagic8bit([{"params": []}], lr=1e-3, stable_emb=True),
+    ):
+        tools.train(opt, [p for group in opt.param_groups for p in group["params"]], range(1))

@@ -91,6 +91,7 @@ COVERING = [
     Case("8bit", "bfloat16", "no confidence"),
     Case("32bit", "bfloat16", "not cautious"),
     Case("32bit", "float16", "rounding to nearest"),
+    Case("32bit", "bfloat16", "rounding to nearest"),
     Case("8bit", "float16", "percentile clipping"),
     Case("8bit", "bfloat16", "rate found", steps=4),
     Case("32bit", "bfloat16", "mask freezes"),
@@ -109,8 +110,7 @@ COVERING = [
     Case("factored", "float16", "mask freezes", shapes=FEW_TILED_SHAPES),
     Case("factored", "float32", "betas near 1", shapes=FEW_TILED_SHAPES),
 ]
-"""Every switch, storage and dtype at least once. Rounding to the nearest bfloat16 is left to the product: the
-interpreter cuts the low bits off instead."""
+"""Every switch, storage and dtype at least once."""
 PRODUCT = [
     Case(storage, dtype, switch, shapes=ALL_SHAPES, steps=4)
     for storage, dtype, switch in itertools.product(BITS, DTYPES, SWITCHES)

@@ -95,7 +95,7 @@ def test_the_wheel_says_what_it_needs(built: Path) -> None:
     assert any(line.startswith("bitsandbytes") and ">=0.45.5" in line and "<0.52" in line for line in needs)
     assert any(line.startswith("torch>=2.4") for line in needs)
     assert not any(line.startswith("triton") for line in needs)  # torch brings it; another would exchange torch
-    assert "automagic-bnb = automagic_bnb.command.cli:main" in entries
+    assert "automagic-bnb = automagic_bnb.command.start:main" in entries
 
 
 def test_the_sdist_builds_without_the_checkout(built: Path) -> None:

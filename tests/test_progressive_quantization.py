@@ -351,3 +351,8 @@ def test_thresholds_hold_for_an_optimizer_that_forced_8_bits(tools: Any) -> None
     assert ("small", "8bit") in seen
     assert seen[-1] == ("8bit", "8bit")
     Automagic8bit(p, **opt.config.__dict__)
+
+
+def test_thresholds_that_never_fall_are_told(tools: Any) -> None:
+    with pytest.warns(UserWarning, match=r"stages=3, end_size=4096: have no effect with falling=0.*larger falling"):
+        ProgressiveQuantization(build(tools), 20, falling=0, stages=3)

@@ -6,9 +6,11 @@ A subcommand is one `add_…` function, which declares its options and sets `run
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import io
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,18 +18,41 @@ from pathlib import Path
 from automagic_bnb import __version__
 from automagic_bnb.command import quiet
 from automagic_bnb.command.demo_options import PEERS, DemoError, DemoOptions
+from automagic_bnb.command.start import INTERRUPTED
 
 PROFILES = ("lean", "memory_optimized", "balanced", "quality_optimized")
 Run = Callable[[argparse.Namespace], int]
-INTERRUPTED = 130
-"""The exit status that shells expect after Ctrl-C."""
+UNREAD = 141
+"""What shells report of a program that ends as nobody reads its output."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status; wrong usage exits with status 2 and a message.
 
-    Whatever fails is one line on standard error and a status of 1.
+    Whatever fails is one line on standard error and a status of 1. Where nobody reads the output any more (`| head`),
+    nothing is said.
     """
+    try:
+        try:
+            return _run(argv)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # what fails here would be a traceback when Python ends
+    except BrokenPipeError:
+        _drop_output()
+        return UNREAD
+    except (Exception, KeyboardInterrupt) as e:
+        if _is_interruption(e):
+            sys.stderr.write("interrupted\n")
+            return INTERRUPTED
+        message = " ".join(str(e).split()) or "no message"
+        sys.stderr.write(f"automagic-bnb: error: {message} ({type(e).__name__})\n")
+        if isinstance(e, OSError):
+            _drop_output()
+        return 1
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="automagic-bnb", description="Tools around the Automagic optimizers.")
     parser.add_argument("--version", action="version", version=f"automagic-bnb {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -41,15 +66,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     args = parser.parse_args(argv)
     quiet.hold_import_warnings()
-    try:
-        return args.run(args)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        return INTERRUPTED
-    except Exception as e:
-        message = " ".join(str(e).split()) or "no message"
-        sys.stderr.write(f"automagic-bnb: error: {message} ({type(e).__name__})\n")
-        return 1
+    return args.run(args)
+
+
+def _is_interruption(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an error: a package that is being imported may make an ImportError of it."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _drop_output() -> None:
+    """Let what standard output still holds go nowhere; Python would try once more to write it, and complain."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # a stream without a file, or none at all
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def expecting(name: str, *errors: type[Exception]) -> Callable[[Run], Run]:
@@ -61,6 +91,8 @@ def expecting(name: str, *errors: type[Exception]) -> Callable[[Run], Run]:
             try:
                 return run(args)
             except errors as e:
+                if isinstance(e, BrokenPipeError) or _is_interruption(e):
+                    raise
                 sys.stderr.write(f"automagic-bnb {name}: error: {e}\n")
                 return 1
 

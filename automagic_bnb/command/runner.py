@@ -6,6 +6,7 @@ import importlib
 import os
 import runpy
 import sys
+import traceback
 from pathlib import Path
 
 from automagic_bnb.trainers import replacing
@@ -35,6 +36,9 @@ def run(settings: list[str], program: list[str], trainer: str | None = None) -> 
     say(f"{', '.join(replaced)}{'; with ' + said if said else ''}")
     try:
         execute(program)
+    except Exception:  # the program's own, which it would show by itself
+        traceback.print_exc()
+        return 1
     finally:
         if not replacing.made:
             say("the program made none of these optimizers: was one of them chosen in its settings?")

@@ -289,6 +289,11 @@ def _lightning_callback_class() -> type:
             self._last = trainer.global_step
             if trainer.is_global_zero:
                 self._sinks = Sinks(*self._where)
+                if self._where == (None, None) and not trainer.loggers:
+                    warn_once(
+                        "lightning_callback(loggers=True): has no effect, as the trainer has no loggers, and nothing "
+                        "is logged; pass directory=… or tensorboard=…, or Trainer(logger=…)"
+                    )
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             step, last = trainer.global_step, self._last
