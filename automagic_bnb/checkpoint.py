@@ -30,6 +30,10 @@ SHARDED_WARNING = (
     "the state of a parameter that is sharded otherwise than by rows is this process's own part: save and load one "
     "file for each process. torch.distributed.checkpoint would keep the part of one process only"
 )
+PART_OF_0_2_0 = (
+    "an earlier version saved each process's own part of it, with blocks of its own; go on with that version, or "
+    "without the optimizer's state"
+)
 
 
 WRAPPERS = frozenset(["module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
@@ -251,7 +255,8 @@ def _parse_parameter(
     saved = _from_0_2_0(_from_0_1_0(saved, local))
     saved_shard = saved.pop("shard", shard)
     if saved_shard != shard:
-        raise ValueError(f"{where}: the checkpoint holds shard {saved_shard}, here is {shard}; {SHARDED_WARNING}")
+        why = SHARDED_WARNING if rows is None else PART_OF_0_2_0
+        raise ValueError(f"{where}: the checkpoint holds shard {saved_shard}, here is {shard}; {why}")
     if rows is not None:
         saved = _with_probes_of(saved, local, optimizer.facts_of(p).probe_stride)
     unknown = sorted(str(k) for k in saved if k not in st.KEYS and k != "step" and k not in IGNORED)

@@ -17,6 +17,7 @@ from automagic_bnb import auto_lr, estimate, low_rank, reference, sharded
 from automagic_bnb import quantization as q
 from automagic_bnb import state as st
 from automagic_bnb.groups import Facts, Group, ParameterGroups
+from automagic_bnb.notices import warn_once
 from automagic_bnb.scalars import Scalars, step_scalars
 from automagic_bnb.sharded import Edge, Shard
 from automagic_bnb.stored import Weights, has_mask
@@ -24,6 +25,12 @@ from automagic_bnb.stored import Weights, has_mask
 SHARES = FACTORS, COUNT, SKIPPED, NUMERATOR, DENOMINATOR, FIRST_PLACE, LAST_PLACE = range(7)
 """What a process tells of each parameter after a step; the last two are the `probe_block` of the spans at its rows'
 ends, which others may have a block of, too."""
+
+
+PLAIN_WARNING = (
+    "sharded parameters are stepped in plain PyTorch, which equals an unsharded run and is many times slower than the "
+    "kernels; docs/limits.md says more"
+)
 
 
 @dataclass
@@ -63,6 +70,8 @@ def step(
     """
     together: dict[Any, list[Due]] = {}
     for group, p in parameters:
+        if p.device.type == "cuda":
+            warn_once(PLAIN_WARNING)
         due = _prepared(optimizer, group, p, grad_scale)
         together.setdefault(due.shard.group, []).append(due)
     tasks = []
