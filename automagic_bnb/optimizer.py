@@ -92,7 +92,8 @@ class Automagic(ParameterGroups):
 
         The options named replace those of the constructor and of all groups; overrides of single parameters stay in
         force over them. With no option, states are brought in line with the options as they are. After an error (out
-        of memory) each parameter is wholly in its old or its new storage, and a further call goes on.
+        of memory) each parameter is wholly in its old or its new storage, and a further call goes on. With parameters
+        under `fully_shard`, all processes have to call.
 
         Args:
             parameters: one or several parameters of this optimizer: the options then become its overrides of these

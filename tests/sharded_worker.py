@@ -6,6 +6,7 @@ once, before the forks.
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 import traceback
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from compatibility_cases import fit, network
 from torch import Tensor, nn
 from torch.distributed.checkpoint import load, save
 from torch.distributed.checkpoint.state_dict import (
@@ -55,6 +57,8 @@ SUMS: dict[str, dict[str, Any]] = {
     "found": {"lr": None, "warmup_steps": 500, "optim_bits": 32},
 }
 """Sums of shares: equal to rounding."""
+OF_FOUR = ("32 bits", "factored", "bfloat16", "norms", "found")
+"""What four processes run, too; two run all."""
 STEPS = 12
 
 
@@ -79,7 +83,7 @@ def gradient(p: Tensor, index: int, step: int) -> Tensor:
         edge = -(-g.shape[0] // 2)
         g[edge - 1 : edge + 1, ::7] = float("nan")
     if index == 7 and step < 4:
-        g[: 7 * step] = 0  # rows that are not in use at first: auto_lr watches others
+        g[: 7 * (4 - step)] = 0  # rows that are not in use at first: auto_lr watches others
     return g.to(p.dtype)
 
 
@@ -117,7 +121,7 @@ def weights(model: nn.Module) -> list[Tensor]:
 def contents(model: nn.Module, opt: Automagic8bit) -> dict[str, Any]:
     """Weights and whole states, by names."""
     saved = get_optimizer_state_dict(model, opt, options=StateDictOptions(full_state_dict=True))
-    return {"weights": dict(zip(SHAPES, weights(model), strict=True)), "state": saved["state"]}
+    return copy.deepcopy({"weights": dict(zip(SHAPES, weights(model), strict=True)), "state": saved["state"]})
 
 
 def in_parts(options: dict[str, Any], rank: int, world: int) -> list[Tensor]:
@@ -132,6 +136,15 @@ def in_parts(options: dict[str, Any], rank: int, world: int) -> list[Tensor]:
             p.grad = gradient(torch.empty(shape, dtype=p.dtype), index, step)[begin : begin + len(p)].clone()
         opt.step()
     return [p.detach() for p in model.parameters()]
+
+
+def fitted(mesh: DeviceMesh | None) -> list[Any]:
+    """The losses and weights of a network whose gradients come from its backward pass, a batch alike everywhere."""
+    model = network()
+    if mesh is not None:
+        for layer in (model[0], model[2], model):
+            fully_shard(layer, mesh=mesh)
+    return [fit(model, Automagic8bit(model.named_parameters(), lr=3e-3), range(12)), weights(model)]
 
 
 # --- what is counted --------------------------------------------------------------------------------------------------
@@ -270,10 +283,13 @@ def hybrid(world: int) -> dict[str, Any]:
 def main(rank: int, world: int, out: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{out / f'store{world}'}", rank=rank, world_size=world)
     mesh = init_device_mesh("cpu", (world,))
-    seen: dict[str, Any] = {name: contents(*trained(options, mesh)) for name, options in {**BITS, **SUMS}.items()}
+    runs = {**BITS, **SUMS}
+    seen: dict[str, Any] = {name: contents(*trained(runs[name], mesh)) for name in (runs if world == 2 else OF_FOUR)}
     seen["in parts"] = in_parts(BITS["32 bits"], rank, world)
-    seen["one by one"] = contents(*trained(BITS["32 bits"], mesh, one_by_one=True))
-    seen["collectives"] = collectives(mesh)
+    seen["fitted"] = fitted(mesh)
+    if world == 2:
+        seen["one by one"] = contents(*trained(BITS["32 bits"], mesh, one_by_one=True))
+        seen["collectives"] = collectives(mesh)
     seen["resumed"] = saved_and_resumed(mesh, out / f"dcp{world}")
     seen["reports"] = reports(mesh)
     seen["columns"] = cut_by_columns(mesh, out, rank, world)
@@ -307,7 +323,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     alone: dict[str, Any] = {name: contents(*trained(options, None)) for name, options in {**BITS, **SUMS}.items()}
-    alone["reports"] = reports(None)
+    alone["reports"], alone["fitted"] = reports(None), fitted(None)
     for size in (2, 4):
         forked(size, folder)
     alone["of four"] = resumed_from(folder / "dcp4", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -64,16 +65,16 @@ def unequal(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("options", ["32 bits", "codes", "factored", "bfloat16"])
+@pytest.mark.parametrize(
+    ("world", "options"), [(2, "codes"), *itertools.product((2, 4), ("32 bits", "factored", "bfloat16"))]
+)
 def test_a_sharded_run_is_the_whole_run(options: str, world: int, seen: Any, whole: Any) -> None:
     """Every bit of weights and states, of shards with and without whole tiles, of one row and of none."""
     for process in seen[world]:
         assert not unequal(process[options], whole[options])
 
 
-@pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("options", ["mask", "norms", "found"])
+@pytest.mark.parametrize(("world", "options"), [(2, "mask"), *itertools.product((2, 4), ("norms", "found"))])
 def test_sums_over_shards_are_the_whole_sums(options: str, world: int, seen: Any, whole: Any) -> None:
     """W, the gradients' norms and auto_lr's sums, each added up in another order: equal to rounding, here as there."""
     first = seen[world][0][options]
@@ -93,11 +94,19 @@ def test_the_found_rate_has_sums(whole: Any) -> None:
     assert state["probed"]["probe_block"].tolist()[0] > 0
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_parameters_stepped_one_by_one(world: int, seen: Any, whole: Any) -> None:
+def test_parameters_stepped_one_by_one(seen: Any, whole: Any) -> None:
     """As a backward pass steps that has no memory for all gradients."""
-    for process in seen[world]:
+    for process in seen[2]:
         assert not unequal(process["one by one"], whole["32 bits"])
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_sharded_network_learns_as_the_whole(world: int, seen: Any, whole: Any) -> None:
+    """With the gradients of FSDP2's own backward pass, which are equal to rounding."""
+    for process in seen[world]:
+        torch.testing.assert_close(process["fitted"], whole["fitted"], rtol=1e-3, atol=1e-4)
+        losses = process["fitted"][0]
+        assert losses[-1] < 0.9 * losses[0]
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -112,10 +121,9 @@ def test_shards_by_themselves_would_not(world: int, seen: Any, whole: Any) -> No
     assert differs["embed"]
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_collectives_of_a_step(world: int, seen: Any) -> None:
+def test_collectives_of_a_step(seen: Any) -> None:
     """One after the step, one before where edges are wanted, one more at every tenth of LoRA; none without shards."""
-    for process in seen[world]:
+    for process in seen[2]:
         found = process["collectives"]
         assert found["apart"] == [1] * 10
         assert found["default"] == [2] * 10
