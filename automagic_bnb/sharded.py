@@ -167,10 +167,9 @@ class Shard:
     def probes(self, stride: int) -> st.State:
         """Fresh ones."""
         spans, like = len(self.spans(stride)), self.like_window()
-        starts, places = (st.KEYS[name].held["32bit"] for name in ("probe_start", "probe_block"))
         return {
-            "probe_start": torch.full((spans, BLOCK), starts[1], dtype=like.dtype, device=like.device),
-            "probe_block": torch.full((spans,), places[1], dtype=places[0], device=like.device),
+            "probe_start": torch.zeros((spans, BLOCK), dtype=like.dtype, device=like.device),
+            "probe_block": torch.full((spans,), st.PROBE_FREE, dtype=torch.int32, device=like.device),
         }
 
     # --- whole tensors, as checkpoints hold them
