@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from automagic_bnb import auto_lr, bnb, config, migration
+from automagic_bnb import auto_lr, bnb, config, migration, sharded
 from automagic_bnb import quantization as q
 from automagic_bnb import state as st
 from automagic_bnb.factored import Tiling
@@ -27,8 +27,12 @@ OWN_GROUP_KEYS = ("base_lr", "warmup_steps")
 
 
 SHARDED_WARNING = (
-    "the state of a sharded parameter is this process's own part: save and load one file for each process. "
-    "torch.distributed.checkpoint would keep the part of one process only"
+    "the state of a parameter that is sharded otherwise than by rows is this process's own part: save and load one "
+    "file for each process. torch.distributed.checkpoint would keep the part of one process only"
+)
+PART_OF_0_2_0 = (
+    "an earlier version saved each process's own part of it, with blocks of its own; go on with that version, or "
+    "without the optimizer's state"
 )
 
 
@@ -154,6 +158,11 @@ def _parse_foreign(
         for p, key in zip(group["params"], of_group, strict=True):
             if saved := state_dict["state"].get(key):
                 options, local = optimizer.effective_options(group, p), st.local_tensor(p)
+                if sharded.shard_of(p) is not None:
+                    raise ValueError(
+                        f"parameter {key}: a checkpoint of {source} cannot be taken over by a sharded parameter; "
+                        "load it into an optimizer over the model without fully_shard, and that one's checkpoint here"
+                    )
                 carried = migration.read(source, saved, saved_group, options, local, f"parameter {key}")
                 storage = st.storage_of(local, options, optimizer.facts_of(p).is_embedding)
                 state[p] = optimizer.completed(p, {"step": carried.step}, storage, options)
@@ -239,11 +248,17 @@ def _parse_parameter(
 ) -> st.State:
     saved = {**saved, **saved.get(WRAPPED, {})}
     saved.pop(WRAPPED, None)
-    local, shard = st.local_tensor(p), st.shard_of(p)
+    rows = sharded.shard_of(p)
+    # What is sharded by rows is saved as whole tensors: they are checked as such before this process takes its part.
+    local, shard = (st.local_tensor(p), st.shard_of(p)) if rows is None else (p.detach(), None)
+    saved = {name: sharded.whole(value) for name, value in saved.items()}
     saved = _from_0_2_0(_from_0_1_0(saved, local))
     saved_shard = saved.pop("shard", shard)
     if saved_shard != shard:
-        raise ValueError(f"{where}: the checkpoint holds shard {saved_shard}, here is {shard}; {SHARDED_WARNING}")
+        why = SHARDED_WARNING if rows is None else PART_OF_0_2_0
+        raise ValueError(f"{where}: the checkpoint holds shard {saved_shard}, here is {shard}; {why}")
+    if rows is not None:
+        saved = _with_probes_of(saved, local, optimizer.facts_of(p).probe_stride)
     unknown = sorted(str(k) for k in saved if k not in st.KEYS and k != "step" and k not in IGNORED)
     foreign = bool(unknown) and "tensor_stats" not in saved
     if foreign or "state1" not in saved or not {"state2", "exp_avg_sq_row"} & saved.keys():
@@ -271,9 +286,19 @@ def _parse_parameter(
                 f"a parameter of shape {tuple(local.shape)} needs {expected}"
             )
         _check_values(name, value, where)
-        state[name] = _restored(name, value, local, optimizer.is_paged, move)
+        if rows is not None:
+            value = rows.part_of(name, value, optimizer.facts_of(p).probe_stride)
+        state[name] = _restored(name, value, sharded.stepped(p), optimizer.is_paged, move)
     _check_storage(state, local, optimizer.effective_options(group, p), where)
     return optimizer.completed(p, state, st.storage_held(state), optimizer.effective_options(group, p))
+
+
+def _with_probes_of(saved: st.State, p: Tensor, stride: int) -> st.State:
+    """A saved state without probes of another stride than a shard's, which has its spans by it: they begin anew."""
+    lengths = {len(saved[name]) for name in ("probe_start", "probe_block") if isinstance(saved.get(name), Tensor)}
+    if lengths <= {st.probe_count(st.block_count(p), stride)}:
+        return saved
+    return {name: value for name, value in saved.items() if name not in ("probe_start", "probe_block")}
 
 
 def _from_0_1_0(saved: dict[str, Any], p: Tensor) -> dict[str, Any]:

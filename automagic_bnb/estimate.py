@@ -63,7 +63,22 @@ def sign_error(t: int) -> float:
     return ERRORS * math.sqrt((1 - SIGN_DECAY ** (2 * t)) * (1 - SIGN_DECAY) / (1 + SIGN_DECAY))
 
 
-def watch(theta: Tensor, u: Tensor, m: Tensor, g: Tensor, *, state: st.State) -> None:
+@dataclass(frozen=True)
+class Watched:
+    """Which blocks one process watches of a parameter of which several hold rows: those that touch its own."""
+
+    rows: slice
+    """The blocks, among those given."""
+    first: int
+    """The first one's place, counted from the start of the first span that is kept here."""
+    stride: int
+    own: Tensor
+    """bool [blocks, 256], of these blocks: the elements whose weights are here."""
+
+
+def watch(
+    theta: Tensor, u: Tensor, m: Tensor, g: Tensor, *, state: st.State, watched_here: Watched | None = None
+) -> None:
     """Leave this step's sums of one parameter, s and M, in its `tensor_stats`.
 
     Of every `stride` blocks one is watched: the first with a gradient. It is claimed in one step and taken in the next,
@@ -72,10 +87,17 @@ def watch(theta: Tensor, u: Tensor, m: Tensor, g: Tensor, *, state: st.State) ->
     Args:
         theta: θ before the update, float32 [blocks, 256]; u, m and g alike.
         state: `step` already counts this step.
+        watched_here: where the arguments are a part of a parameter that others hold, too; the sums are then this
+            process's shares.
     """
     places, starts, t = state["probe_block"], state["probe_start"], state["step"]
-    stride = st.stride_held(len(theta), len(places))
-    number = torch.arange(len(theta), device=theta.device)
+    here, first = watched_here, 0
+    if here is None:
+        stride = st.stride_held(len(theta), len(places))
+    else:
+        theta, u, m, g = (x[here.rows] for x in (theta, u, m, g))
+        first, stride = here.first, here.stride
+    number = torch.arange(first, first + len(theta), device=theta.device)
     slot, offset = number // stride, (number % stride).int()
     held = places[slot]
     claimed = held == st.PROBE_CLAIM + (t - 1) % 2 * st.PROBE_TURN + offset
@@ -86,7 +108,11 @@ def watch(theta: Tensor, u: Tensor, m: Tensor, g: Tensor, *, state: st.State) ->
     starts[slot[claimed]] = theta[claimed].to(starts.dtype)
     watched = held == offset
     moved = starts[slot[watched]].float() - theta[watched]
+    if here is not None:
+        moved = torch.where(here.own[watched], moved, 0.0)
     state["tensor_stats"][st.LR_NUMERATOR] = (u[watched] * moved).sum()
+    if here is not None:  # a block that several processes have is the one's who has its first element
+        watched = watched & here.own[:, 0]
     least = LEAST_MOMENTUM * (g[watched] != 0).sum(dim=1)
     state["tensor_stats"][st.LR_DENOMINATOR] = torch.maximum(m[watched].abs().sum(dim=1), least).sum()
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from automagic_bnb import auto_lr, bnb, config, low_rank, paged
+from automagic_bnb import auto_lr, bnb, config, low_rank, paged, sharded
 from automagic_bnb import state as st
 from automagic_bnb.groups import ParameterGroups
 from automagic_bnb.notices import warn_once
@@ -173,7 +173,7 @@ class Plan:
         )
 
     def _would_take(self, group: dict[str, Any], p: Tensor, backend: str | None) -> bool:
-        return id(group) not in self.spread and takes(st.local_tensor(p), backend)
+        return id(group) not in self.spread and sharded.shard_of(p) is None and takes(st.local_tensor(p), backend)
 
     def _has_groups(self, groups: list[dict[str, Any]]) -> bool:
         if self.groups is None:
@@ -270,7 +270,8 @@ class FusedStep:
             if p.grad is not None:
                 self.optimizer.effective_options(group, p)
                 st.checked_gradient(p)
-                st.check_shape(self.optimizer.state.get(p, {}), st.local_tensor(p))
+                shape = sharded.stepped(p).shape
+                st.check_shape(self.optimizer.state.get(p, {}), st.local_tensor(p), shape)
 
     def run_one(self, group: dict[str, Any], p: Tensor) -> bool:
         """Step one parameter, if the kernels take it."""
@@ -398,7 +399,7 @@ class FusedStep:
         for group, p in parameters:
             if p.grad is None:
                 plan.idle.append(p)
-            elif not takes(st.local_tensor(p), optimizer.config.backend):
+            elif sharded.shard_of(p) is not None or not takes(st.local_tensor(p), optimizer.config.backend):
                 plan.rest.append((group, p))
             elif (options := optimizer.effective_options(group, p))["auto_lr"] and id(group) in spread:
                 warn_once(auto_lr.SPREAD_WARNING)

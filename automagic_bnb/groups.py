@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.torch_version import TorchVersion
 
-from automagic_bnb import bnb, config, idle
+from automagic_bnb import bnb, config, idle, sharded
 from automagic_bnb import quantization as q
 from automagic_bnb import state as st
 from automagic_bnb.notices import warn_once
@@ -252,7 +252,7 @@ class ParameterGroups(bnb.Optimizer2State):
         ordinal = sum(len(group["params"]) for group in self.param_groups[:first])
         for group in self.param_groups[first:]:
             names = group.get("param_names") or [getattr(p, "original_name", "") for p in group["params"]]
-            stride = st.probe_stride(sum(local_tensor(p).numel() for p in group["params"] if not is_lazy(p)))
+            stride = st.probe_stride(sum(p.numel() for p in group["params"] if not is_lazy(p)))
             for p, name in zip(group["params"], names, strict=True):
                 marked = getattr(p, "_is_lora_layer", False) or is_lora_name(name)
                 embedding = getattr(p, "_is_embedding", False) or is_embedding_name(name)
@@ -344,7 +344,7 @@ class ParameterGroups(bnb.Optimizer2State):
             kinds: dict[str, int] = {}
             for p in group["params"]:
                 facts = self.facts_of(p)
-                kind = st.storage_of(local_tensor(p), self.effective_options(group, p), facts.is_embedding)
+                kind = st.storage_of(p, self.effective_options(group, p), facts.is_embedding)
                 kinds[kind] = kinds.get(kind, 0) + p.numel()
             rate = "found during training" if group["auto_lr"] else f"{group['lr']:g}"
             logger.info("group %d: lr %s; elements by storage: %s", index, rate, kinds)
@@ -408,14 +408,26 @@ class ParameterGroups(bnb.Optimizer2State):
     def init_state(self, group: Group, p: Tensor, gindex: int = 0, pindex: int = 0) -> None:
         """Make the state of one parameter, or add what newly switched-on options need."""
         options = self.effective_options(group, p)
-        state, local = self.state[p], local_tensor(p)
+        state, cut_otherwise = self.state[p], self._is_cut_otherwise(p)
         if "state1" in state:
             storage = st.storage_held(state)
         else:
-            storage = st.storage_of(local, options, self.facts_of(p).is_embedding)
+            sized = local_tensor(p) if cut_otherwise else p
+            storage = st.storage_of(sized, options, self.facts_of(p).is_embedding)
         self.completed(p, state, storage, options)
-        if (shard := st.shard_of(p)) is not None:
-            state["shard"] = shard  # lets a checkpoint of another process's part be told
+        if cut_otherwise:
+            state["shard"] = st.shard_of(p)  # lets a checkpoint of another process's part be told
+
+    @staticmethod
+    def _is_cut_otherwise(p: Tensor) -> bool:
+        """Whether only a part of the parameter lives here that `sharded` knows nothing of: it is stepped by itself."""
+        if st.shard_of(p) is None or sharded.shard_of(p) is not None:
+            return False
+        warn_once(
+            "a parameter is sharded otherwise than by rows (tensor parallel): each process steps its part as a "
+            "parameter of its own, so results are close to an unsharded run's, not equal to them"
+        )
+        return True
 
     def completed(self, p: Tensor, state: st.State, storage: str, options: dict[str, Any]) -> st.State:
         """`state.complete` for a state of p that may be under way, where confidence was switched on or was not saved.
@@ -425,7 +437,9 @@ class ParameterGroups(bnb.Optimizer2State):
         """
         joins = options["came"] and not {"state3", "exp_avg_res_row"} & state.keys()
         stride = self.facts_of(p).probe_stride
-        st.complete(state, st.local_tensor(p), storage, options, self.is_paged, stride)
+        if (shard := sharded.shard_of(p)) is not None and options["auto_lr"]:
+            state.update({k: v for k, v in shard.probes(stride).items() if k not in state})
+        st.complete(state, sharded.stepped(p), storage, options, self.is_paged, stride)
         if joins and state["step"] > 0:
             value = 1 - options["betas"][2] ** state["step"]
             if storage in st.FACTORED:
@@ -440,11 +454,11 @@ class ParameterGroups(bnb.Optimizer2State):
 
     def prepared_state(self, group: Group, p: Tensor, options: dict[str, Any]) -> st.State:
         """The state of one parameter, with all that these options need."""
-        state, local = self.state[p], local_tensor(p)
-        if not st.is_complete(state, local, options):
+        state, sized = self.state[p], local_tensor(p) if "shard" in self.state[p] else p
+        if not st.is_complete(state, p, options):
             self.init_state(group, p)
         if options is not group:  # an override may have come when the state was there already
-            held, wanted = st.storage_held(state), st.storage_of(local, options, self.facts_of(p).is_embedding)
+            held, wanted = st.storage_held(state), st.storage_of(sized, options, self.facts_of(p).is_embedding)
             if held != wanted:
                 warn_once(
                     f"the state of a parameter of shape {tuple(p.shape)} is kept in {held}, its options say {wanted} "
@@ -491,4 +505,5 @@ class ParameterGroups(bnb.Optimizer2State):
             if self.is_paged:  # a copy is in ordinary memory, for which there must be room
                 for name in st.ELEMENT_KEYS & values.keys():
                     held = values[name]
-                    values[name] = st.empty_element_state(local_tensor(p), held.dtype, True, held.shape).copy_(held)
+                    like = sharded.stepped(p)
+                    values[name] = st.empty_element_state(like, held.dtype, True, held.shape).copy_(held)

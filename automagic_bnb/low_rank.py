@@ -86,15 +86,23 @@ class RankTask:
 def rank_tasks(
     theta: Tensor, state: st.State, options: dict[str, Any], key: int, is_lora: bool, d: Tensor | None
 ) -> list[RankTask]:
-    """Step 9 of one parameter, where it is due: every 10th step, for LoRA matrices with a short side."""
-    t = state["step"]
-    wanted = is_lora and options["lora_rank_penalty"] and t % LOW_RANK_EVERY == 0
-    if not wanted or theta.dim() != 2 or min(theta.shape) > LOW_RANK_MAX:
+    """Step 9 of one parameter, where it is due."""
+    if not is_due(theta, state, options, is_lora):
         return []
-    threshold = rank_threshold(options) if d is None else d * rank_threshold(options)
-    key = q.mix_in(q.mix_in(key, q.RANK_STREAM), t)
     weights = Weights(theta, state.get("master_residual"), st.rounds_stochastically(theta, options))
-    return [RankTask(weights, threshold, key)]
+    return [rank_task(weights, state, options, key, d)]
+
+
+def is_due(theta: Tensor, state: st.State, options: dict[str, Any], is_lora: bool) -> bool:
+    """Every 10th step, for LoRA matrices with a short side."""
+    wanted = is_lora and options["lora_rank_penalty"] and state["step"] % LOW_RANK_EVERY == 0
+    return wanted and theta.dim() == 2 and min(theta.shape) <= LOW_RANK_MAX
+
+
+def rank_task(weights: Weights, state: st.State, options: dict[str, Any], key: int, d: Tensor | None) -> RankTask:
+    """Step 9 of one parameter, at its current step."""
+    threshold = rank_threshold(options) if d is None else d * rank_threshold(options)
+    return RankTask(weights, threshold, q.mix_in(q.mix_in(key, q.RANK_STREAM), state["step"]))
 
 
 def rank_threshold(options: dict[str, Any]) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from automagic_bnb import bnb, paged
+from automagic_bnb import bnb, paged, sharded
 from automagic_bnb import state as st
 from automagic_bnb.groups import ParameterGroups
 
@@ -28,7 +28,8 @@ def efficiency_report(optimizer: ParameterGroups) -> dict[str, Any]:
 
     A parameter that has been stepped counts with the tensors it holds, and those that options switched on since then
     will add. Any other counts with what its first step will allocate, unless it is frozen (`requires_grad=False`, no
-    gradient, no state): then with nothing. Of a sharded parameter (DTensor) what lives here counts.
+    gradient, no state): then with nothing. Of a sharded parameter (DTensor) what lives here counts, with the state of
+    others' rows that share a tile with the rows here.
 
     MB are 10^6 bytes. Not counted are the kernels' tables (about 0.3 KB a tensor) and a step's temporary memory.
 
@@ -96,6 +97,8 @@ class ParameterMemory:
 
     p: Tensor
     """Of a sharded parameter, what lives here."""
+    sized: Tensor
+    """By whose size its storage is chosen: the whole parameter, or p."""
     group: dict[str, Any]
     options: dict[str, Any]
     """In force for it: the group's, under its override."""
@@ -128,15 +131,17 @@ def memory_by_parameter(optimizer: ParameterGroups) -> list[ParameterMemory]:
 
 def _memory_of(optimizer: ParameterGroups, group: dict[str, Any], p: Tensor) -> ParameterMemory:
     options, local = optimizer.effective_options(group, p), st.local_tensor(p)
+    sized = local if sharded.shard_of(p) is None else p
     state = {key: value for key, value in optimizer.state.get(p, {}).items() if isinstance(value, Tensor)}
     facts = optimizer.facts_of(p)
-    storage = st.storage_held(state) if "state1" in state else st.storage_of(local, options, facts.is_embedding)
+    storage = st.storage_held(state) if "state1" in state else st.storage_of(sized, options, facts.is_embedding)
     pieces = [Piece(key, x.nbytes, True, paged.is_paged(x), id(x)) for key, x in state.items()]
     gets_steps = p.requires_grad or p.grad is not None
     if gets_steps:
-        pieces += planned(state, local, storage, options, optimizer.is_paged, facts.probe_stride)
+        pieces += planned(state, sharded.stepped(p), storage, options, optimizer.is_paged, facts.probe_stride)
     return ParameterMemory(
         p=local,
+        sized=sized,
         group=group,
         options=options,
         is_embedding=facts.is_embedding,
@@ -192,7 +197,7 @@ def share_in_8bit(parameters: list[ParameterMemory]) -> float:
 def share_with(optimizer: ParameterGroups, **options: Any) -> float:
     """`share_in_8bit` as it would be with these options in force for every parameter."""
     counted = [m for m in memory_by_parameter(optimizer) if not m.is_frozen]
-    storages = [st.storage_of(m.p, {**m.options, **options}, m.is_embedding) for m in counted]
+    storages = [st.storage_of(m.sized, {**m.options, **options}, m.is_embedding) for m in counted]
     return share_in_8bit([replace(m, storage=storage) for m, storage in zip(counted, storages, strict=True)])
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from automagic_bnb import auto_lr, reference
+from automagic_bnb import auto_lr, reference, sharded
 from automagic_bnb import quantization as q
 from automagic_bnb import state as st
 from automagic_bnb.groups import ParameterGroups
@@ -56,7 +56,10 @@ LANES = 32
 
 @dataclass(frozen=True)
 class Subject:
-    """One parameter that has been stepped, and all that its figures depend on; of a sharded one, what lives here."""
+    """One parameter that has been stepped, and all that its figures depend on; of a sharded one, what is stepped here.
+
+    There `p` has only the shape of it; and where some of the rows are others', there is no gradient.
+    """
 
     p: Tensor
     grad: Tensor | None
@@ -183,7 +186,7 @@ def quantiles(rows: list[Row]) -> tuple[float, float]:
 
 def subject_of(optimizer: ParameterGroups, group: dict[str, Any], p: Tensor) -> Subject | None:
     """What the figures of one parameter depend on; None where it has not been stepped."""
-    state, local = optimizer.state.get(p, {}), st.local_tensor(p).detach()
+    state, local, shard = optimizer.state.get(p, {}), sharded.stepped(p).detach(), sharded.shard_of(p)
     if not state.get("step") or "tensor_stats" not in state or local.numel() == 0:
         return None
     options, facts = optimizer.effective_options(group, p), optimizer.facts_of(p)
@@ -193,7 +196,7 @@ def subject_of(optimizer: ParameterGroups, group: dict[str, Any], p: Tensor) -> 
         d = group.get("auto_lr_rate", torch.full((), start, dtype=torch.float32, device=local.device)).to(local.device)
     return Subject(
         p=local,
-        grad=None if p.grad is None else st.checked_gradient(p),
+        grad=None if p.grad is None or (shard and shard.shares_tiles) else st.checked_gradient(p),
         state=state,
         options=options,
         scalars=step_scalars(options, state["step"] + 1, facts.is_lora, facts.random_key(options)),

@@ -19,6 +19,8 @@ from automagic_bnb import (
     metrics,
     reference,
     requantization,
+    sharded,
+    sharded_step,
     signature,
 )
 from automagic_bnb import state as st
@@ -90,7 +92,8 @@ class Automagic(ParameterGroups):
 
         The options named replace those of the constructor and of all groups; overrides of single parameters stay in
         force over them. With no option, states are brought in line with the options as they are. After an error (out
-        of memory) each parameter is wholly in its old or its new storage, and a further call goes on.
+        of memory) each parameter is wholly in its old or its new storage, and a further call goes on. With parameters
+        under `fully_shard`, all processes have to call.
 
         Args:
             parameters: one or several parameters of this optimizer: the options then become its overrides of these
@@ -155,10 +158,14 @@ class Automagic(ParameterGroups):
         self.adopt_overrides()
         if self._unsaid:
             self.say_all_idle()
-        tasks = []
+        tasks, shards = [], []
         for group, p in self._fused.run(scaler):
-            if p.grad is not None:
+            if p.grad is not None and sharded.shard_of(p) is not None:
+                shards.append((group, p))
+            elif p.grad is not None:
                 tasks += self._update(group, p, scaler.grad_scale)
+        if shards:
+            tasks += sharded_step.step(self, shards, scaler.grad_scale)
         self._fused.note_states()
         low_rank.shrink_ranks(tasks)
         if self._step_log is not None:
@@ -188,8 +195,10 @@ class Automagic(ParameterGroups):
             group = owner
         if self._step_log is not None and p.grad is not None:
             self._step_log.stepped_one(p, self._steps_taken, self.get_metrics)
-        if p.grad is not None and not self._fused.run_one(group, p):
-            low_rank.shrink_ranks(self._update(group, p))
+        if p.grad is None or self._fused.run_one(group, p):
+            return
+        is_shard = sharded.shard_of(p) is not None
+        low_rank.shrink_ranks(sharded_step.step(self, [(group, p)], None) if is_shard else self._update(group, p))
 
     def update_step(self, group: Group, p: Tensor, gindex: int, pindex: int) -> None:
         """bitsandbytes' name for `step_parameter`."""
@@ -232,7 +241,9 @@ class Automagic(ParameterGroups):
         """Whether only a shard of the parameter lives here: its singular values are then not to be had."""
         if local_tensor(p).shape == p.shape:
             return False
-        warn_once("parameters are sharded (DTensor): lora_rank_penalty does not apply to them")
+        warn_once(
+            "a parameter is sharded otherwise than by rows (tensor parallel): lora_rank_penalty does not apply to it"
+        )
         return True
 
     def get_learning_rates(self) -> list[float | Tensor]:
@@ -259,7 +270,8 @@ class Automagic(ParameterGroups):
 
     @st.unseen
     def element_learning_rates(self, p: Tensor) -> Tensor:
-        """The rate of every element of p as the next step would use it, float32, shaped like p.
+        """The rate of every element of p as the next step would use it, float32, shaped like p; of a sharded parameter,
+        of the rows that live here.
 
         Raises:
             KeyError: p has not been stepped by this optimizer.
@@ -269,8 +281,8 @@ class Automagic(ParameterGroups):
         if "state1" not in state:
             raise KeyError(f"a parameter of shape {tuple(p.shape)} has not been stepped by this optimizer")
         group = self.group_of(p)
-        options, local, facts = self.effective_options(group, p), local_tensor(p), self.facts_of(p)
-        is_lora = facts.counts_as_lora(options)
+        options, facts, shard = self.effective_options(group, p), self.facts_of(p), sharded.shard_of(p)
+        local, is_lora = sharded.stepped(p), facts.counts_as_lora(options)
         scalars = step_scalars(options, state["step"] + 1, is_lora, facts.random_key(options))
         blocks = Blocks(local)
         k, _ = read_mask(state, blocks)
@@ -278,7 +290,8 @@ class Automagic(ParameterGroups):
         if options["auto_lr"]:  # not found yet where it was switched on just now
             d = torch.as_tensor(group.get("auto_lr_rate", auto_lr.start_rate(group)), device=local.device)
         rates = reference.element_rates(k, state["tensor_stats"][st.MASK_MEAN], scalars, d)
-        return blocks.join(rates).view(local.shape)
+        shaped = blocks.join(rates).view(local.shape)
+        return shaped if shard is None else shaped[shard.inside]
 
     @st.unseen
     def get_metrics(self, per_group: bool = False, per_parameter: bool = False) -> dict[str, float]:
@@ -313,6 +326,7 @@ class Automagic(ParameterGroups):
         """torch's form, one flat dict for each parameter, so that `torch.distributed.checkpoint` can flatten it.
 
         bitsandbytes nests the quantized tensors, so that FSDP1 does not gather them: done for its parameters only.
+        The state of parameters sharded by rows (`fully_shard`) comes as DTensors; all processes have to call then.
         """
         self._fused.settle()
         if any(getattr(p, "_fsdp_flattened", False) for p in self._facts):
@@ -322,7 +336,20 @@ class Automagic(ParameterGroups):
         state_dict = torch.optim.Optimizer.state_dict(self)
         held = state_dict["state"].items()  # among them what wrappers keep there under names of their own
         state_dict["state"] = {key: dict(state) if isinstance(state, dict) else state for key, state in held}
+        for key, shard in self._shards(state_dict["param_groups"]).items():
+            state = state_dict["state"].get(key, {})
+            if "state1" in state:
+                state_dict["state"][key] = shard.saved(state, self.facts_of(shard.p).probe_stride)
         return state_dict
+
+    def _shards(self, saved_groups: list[Group]) -> dict[Any, sharded.Shard]:
+        """The parameters sharded by rows, by their keys in a checkpoint."""
+        pairs = [
+            (key, sharded.shard_of(p))
+            for saved, group in zip(saved_groups, self.param_groups, strict=True)
+            for key, p in zip(saved["params"], group["params"], strict=True)
+        ]
+        return {key: shard for key, shard in pairs if shard is not None}
 
     def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
         """Load what `state_dict` returned; every dtype comes back exactly.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from automagic_bnb import config
-from automagic_bnb import state as st
 from automagic_bnb.notices import warn_once
 from automagic_bnb.requantization import set_for_all
 
@@ -68,7 +67,7 @@ class ProgressiveQuantization:
         self.optimizer, self.total_steps = optimizer, total_steps
         self.warmup, self.falling, self.stages = warmup, falling, stages
         self.factored = None if factored is None else config.check_option("factored", factored)
-        sizes = [st.local_tensor(p).numel() for group in optimizer.param_groups for p in group["params"]]
+        sizes = [p.numel() for group in optimizer.param_groups for p in group["params"]]
         self.thresholds = _falling(max([end_size, *sizes]), end_size, stages)
         self.load_state_dict({"steps": 0})
 

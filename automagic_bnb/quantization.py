@@ -118,13 +118,13 @@ def parameter_key(seed: int, own: int) -> int:
     return mix_in(mix_in(0x9E3779B9, seed), own)
 
 
-def random_bits(key: int | Tensor, shape: torch.Size, device: torch.device) -> Tensor:
+def random_bits(key: int | Tensor, shape: torch.Size, device: torch.device, start: int = 0) -> Tensor:
     """16 random bits (in int64) for each flat index of `shape`: a pure function of key and index.
 
-    Indices 2j and 2j + 1 take the halves of one 32-bit word. No generator is touched: replicas draw the same bits, and
-    so does a resumed run. Keys [batch, 1] give [batch, n] for a shape (n,).
+    The first index is `start`, which is even. Indices 2j and 2j + 1 take the halves of one 32-bit word. No generator is
+    touched: replicas draw the same bits, and so does a resumed run. Keys [batch, 1] give [batch, n] for a shape (n,).
     """
-    pairs = torch.arange((shape.numel() + 1) // 2, device=device)
+    pairs = torch.arange(start // 2, start // 2 + (shape.numel() + 1) // 2, device=device)
     # Beyond 2**33 elements the upper half of the pair's index enters through the key; _mix(0) is 0.
     words = _mix(((pairs & _M32) ^ key) ^ _mix(pairs >> 32))
     bits = torch.stack([words & 0xFFFF, words >> 16], dim=-1).flatten(-2)[..., : shape.numel()]

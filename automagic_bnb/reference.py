@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -116,6 +117,30 @@ def spatial_filter(g: Tensor, lap: Tensor, edge_history: Tensor, blocks: Blocks,
     return filtered
 
 
+@dataclass
+class Part:
+    """What one process steps of a parameter of which several hold rows: whole tiles, with rows of others among them.
+
+    The blocks are those of this part. A state moves as in a step of the whole parameter; what is summed over the whole
+    is left here as this process's share of it, and put into `tensor_stats` by whoever adds the shares up.
+    """
+
+    whole: Tensor
+    """The parameter, of whose shape the rule depends."""
+    start: int
+    """The flat index in it of the part's first element; a multiple of 256."""
+    rows: slice
+    """Which rows of the gradient given are the part's: one more may lie on either side, for the Laplacian."""
+    own: Tensor
+    """bool [blocks, 256]: the elements that count in this process's shares."""
+    norm: Tensor | None
+    """0-d, of the whole gradient with non-finite elements zeroed; None without percentile_clipping."""
+    skipped: Tensor | None = None
+    """0-d: elements skipped."""
+    factors: Tensor | None = None
+    """float64 [2]: Σ 2^(k/16) over the elements with a gradient, and their number; None where W stays."""
+
+
 def update_parameter(
     p: Tensor,
     grad: Tensor,
@@ -124,6 +149,7 @@ def update_parameter(
     s: Scalars,
     d: Tensor | None = None,
     watch: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None,
+    part: Part | None = None,
 ) -> None:
     """One step of one parameter, in place: p and its state. `state["step"]` already counts this step.
 
@@ -132,24 +158,33 @@ def update_parameter(
         grad: shaped like p, any floating dtype; NaN, infinite and absurdly large (2^50) elements are skipped.
         d: with auto_lr, the 0-d float32 rate found so far.
         watch: called with θ before the update, u, m and g, each float32 [blocks, 256].
+        part: of a parameter of which several processes hold rows, what p, the state and these rows of `grad` are.
     """
     blocks = Blocks(p)
     stats = state["tensor_stats"]
     g_shaped, keep_flat = usable(grad)
     if options["percentile_clipping"] < 100:
-        g_shaped = g_shaped * clip_scale(g_shaped, state["gnorm_vec"], state["step"], options["percentile_clipping"])
+        measured = g_shaped if part is None or part.norm is None else part.norm
+        g_shaped = g_shaped * clip_scale(measured, state["gnorm_vec"], state["step"], options["percentile_clipping"])
+    spatial = is_spatial(p if part is None else part.whole, options)
+    lap = laplacian(g_shaped) if spatial else g_shaped
+    if part is not None:
+        g_shaped, keep_flat, lap = g_shaped[part.rows], keep_flat[part.rows], lap[part.rows]
     keep = blocks.cut(keep_flat)
-    stats[st.SKIPPED] += blocks.n - keep.sum()
+    if part is None:
+        stats[st.SKIPPED] += blocks.n - keep.sum()
+    else:
+        part.skipped = (part.own & ~keep).sum()
     g = blocks.cut(g_shaped)
     # θ, v, r and k round by the same bits: each is unbiased for itself, which is what matters.
-    bits = q.random_bits(s.rounding_key, keep.shape, p.device)
+    bits = q.random_bits(s.rounding_key, keep.shape, p.device, 0 if part is None else part.start)
     moments = moments_of(state, blocks, keep, bits)
 
     # 1. Spatial filter.
     filtered = g
-    if is_spatial(p, options):
+    if spatial:
         # Where there is no gradient the filter makes none: rows beside those in use would move, and more than these.
-        lap = torch.where(g != 0, blocks.cut(laplacian(g_shaped)), 0.0)
+        lap = torch.where(g != 0, blocks.cut(lap), 0.0)
         filtered = spatial_filter(g, lap, state["edge_history"].view(-1, 1), blocks, options)
 
     # 2. Second moment, activity, clipping.
@@ -194,8 +229,12 @@ def update_parameter(
     moments.store(m)
     if s.adapt_mask and has_mask(state):
         used, factor = g != 0, torch.exp2(read_mask(state, blocks)[0] / OCTAVE)
-        mean = torch.where(used, factor, 0.0).sum() / used.sum().clamp_min(1)
-        stats[st.MASK_MEAN] = torch.where(used.any(), mean, stats[st.MASK_MEAN])
+        if part is None:
+            mean = torch.where(used, factor, 0.0).sum() / used.sum().clamp_min(1)
+            stats[st.MASK_MEAN] = torch.where(used.any(), mean, stats[st.MASK_MEAN])
+        else:
+            used &= part.own
+            part.factors = torch.stack([torch.where(used, factor, 0.0).sum().double(), used.sum().double()])
 
 
 def torque_factor(m: Tensor, u: Tensor, torque: Tensor, kappa: float) -> Tensor:

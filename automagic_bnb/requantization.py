@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from automagic_bnb import bnb, config
+from automagic_bnb import bnb, config, sharded
 from automagic_bnb import quantization as q
 from automagic_bnb import state as st
 from automagic_bnb.groups import ParameterGroups
@@ -49,10 +49,14 @@ def requantize(
     for group, p in owners:
         state = optimizer.state.get(p, {})
         if "state1" in state:
-            effective, local = optimizer.effective_options(group, p), st.local_tensor(p)
-            storage = st.storage_of(local, effective, optimizer.facts_of(p).is_embedding)
+            effective, shard = optimizer.effective_options(group, p), sharded.shard_of(p)
+            storage = st.storage_of(
+                st.local_tensor(p) if shard is None else p, effective, optimizer.facts_of(p).is_embedding
+            )
             # One assignment at the end: an error in between leaves the parameter all in its old storage.
-            new = converted(state, local, storage, effective, optimizer.is_paged)
+            new = converted(state, sharded.stepped(p), storage, effective, optimizer.is_paged)
+            if shard is not None and any(new.get(name) is not state.get(name) for name in ("lr_mask", "lr_mask4")):
+                _agree_on_mask_mean(state, new, shard)
             optimizer.state[p] = st.WatchedState(new)
     optimizer.say_idle(changes, owners, " of requantize")
 
@@ -157,6 +161,21 @@ def converted(state: st.State, p: Tensor, storage: str, options: dict[str, Any],
         held = state["tensor_stats"][st.MASK_MEAN].double()
         new["tensor_stats"] = _with_mask_mean(state, torch.where(changed > 0, total / p.numel(), held))
     return new
+
+
+def _agree_on_mask_mean(old: st.State, new: st.State, shard: sharded.Shard) -> None:
+    """W of a shard whose mask has been converted, as in `converted`, but of all processes' rows. Collective."""
+    held = old["tensor_stats"][st.MASK_MEAN].double()
+    sums = torch.zeros(2, dtype=torch.float64, device=held.device)
+    if shard.window:
+        blocks, own = Blocks(new["state1"]), shard.mask_of_own(held.device)
+        before, after = (read_mask(state, blocks)[0] for state in (old, new))
+        sums[0] = (own & (before != after)).sum()
+        sums[1] = torch.where(own, torch.exp2(after / 16), 0.0).double().sum()
+    changed, total = sharded.gathered(sums, shard).sum(dim=0)
+    if has_mask(new):
+        mean = total / shard.p.numel()
+        new["tensor_stats"] = _with_mask_mean(old, torch.where(changed > 0, mean, held) if mask_spacing(new) else held)
 
 
 def _name(number: int, storage: str) -> str:

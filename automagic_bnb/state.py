@@ -340,17 +340,22 @@ def checked_gradient(p: Tensor) -> Tensor:
     return grad
 
 
-def check_shape(state: State, p: Tensor) -> None:
-    """Raise ValueError where a state was made for a (local) parameter of another shape, or none can be."""
+def check_shape(state: State, p: Tensor, shape: torch.Size | None = None) -> None:
+    """Raise ValueError where a state was made for a (local) parameter of another shape, or none can be.
+
+    Args:
+        shape: what the state's should be; by default p's.
+    """
     check_layout(p)
+    shape = p.shape if shape is None else shape
     if p.is_inference():
         raise ValueError(
             f"a parameter of shape {tuple(p.shape)} was made inside torch.inference_mode(), where tensors stay as they "
             "are made; make the model outside of it"
         )
-    if "state1" in state and state["state1"].shape != p.shape:
+    if "state1" in state and state["state1"].shape != shape:
         raise ValueError(
-            f"a parameter now has shape {tuple(p.shape)}, its optimizer state was made for "
+            f"a parameter now has shape {tuple(shape)}, its optimizer state was made for "
             f"{tuple(state['state1'].shape)}; delete it with `del optimizer.state[p]` to start anew"
         )
 

@@ -78,36 +78,6 @@ def test_replicas_stay_equal(two_processes: list[dict[str, Any]], tools: Any) ->
     assert tools.differences(first, second)  # the negative control: other random bits show
 
 
-def test_shards_step_as_the_whole(two_processes: list[dict[str, Any]], tools: Any) -> None:
-    """FSDP2 on shards of whole blocks is bit-equal where a step looks at single blocks only."""
-    seen = two_processes[0]["aligned"]
-    assert not tools.differences(seen["sharded"], seen["whole"])
-    assert tools.differences(seen["sharded"], seen["start"])
-
-
-def test_shards_stay_close_to_the_whole_with_every_feature(two_processes: list[dict[str, Any]]) -> None:
-    """Across a shard's edge the filter has no neighbours, W is the shard's mean, random bits count from its start."""
-    for whole, shards, start in zip(
-        *(two_processes[0]["default"][k] for k in ("whole", "sharded", "start")), strict=True
-    ):
-        assert (shards - whole).norm() < 0.1 * (whole - start).norm()
-
-
-def test_shards_are_saved_by_each_process(two_processes: list[dict[str, Any]]) -> None:
-    """The own file resumes bit for bit; another's is refused, and saving says how to save."""
-    for rank, seen in enumerate(two_processes):
-        assert seen["own files"]["equal"]
-        assert f"holds shard {1 - rank}, here is {rank}" in seen["own files"]["error"]
-        assert any("one file for each process" in warning for warning in seen["own files"]["warnings"])
-
-
-def test_a_gathered_checkpoint_of_shards_is_refused(two_processes: list[dict[str, Any]]) -> None:
-    """torch.distributed.checkpoint keeps one process's part of each entry: who would train on another's is told so."""
-    refusals = [seen["gathered file"] for seen in two_processes if seen["gathered file"]]
-    assert refusals
-    assert all("the checkpoint holds shard" in refusal for refusal in refusals)
-
-
 @pytest.fixture
 def one_process(tmp_path: Path) -> Iterator[Any]:
     """A process group of this process alone, and its mesh."""

@@ -469,7 +469,7 @@ def state_bytes(optimizer: Automagic, **options: Any) -> int:
     total = 0
     for m in memory_by_parameter(optimizer):
         asked = {**m.options, **options}
-        storage = st.storage_of(m.p, asked, m.is_embedding) if options else m.storage
+        storage = st.storage_of(m.sized, asked, m.is_embedding) if options else m.storage
         pieces = [] if m.is_frozen else planned({}, m.p, storage, asked, optimizer.is_paged, m.probe_stride)
         total += sum(piece.bytes for piece in pieces if not piece.key.startswith("qmap"))  # these are shared
     return total

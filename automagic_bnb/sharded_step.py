@@ -1,0 +1,229 @@
+"""A step of parameters whose rows several processes hold: as if one process held all, in two collectives or three.
+
+What is stepped here of each, and what the processes tell each other, is said in `sharded`; the rule is `reference`'s.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from automagic_bnb import auto_lr, estimate, low_rank, reference, sharded
+from automagic_bnb import quantization as q
+from automagic_bnb import state as st
+from automagic_bnb.groups import Facts, Group, ParameterGroups
+from automagic_bnb.notices import warn_once
+from automagic_bnb.scalars import Scalars, step_scalars
+from automagic_bnb.sharded import Edge, Shard
+from automagic_bnb.stored import Weights, has_mask
+
+SHARES = FACTORS, COUNT, SKIPPED, NUMERATOR, DENOMINATOR, FIRST_PLACE, LAST_PLACE = range(7)
+"""What a process tells of each parameter after a step; the last two are the `probe_block` of the spans at its rows'
+ends, which others may have a block of, too."""
+
+
+PLAIN_WARNING = (
+    "sharded parameters are stepped in plain PyTorch, which equals an unsharded run and is many times slower than the "
+    "kernels; docs/limits.md says more"
+)
+
+
+@dataclass
+class Due:
+    """One parameter that is being stepped."""
+
+    p: Tensor
+    shard: Shard
+    options: dict[str, Any]
+    facts: Facts
+    state: st.State
+    scalars: Scalars
+    d: Tensor | None
+    edge: Edge
+
+    @property
+    def is_lora(self) -> bool:
+        return self.facts.counts_as_lora(self.options)
+
+    @property
+    def weights(self) -> Weights:
+        """Of the own rows."""
+        local, residual = st.local_tensor(self.p).detach(), self.state.get("master_residual")
+        residual = None if residual is None else residual[self.shard.inside]
+        return Weights(local, residual, st.rounds_stochastically(local, self.options))
+
+
+def step(
+    optimizer: ParameterGroups, parameters: Iterable[tuple[Group, Tensor]], grad_scale: Tensor | None
+) -> list[low_rank.RankTask]:
+    """Step parameters of which `sharded.shard_of` finds a shard; returns the low-rank steps that are due.
+
+    Collective: all processes call it with the same parameters, in one order.
+
+    Args:
+        grad_scale: float32 with one element, over which the gradients are to be taken.
+    """
+    together: dict[Any, list[Due]] = {}
+    for group, p in parameters:
+        if p.device.type == "cuda":
+            warn_once(PLAIN_WARNING)
+        due = _prepared(optimizer, group, p, grad_scale)
+        together.setdefault(due.shard.group, []).append(due)
+    tasks = []
+    for dues in together.values():
+        sharded.exchange([due.edge for due in dues])
+        _settle(dues, [_update(due) for due in dues])
+        tasks += _rank_tasks([due for due in dues if low_rank.is_due(due.p, due.state, due.options, due.is_lora)])
+    return tasks
+
+
+def _prepared(optimizer: ParameterGroups, group: Group, p: Tensor, grad_scale: Tensor | None) -> Due:
+    shard, grad = sharded.shard_of(p), st.checked_gradient(p)
+    assert shard is not None
+    if grad_scale is not None:
+        grad = grad.float() * grad_scale.to(grad.device).reciprocal()
+    options, facts = optimizer.effective_options(group, p), optimizer.facts_of(p)
+    state = optimizer.prepared_state(group, p, options)
+    st.check_shape(state, st.local_tensor(p), shard.like_window().shape)
+    t = state["step"] + 1
+    st.set_uncounted(state, "step", t)
+    # The Laplacian of a matrix needs the rows on either side. With more dimensions each row holds whole slices.
+    beside = int(p.dim() == 2 and reference.is_spatial(p, options))
+    norm = None
+    if options["percentile_clipping"] < 100:
+        norm = reference.usable(grad)[0].square().sum()
+    return Due(
+        p=p,
+        shard=shard,
+        options=options,
+        facts=facts,
+        state=state,
+        scalars=step_scalars(options, t, facts.counts_as_lora(options), facts.random_key(options)),
+        d=auto_lr.rate_tensor(group, grad.device).to(grad.device) if options["auto_lr"] else None,
+        edge=Edge(shard, grad.contiguous(), beside, norm),
+    )
+
+
+def _update(due: Due) -> Tensor:
+    """The main update of the window; returns this process's `SHARES`, float64."""
+    shard, state, options = due.shard, due.state, due.options
+    local = st.local_tensor(due.p).detach()
+    shares = torch.zeros(len(SHARES), dtype=torch.float64, device=local.device)
+    norm = None if due.edge.norm is None else due.edge.norm.sqrt()
+    if not shard.window:
+        if norm is not None:
+            reference.clip_scale(norm, state["gnorm_vec"], state["step"], options["percentile_clipping"])
+        return shares
+    theta = local.contiguous()
+    if shard.shares_tiles:  # of others' rows nobody reads what becomes of the weights
+        theta = theta.new_zeros(shard.like_window().shape)
+        theta[shard.inside] = local
+    needed, window = shard.layout.needed(shard.rank, due.edge.beside), shard.window
+    part = reference.Part(
+        whole=due.p,
+        start=shard.start,
+        rows=slice(window.start - needed.start, window.stop - needed.start),
+        own=shard.mask_of_own(local.device),
+        norm=norm,
+    )
+    watch = None
+    if due.d is not None:
+        watch = functools.partial(estimate.watch, state=state, watched_here=_watched(due, part.own))
+    reference.update_parameter(theta, due.edge.gradient(), state, options, due.scalars, due.d, watch, part)
+    if shard.shares_tiles:
+        local.copy_(theta[shard.inside])
+    elif theta is not local:
+        local.copy_(theta)
+    assert part.skipped is not None
+    shares[SKIPPED] = part.skipped
+    if part.factors is not None:
+        shares[[FACTORS, COUNT]] = part.factors
+    if due.d is not None:
+        shares[[NUMERATOR, DENOMINATOR]] = state["tensor_stats"][[st.LR_NUMERATOR, st.LR_DENOMINATOR]].double()
+        shares[[FIRST_PLACE, LAST_PLACE]] = state["probe_block"][[0, -1]].double()
+    return shares
+
+
+def _watched(due: Due, own: Tensor) -> estimate.Watched:
+    shard, stride = due.shard, due.facts.probe_stride
+    blocks, first = shard.blocks(), shard.start // q.BLOCK
+    rows = slice(blocks.start - first, blocks.stop - first)
+    return estimate.Watched(rows, blocks.start - shard.spans(stride).start * stride, stride, own[rows])
+
+
+def _settle(dues: list[Due], shares: list[Tensor]) -> None:
+    """Put what all processes' shares come to into `tensor_stats`, and agree on what auto_lr watches."""
+    by_rank = sharded.gathered(torch.stack(shares), dues[0].shard)
+    for due, sums, told in zip(dues, by_rank.sum(dim=0), by_rank.unbind(1), strict=True):
+        stats = due.state["tensor_stats"]
+        stats[st.SKIPPED] += sums[SKIPPED]
+        if due.scalars.adapt_mask and has_mask(due.state):
+            mean = (sums[FACTORS] / sums[COUNT].clamp_min(1)).to(stats.dtype)
+            stats[st.MASK_MEAN] = torch.where(sums[COUNT] > 0, mean, stats[st.MASK_MEAN])
+        if due.d is not None:
+            stats[[st.LR_NUMERATOR, st.LR_DENOMINATOR]] = sums[[NUMERATOR, DENOMINATOR]].to(stats.dtype)
+            _agree_on_places(due, told)
+
+
+def _agree_on_places(due: Due, told: Tensor) -> None:
+    """Of a span in which several processes have blocks, the lowest claim counts, as in one process.
+
+    Args:
+        told: [world, SHARES] of this parameter.
+    """
+    shard, stride, places = due.shard, due.facts.probe_stride, due.state["probe_block"]
+    claims: dict[int, list[Tensor]] = {}
+    for rank in range(shard.layout.world):
+        if spans := shard.spans(stride, rank):
+            claims.setdefault(spans[0], []).append(told[rank, FIRST_PLACE])
+            claims.setdefault(spans[-1], []).append(told[rank, LAST_PLACE])
+    spans = shard.spans(stride)
+    for span in {spans[0], spans[-1]} if spans else ():
+        places[span - spans.start] = torch.stack(claims[span]).amin().to(places.dtype)
+
+
+# --- step 9 -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GatheredWeights(Weights):
+    """A matrix as all processes read it, of which each writes the own rows; `p` has its shape only."""
+
+    values: Tensor
+    """float32."""
+    own: Weights
+    first: int
+    """The flat index of the first own element."""
+
+    def read(self) -> Tensor:
+        return self.values
+
+    def write(self, values: Tensor, bits: Tensor | None, keep: Tensor | None = None) -> None:
+        mine = slice(self.first, self.first + self.own.p.numel())
+        bits = bits.reshape(-1)[mine] if bits is not None and self.own.stochastic else None
+        self.own.write(values.reshape(-1)[mine], bits)
+
+
+def _rank_tasks(dues: list[Due]) -> list[low_rank.RankTask]:
+    """Collective, where any is due."""
+    if not dues:
+        return []
+    sent = []
+    for due in dues:
+        mine, most = due.weights.read().reshape(-1), len(due.shard.layout.share(0)) * due.shard.layout.columns
+        sent.append(torch.nn.functional.pad(mine, (0, most - mine.numel())))
+    everyones = sharded.gathered(torch.cat(sent), dues[0].shard).split([len(x) for x in sent], dim=1)
+    tasks = []
+    for due, values in zip(dues, everyones, strict=True):
+        layout, own = due.shard.layout, due.weights
+        # Only the last shares are shorter: what fills them up comes behind the last row.
+        whole = values.reshape(-1)[: due.p.numel()].view(layout.shape)
+        stand_in = own.p.new_empty(1, 1).expand(layout.shape)
+        weights = GatheredWeights(stand_in, None, own.stochastic, whole, own, due.shard.own.start * layout.columns)
+        tasks.append(low_rank.rank_task(weights, due.state, due.options, due.facts.random_key(due.options), due.d))
+    return tasks
