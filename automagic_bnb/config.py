@@ -284,7 +284,7 @@ class AutomagicConfig:
     seed: int = _opt(0, _integer_rule("a whole number from 0 to 2**63 - 1", 0, 2**63 - 1))
     # Steps are counted on the device, and CUDA graphs may capture one.
     capturable: bool = _opt(False, _BOOL)
-    backend: str | None = _opt(None, _or_none(_choice_rule("triton", "torch")))
+    backend: str | None = _opt(None, _or_none(_choice_rule("triton", "numba", "torch")))
     profile: str | None = _opt(
         None, _or_none(_choice_rule("lean", "memory_optimized", "balanced", "quality_optimized"))
     )
