@@ -15,6 +15,7 @@ import torch
 from kernel_cases import DTYPES, FORMS, SOME_SHAPES, SWITCHES, TILED_SHAPES, Followed, gradient, optimizer, parameters
 
 from automagic_bnb import reference
+from automagic_bnb.command import doctor
 from automagic_bnb.cpu import step
 from automagic_bnb.optimizer import Automagic
 
@@ -76,7 +77,7 @@ def test_gradients_that_are_not_finite_or_zero_are_passed_over(storage: str) -> 
 
 
 @needs_numba
-@pytest.mark.parametrize("name", ["MIN_CAUTIOUS_SHARE", "STATISTIC_GAIN", "MAX_CHANGE", "LAPLACIAN_NOISE", "OCTAVE"])
+@pytest.mark.parametrize("name", ["BACKGROUND_FACTOR", "STATISTIC_GAIN", "MAX_CHANGE", "LAPLACIAN_NOISE", "OCTAVE"])
 def test_a_constant_that_is_a_little_off_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     off = {**step.CONSTANTS, name: step.CONSTANTS[name] * 1.01}
     monkeypatch.setattr(step, "_CONSTANTS", tuple(off.values()))
@@ -115,7 +116,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit() -> None:
 @needs_numba
 def test_the_gradient_and_the_strides_of_a_parameter_stay() -> None:
     base = torch.randn(24, 40)
-    p, q = torch.nn.Parameter(base.t().clone().t()), torch.nn.Parameter(base.clone())
+    p, q = torch.nn.Parameter(base.t().contiguous().t()), torch.nn.Parameter(base.clone())
     grad = torch.randn(24, 40)
     for x in (p, q):
         x.grad = grad.clone()
@@ -186,3 +187,27 @@ def test_what_is_compiled_is_kept_on_disk() -> None:
 
     follow("float32", "factored", shapes=((8, 32),))
     assert list(Path(compiled.update.stats.cache_path).glob("compiled.update-*.nbc"))
+
+
+# --- the doctor -------------------------------------------------------------------------------------------------------
+
+
+def test_the_doctor_says_that_numba_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "missing", lambda: "Numba could not be imported (No module named 'numba')")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    finding = doctor.check_cpu_step()
+    assert (finding.status, finding.remedy) == ("note", 'pip install "automagic-bnb[cpu]"')
+    assert "No module named 'numba'" in finding.detail
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert doctor.check_cpu_step().status == "ok"
+
+
+@needs_numba
+def test_the_doctor_holds_it_against_the_plain_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    finding = doctor.check_cpu_step()
+    assert finding.status == "ok", finding.detail
+    assert "compiled steps within" in finding.detail
+    monkeypatch.setattr(step, "_CONSTANTS", tuple({**step.CONSTANTS, "STATISTIC_GAIN": 0.9}.values()))
+    finding = doctor.check_cpu_step()
+    assert finding.status == "problem"
+    assert "the compiled steps differ from the plain rule by" in finding.detail

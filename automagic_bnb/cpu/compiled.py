@@ -25,18 +25,22 @@ NEAREST, BFLOAT16, FLOAT16, ECC, ECC_NEAREST = range(5)
 """How θ is rounded: where it is not at random, to what its dtype holds when it is copied there."""
 
 
+INSIDE: dict[str, Any] = {"error_model": "numpy", "no_cfunc_wrapper": True, "no_cpython_wrapper": True}
+OUTSIDE: dict[str, Any] = {"error_model": "numpy", "no_cfunc_wrapper": True, "nogil": True}
+"""Without the checks of Python's arithmetic, and ways to be called that nobody takes: to make them takes its time."""
+
+
 def compiled(function: Callable[..., Any]) -> Any:
-    """Compiled with what calls it, without the checks of Python's arithmetic, nor a way to call it from Python."""
-    return numba.njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
+    """Compiled together with what calls it."""
+    return numba.njit(**INSIDE)(function)
 
 
 def kept(function: Callable[..., Any]) -> Any:
     """Compiled when it is called from Python, and kept on disk, if there is a folder that can be written."""
-    options = {"error_model": "numpy", "nogil": True, "no_cfunc_wrapper": True}
     try:
-        return numba.njit(cache=True, **options)(function)
+        return numba.njit(cache=True, **OUTSIDE)(function)
     except RuntimeError:
-        return numba.njit(**options)(function)
+        return numba.njit(**OUTSIDE)(function)
 
 
 class Moment(NamedTuple):

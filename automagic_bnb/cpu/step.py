@@ -163,18 +163,29 @@ def clipped(grad: Tensor, state: st.State, options: dict[str, Any]) -> Tensor:
 EMPTY = {dtype: np.empty(0, dtype) for dtype in (np.float32, np.uint8, np.int8, np.int32)}
 FACTORS = np.exp2(np.arange(q.LEAST_EXPONENT, q.HIGHEST_EXPONENT + 1, dtype=np.float32) / np.float32(reference.OCTAVE))
 """2^(k/16) of the whole k."""
+NARROW = frozenset([torch.bfloat16, torch.float16])
+MOMENTS = {
+    number: (
+        f"state{number}",
+        f"absmax{number}",
+        book,
+        *(f"{FACTORED_NAMES.get(number)}_{kind}" for kind in ("row", "col")),
+    )
+    for number, book in ((1, "qmap1"), (2, "qmap2"), (3, "qmap2"))
+}
+"""Where moments are kept in a state."""
 
 
 class Arrays:
     """The tensors of a state as flat arrays."""
 
     def __init__(self, state: st.State) -> None:
-        self.state = dict.copy(state)
+        self.state = state
         self.copies: list[tuple[Tensor, Tensor]] = []
 
     def of(self, tensor: Tensor) -> np.ndarray:
         """A tensor's memory; of narrow floats a copy in float32, which `write_back` brings there."""
-        if tensor.dtype in (torch.bfloat16, torch.float16):
+        if tensor.dtype in NARROW:
             copy = tensor.float()
             self.copies.append((tensor, copy))
             tensor = copy
@@ -182,19 +193,20 @@ class Arrays:
 
     def held(self, name: str, dtype: type = np.float32) -> np.ndarray:
         """A key of the state, in the dtype that it has there unless it is a narrow float; empty where it has none."""
-        tensor = self.state.get(name)
+        tensor = dict.get(self.state, name)
         return EMPTY[dtype] if tensor is None else self.of(tensor)
 
     def moment(self, number: int, compiled: Any) -> compiled.Moment:
-        name, factored = f"state{number}", FACTORED_NAMES.get(number, "none")
-        coded = name in self.state and self.state[name].dtype == torch.uint8
+        name, absmax, book, row, col = MOMENTS[number]
+        values = self.held(name)
+        coded = values.dtype == np.uint8
         return compiled.Moment(
-            values=EMPTY[np.float32] if coded else self.held(name),
-            codes=self.held(name) if coded else EMPTY[np.uint8],
-            absmax=self.held(f"absmax{number}"),
-            book=self.held("qmap1" if number == 1 else "qmap2"),
-            row=self.held(f"{factored}_row"),
-            col=self.held(f"{factored}_col"),
+            values=EMPTY[np.float32] if coded else values,
+            codes=values if coded else EMPTY[np.uint8],
+            absmax=self.held(absmax),
+            book=self.held(book),
+            row=self.held(row),
+            col=self.held(col),
             random=number > 1,
         )
 
@@ -241,8 +253,7 @@ def mask_bits(state: st.State) -> int:
 
 def numbers_of(p: Tensor, state: st.State, options: dict[str, Any], s: Scalars, d: Tensor | None, compiled: Any) -> Any:
     """`NUMBERS` [1] of a step."""
-    mean = reference.mean_rate(s, d, p.device)
-    low, high = reference.rate_bounds(mean, s)
+    mean, low, high = rates(s, d)
     spacing = mask_spacing(state)
     blocks, tiling = st.block_count(p), None
     if st.storage_held(state) in st.FACTORED:
@@ -265,9 +276,9 @@ def numbers_of(p: Tensor, state: st.State, options: dict[str, Any], s: Scalars, 
         edge_threshold=options["edge_threshold"],
         detail=options["detail_preservation"],
         kappa=s.kappa,
-        mean=mean.item(),
-        low=low.item(),
-        high=high.item(),
+        mean=mean,
+        low=low,
+        high=high,
         weight_decay=options["weight_decay"],
         k_max=highest_exponent(spacing),
         spacing=spacing,
@@ -298,6 +309,20 @@ def numbers_of(p: Tensor, state: st.State, options: dict[str, Any], s: Scalars, 
         key=np.uint32(s.rounding_key),
     )
     return np.array([_CONSTANTS + numbers], dtype=NUMBERS)
+
+
+_rates: dict[tuple[Any, ...], tuple[float, ...]] = {}
+"""The last of `rates`, which most parameters of a step share."""
+
+
+def rates(s: Scalars, d: Tensor | None) -> tuple[float, ...]:
+    """The rate of an element whose factor is 1, and between which an element's stays."""
+    key = s.rate, s.low, s.high, None if d is None else d.item()
+    if key not in _rates:
+        mean = reference.mean_rate(s, d, torch.device("cpu"))
+        _rates.clear()
+        _rates[key] = tuple(x.item() for x in (mean, *reference.rate_bounds(mean, s)))
+    return _rates[key]
 
 
 def rounding(p: Tensor, state: st.State, options: dict[str, Any], compiled: Any) -> int:
