@@ -50,6 +50,7 @@ class Moment(NamedTuple):
     codes: Any  # uint8 [n], and float32 [blocks] and [256]
     absmax: Any
     book: Any
+    cells: Any  # uint8 [2^16], see `encode`
     row: Any  # float32 [rows] and [tiles * width], of `factored.Tiling`
     col: Any
     random: bool  # its codes are
@@ -211,18 +212,20 @@ def read_moment(moment, block, count, width, share, out):
 
 
 @compiled
-def encode(x, book, last_code, least, random, bits, codes, count):
-    """`quantization.encode` of a block: to nearest, or at random where it says so; returns absmax."""
+def encode(x, book, cells, last_code, least, random, bits, codes, count):
+    """`quantization.encode` of a block: to nearest, or at random where it says so; returns absmax.
+
+    cells: by the upper half of a float32's bits, the code below the least number that has them. No two values of a book
+    are so near to each other that they have the same.
+    """
     last = book[last_code]
     largest = least * last
     for i in range(BLOCK):
         largest = max(largest, abs(x[i]))
     for i in range(count):
-        scaled, below = x[i] / largest * last, 0
-        for exponent in range(7, -1, -1):
-            step = 1 << exponent
-            below += step if book[below + step] <= scaled else 0
-        below = min(below, last_code - 1)
+        scaled = x[i] / largest * last
+        below = np.int64(cells[as_bits(scaled) >> np.uint32(16)])
+        below = min(below + (book[below + 1] <= scaled), last_code - 1)
         low, high = book[below], book[below + 1]
         rise = clamp((scaled - low) / (high - low), ZERO, ONE) + (uniform(bits[i]) if random else HALF)
         codes[i] = below + (rise >= ONE)
@@ -237,7 +240,9 @@ def write_moment(s, moment, block, count, x, bits, touched):
         store(x, moment.values, start, count)
     elif touched > 0:
         codes = part(moment.codes, start, count)
-        moment.absmax[block] = encode(x, moment.book, s.LAST_CODE, s.TINY_ABSMAX, moment.random, bits, codes, count)
+        moment.absmax[block] = encode(
+            x, moment.book, moment.cells, s.LAST_CODE, s.TINY_ABSMAX, moment.random, bits, codes, count
+        )  # fmt: skip
 
 
 @compiled

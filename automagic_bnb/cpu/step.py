@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from automagic_bnb import estimate, reference
+from automagic_bnb import bnb, estimate, reference
 from automagic_bnb import quantization as q
 from automagic_bnb import state as st
 from automagic_bnb.factored import Tiling
@@ -176,6 +176,15 @@ MOMENTS = {
 """Where moments are kept in a state."""
 
 
+@functools.cache
+def cells_of(signed: bool) -> np.ndarray:
+    """uint8 [2^16]: the codes to begin with where numbers are encoded, see `compiled.encode`."""
+    book = bnb.code_book(signed, torch.device("cpu")).numpy()
+    halves = np.arange(2**16, dtype=np.uint32) << 16
+    least = np.stack([halves, halves | 0xFFFF]).view(np.float32).min(axis=0)
+    return np.clip(np.searchsorted(book, least, side="right") - 1, 0, q.LAST_CODE - 1).astype(np.uint8)
+
+
 class Arrays:
     """The tensors of a state as flat arrays."""
 
@@ -205,6 +214,7 @@ class Arrays:
             codes=values if coded else EMPTY[np.uint8],
             absmax=self.held(absmax),
             book=self.held(book),
+            cells=cells_of(number == 1) if coded else EMPTY[np.uint8],
             row=self.held(row),
             col=self.held(col),
             random=number > 1,
