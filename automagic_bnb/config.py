@@ -293,7 +293,7 @@ class AutomagicConfig:
     seed: int | None = _opt(None, _or_none(_integer_rule("a whole number from 0 to 2**63 - 1", 0, 2**63 - 1)))
     # Steps are counted on the device, and CUDA graphs may capture one.
     capturable: bool = _opt(False, _BOOL)
-    backend: str | None = _opt(None, _or_none(_choice_rule("triton", "torch")))
+    backend: str | None = _opt(None, _or_none(_choice_rule("triton", "numba", "torch")))
     # What is trained, and how it is kept: options that stand below those given, a preset's above a profile's.
     preset: str | None = _opt(None, _or_none(_choice_rule(*PRESETS)))
     profile: str | None = _opt(

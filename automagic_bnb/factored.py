@@ -82,9 +82,15 @@ class Tiling:
         return self.by_tile(values)[:, 0, :, 0].reshape(self.tiles, self.width)
 
     def counts(self, device: torch.device) -> Tensor:
-        """How many elements each column of each tile has, float32 [tiles, width]."""
-        real = torch.arange(self.blocks * BLOCK, device=device).view(self.blocks, BLOCK) < self.size
-        return self.by_tile(real.float()).sum(dim=(1, 3)).view(self.tiles, self.width)
+        """How many elements each column of each tile has, float32 [tiles, width]; a step asks six times."""
+        if device not in self._counts:
+            real = torch.arange(self.blocks * BLOCK, device=device).view(self.blocks, BLOCK) < self.size
+            self._counts[device] = self.by_tile(real.float()).sum(dim=(1, 3)).view(self.tiles, self.width)
+        return self._counts[device]
+
+    @cached_property
+    def _counts(self) -> dict[torch.device, Tensor]:
+        return {}
 
     def row_means(self, values: Tensor) -> Tensor:
         """float32 [rows] of [blocks, 256] that are 0 behind the end."""

@@ -49,6 +49,8 @@ STALE_GRAPH = (
     "its replays no longer move this optimizer; capture it again"
 )
 OLDEST_TRITON = (3, 3)
+NOT_OURS = ("torch", "numba")
+"""The backends of which the kernels have nothing: every parameter is stepped by itself."""
 STRUCTURAL = tuple(name for name in config.GROUP_OPTIONS if name not in READ_ANEW)
 
 
@@ -108,7 +110,7 @@ def takes(p: Tensor, backend: str | None) -> bool:
     Raises:
         RuntimeError: backend="triton" was asked for and cannot run here.
     """
-    if backend == "torch":
+    if backend in NOT_OURS:
         return False
     missing = triton_missing()
     if backend is None:
@@ -242,7 +244,7 @@ class FusedStep:
 
     def run(self, scaler: Scaler) -> list[tuple[dict[str, Any], Tensor]]:
         """Step every parameter the kernels take; the others, with their groups, are returned."""
-        if self.optimizer.config.backend == "torch":
+        if self.optimizer.config.backend in NOT_OURS:
             if capturing():
                 raise RuntimeError(NOT_IN_A_CAPTURE)
             parameters = self._everything()
@@ -275,7 +277,7 @@ class FusedStep:
 
     def run_one(self, group: dict[str, Any], p: Tensor) -> bool:
         """Step one parameter, if the kernels take it."""
-        if self.optimizer.config.backend == "torch":
+        if self.optimizer.config.backend in NOT_OURS:
             self._check([(group, p)])
             self._rates.begin(self.optimizer.param_groups, self.optimizer.state, (group, p), with_kernels=False)
             return False

@@ -24,6 +24,7 @@ from automagic_bnb import (
     signature,
 )
 from automagic_bnb import state as st
+from automagic_bnb.cpu import step as cpu
 from automagic_bnb.fused import FusedStep
 from automagic_bnb.groups import Facts, Group, ParameterGroups  # noqa: F401 (pickles of earlier versions name Facts here)
 from automagic_bnb.notices import warn_once
@@ -58,6 +59,8 @@ class Automagic(ParameterGroups):
         >>> optimizer = Automagic8bit(model.parameters(), lr=1e-4, weight_decay=0.01)
     """
 
+    _counted = (0, 0)
+    """The number of parameters, and of their elements."""
     _step_log: StepLog | None = None
     """What the option `run_log` writes."""
 
@@ -209,7 +212,7 @@ class Automagic(ParameterGroups):
         return True
 
     def _update(self, group: Group, p: Tensor, grad_scale: Tensor | None = None) -> list[low_rank.RankTask]:
-        """The main update of one parameter in plain PyTorch; returns the low-rank step it is due, if any.
+        """The main update of one parameter outside the kernels; returns the low-rank step it is due, if any.
 
         grad_scale: float32 with one element, over which the gradient is to be taken.
         """
@@ -230,11 +233,19 @@ class Automagic(ParameterGroups):
             d = auto_lr.rate_tensor(group, theta.device).to(theta.device)
             watch = functools.partial(estimate.watch, state=state)
         flat = theta.contiguous()
-        reference.update_parameter(flat, grad.contiguous(), state, options, scalars, d, watch)
+        compiled = cpu.takes(flat, self.config.backend, t, self._elements)
+        update = cpu.update_parameter if compiled else reference.update_parameter
+        update(flat, grad.contiguous(), state, options, scalars, d, watch)
         if flat is not theta:
             theta.copy_(flat)
         is_lora = is_lora and not self.is_sharded(p)
         return low_rank.rank_tasks(theta, state, options, facts.random_key(options), is_lora, d)
+
+    def _elements(self) -> int:
+        """Of all parameters; counted anew as some come."""
+        if self._counted[0] != len(self._facts):
+            self._counted = len(self._facts), sum(p.numel() for group in self.param_groups for p in group["params"])
+        return self._counted[1]
 
     @staticmethod
     def is_sharded(p: Tensor) -> bool:

@@ -519,7 +519,7 @@ def is_complete(state: State, p: Tensor, options: dict[str, Any]) -> bool:
     if "state1" not in state or keeps_residual(p, options) != ("master_residual" in state):
         return False
     storage, options = storage_held(state), as_held(state, options)
-    return all(name in state for name in KEYS if is_needed(name, p, storage, options))
+    return all(name in state or not is_needed(name, p, storage, options) for name in KEYS)
 
 
 def link_code_books(state: State, device: torch.device) -> None:

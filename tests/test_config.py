@@ -160,7 +160,7 @@ VALUES: dict[str, Values] = {
     ),
     "run_log_every": whole(10, 1, 1000, beyond=[0, -1]),
     "block_wise": ([(True, True), ("true", True)], [False, "False", 1, None]),
-    "backend": choice("triton", "torch"),
+    "backend": choice("triton", "numba", "torch"),
     "preset": choice("sdxl-lora", "flux-lora", "wan-lora", "llm-lora", "full"),
     "profile": choice("lean", "memory_optimized", "balanced", "quality_optimized"),
     "betas": (

@@ -21,7 +21,7 @@ import automagic_bnb
 from automagic_bnb import Automagic8bit, Automagic32bit
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("automagic_bnb", "automagic_bnb/command", "automagic_bnb/trainers", "automagic_bnb/watch")
+ROOMS = ("automagic_bnb", "automagic_bnb/command", "automagic_bnb/cpu", "automagic_bnb/trainers", "automagic_bnb/watch")
 """The folders of Python code that pyproject.toml lists by name, beside `kernels`."""
 
 

@@ -24,6 +24,7 @@ import automagic_bnb
 from automagic_bnb import bnb, fused
 from automagic_bnb.command import quiet
 from automagic_bnb.command.progress import progress
+from automagic_bnb.cpu import step as cpu
 from automagic_bnb.optimizer import Automagic
 
 OLDEST_BITSANDBYTES, BEYOND_BITSANDBYTES = (0, 45, 5), (0, 52, 0)
@@ -100,7 +101,7 @@ def examine() -> Report:
     """Look at everything and run the self-test on the CPU and on each CUDA device."""
     driver = nvidia_driver()
     indices = range(torch.cuda.device_count()) if torch.cuda.is_available() else range(0)
-    findings = [check_bitsandbytes(), check_devices(driver), check_fused(), check_kernels_package()]
+    findings = [check_bitsandbytes(), check_devices(driver), check_fused(), check_cpu_step(), check_kernels_package()]
     findings += [Finding("bitsandbytes' CPU kernels", "note", f"{quiet.OPENING}: {HARMLESS}")] if quiet.held else []
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in indices)]
     tests = [(device, bits) for device in devices for bits in (32, 8)]
@@ -229,6 +230,26 @@ def check_fused() -> Finding:
     return Finding(name, "ok", "in use on CUDA: the Triton kernels update contiguous parameters")
 
 
+def check_cpu_step() -> Finding:
+    """Whether the CPU's step is compiled; if not, why. The first time on a machine it is compiled here."""
+    name, missing = "compiled CPU step", cpu.missing()
+    if missing and torch.cuda.is_available():
+        return Finding(name, "ok", "not installed, nor needed on a GPU")
+    if missing:
+        detail = f"not in use: {missing}; on the CPU plain PyTorch does the work, many times slower"
+        return Finding(name, "note", detail, 'pip install "automagic-bnb[cpu]"')
+    remedy = 'use backend="torch" for now, and report it with the output of `automagic-bnb doctor --json`'
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            complaint, agreement = compare(torch.device("cpu"), 8, "numba", "the compiled steps")
+    except Exception as e:  # whatever breaks here is what the command is to report
+        return Finding(name, "problem", f"failed with {type(e).__name__}: {e}", remedy)
+    if complaint:
+        return Finding(name, "problem", complaint, remedy)
+    return Finding(name, "ok", f"in use once an optimizer has worked for a second: {agreement}")
+
+
 def check_kernels_package() -> Finding:
     """Whether `kernels`, Hugging Face's package that bitsandbytes and transformers import, is what that name gives."""
     name = "name `kernels`"
@@ -281,7 +302,7 @@ def self_test(device: torch.device, bits: int) -> Finding:
             warnings.simplefilter("ignore")  # of what the other findings say
             complaint, seen = exercise(device, bits)
             if kernels and not complaint:
-                complaint, agreement = compare_kernels(device, bits)
+                complaint, agreement = compare(device, bits, "triton", "the kernels")
                 seen += f", {agreement}"
     except Exception as e:  # whatever breaks here is what the command is to report
         return Finding(name, "problem", f"failed with {type(e).__name__}: {e}", remedy)
@@ -302,13 +323,13 @@ def exercise(device: torch.device, bits: int) -> tuple[str, str]:
     return "", seen
 
 
-def compare_kernels(device: torch.device, bits: int) -> tuple[str, str]:
-    """What is wrong with the kernels, held against the plain rule, or the empty string; and how well they agree."""
-    moved, should = (descend(*problem(device), bits, backend, COMPARED_STEPS)[0] for backend in ("triton", "torch"))
+def compare(device: torch.device, bits: int, backend: str, what: str) -> tuple[str, str]:
+    """What is wrong with a backend, held against the plain rule, or the empty string; and how well they agree."""
+    moved, should = (descend(*problem(device), bits, one, COMPARED_STEPS)[0] for one in (backend, "torch"))
     difference = float((moved - should).norm() / should.norm())
     if not difference <= MAX_DIFFERENCE:
-        return f"the kernels differ from the plain rule by {difference:.2g} (allowed {MAX_DIFFERENCE})", ""
-    return "", f"kernels within {difference:.1e} of the plain rule"
+        return f"{what} differ from the plain rule by {difference:.2g} (allowed {MAX_DIFFERENCE})", ""
+    return "", f"{what.removeprefix('the ')} within {difference:.1e} of the plain rule"
 
 
 def problem(device: torch.device) -> tuple[Tensor, Tensor]:
