@@ -187,18 +187,27 @@ NO_LOG = Reason(
 )  # fmt: skip
 OVERRULED = Reason(
     ", as all that it sets is set otherwise, or comes to nothing itself",
-    of_options=lambda o: _comes_to_nothing(o, None),
-    of_parameter=lambda o, s: _comes_to_nothing(o, s),
+    of_options=lambda o: _comes_to_nothing(_of_profile(o), o, None),
+    of_parameter=lambda o, s: _comes_to_nothing(_of_profile(o), o, s),
+)
+PRESET_OVERRULED = Reason(
+    OVERRULED.words,
+    of_options=lambda o: _comes_to_nothing(config.PRESETS[o["preset"]], o, None),
+    of_parameter=lambda o, s: _comes_to_nothing(config.PRESETS[o["preset"]], o, s),
 )
 
 
-def _comes_to_nothing(options: Options, subject: Subject | None) -> bool:
-    """Whether none of what a profile sets has an effect."""
+def _of_profile(options: Options) -> Options:
+    """What the profile sets otherwise than the defaults."""
     profile, plain = vars(getattr(config.OptimizationProfiles, options["profile"])()), vars(config.AutomagicConfig())
+    return {name: value for name, value in profile.items() if value != plain[name]}
+
+
+def _comes_to_nothing(sets: Options, options: Options, subject: Subject | None) -> bool:
+    """Whether none of what a profile or a preset sets has an effect."""
     return all(
         options[name] != value or any(reason.holds(options, subject) for reason in TABLE[name].reasons)
-        for name, value in profile.items()
-        if value != plain[name]
+        for name, value in sets.items()
     )
 
 
@@ -255,6 +264,7 @@ TABLE: dict[str, Line] = {
     "seed": Line((NO_CHANCE,)),
     "capturable": Line((NO_CUDA,)),
     "backend": Line((STRIDED,), ("torch",)),
+    "preset": Line((PRESET_OVERRULED,)),
     "profile": Line((OVERRULED,), ("balanced",)),
     "verbose": ALWAYS,
     "run_log": ALWAYS,

@@ -16,20 +16,21 @@ from typing import Any
 
 import measure
 import torch
-from peers import LEAN, PACKED, PEERS, Peer, argument_parser, automagic, select
+from peers import BLOCKWISE, LEAN, PACKED, PEERS, WIDE, Peer, argument_parser, automagic, select
 from tqdm import tqdm
 from workloads import DTYPES, WORKLOADS, Workload, fill
 
 OURS: dict[str, dict[str, Any]] = {
-    "automagic8bit": {"factored": False},
-    "automagic8bit-factored": {"factored": True},
-    "automagic8bit-factored-mask4": {"factored": True, "mask_bits": 4},
+    "automagic8bit": BLOCKWISE,
+    "automagic8bit-factored": WIDE,
+    "automagic8bit-factored-mask4": {"mask_bits": 4, "mean_bits": 32},
     "automagic8bit-packed": PACKED,
     "automagic8bit-packed-forced": {**PACKED, "force_8bit": True},
     "automagic8bit-lean": LEAN,
-    "automagic8bit-auto-lr": {"factored": False, "lr": None},
-    "automagic8bit-factored-auto-lr": {"factored": True, "lr": None},
-    "automagic8bit-ecc8": {"factored": False, "master": "ecc8"},
+    "automagic8bit-packed-auto-lr": {**PACKED, "lr": None},
+    "automagic8bit-auto-lr": {**BLOCKWISE, "lr": None},
+    "automagic8bit-factored-auto-lr": {**WIDE, "lr": None},
+    "automagic8bit-ecc8": {**PACKED, "master": "ecc8"},
     "automagic-32bit": {"optim_bits": 32},
 }
 LEFT_OUT = {"torch-adamw-foreach", "torchao-adamw8bit-sr"}

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks" / "quality"))
@@ -40,18 +40,25 @@ LIMIT = 60.0
 
 @dataclass(frozen=True)
 class Row:
-    """One optimizer of the table: its names in the two benchmarks, where it was measured there."""
+    """One optimizer of the table: its names in the benchmarks of loss and time, where it was measured there.
+
+    `memory`: its name in the benchmark of memory, where that is of another form than the other two.
+    """
 
     english: str
     chinese: str
     quality: str
     step_time: str | None
+    memory: str | None = None
 
 
+DEFAULT = "automagic8bit-packed"
 ROWS = (
-    Row("`Automagic8bit`, no rate given", "`Automagic8bit`，不給學習率", "ours-found", "automagic8bit-factored"),
-    Row("the same, `factored=False`", "同上，`factored=False`", "ours-found-blockwise", "automagic8bit"),
-    Row("`Automagic8bit`, best rate", "`Automagic8bit`，最佳學習率", "ours", "automagic8bit-factored"),
+    Row(
+        "`Automagic8bit`, no rate given", "`Automagic8bit`，不給學習率", "ours-found", "automagic8bit-factored", DEFAULT
+    ),
+    Row("`factored=False, mask_bits=8`", "`factored=False, mask_bits=8`", "ours-found-blockwise", "automagic8bit"),
+    Row("`Automagic8bit`, best rate", "`Automagic8bit`，最佳學習率", "ours", "automagic8bit-factored", DEFAULT),
     Row("bitsandbytes `AdamW8bit`, best rate", "bitsandbytes `AdamW8bit`，最佳學習率", "adamw8bit", "bnb-adamw8bit"),
     Row("Prodigy, no rate given", "Prodigy，不給學習率", "prodigy", None),
     Row("FlashAdamW, best rate", "FlashAdamW，最佳學習率", "flash-adamw", "flash-adamw"),
@@ -64,7 +71,9 @@ TEXTS = {
         "by task": "Loss over AdamW8bit at its best rate, task by task",
         "notes": "Loss: validation loss over `AdamW8bit`'s at its best rate and β2 for each task, mean over {tasks}\n"
         "small tasks, lower is better ([all tasks and peers](benchmarks/quality/results/quality.md)). Bytes of state\n"
-        "and time of a step: {workload}, bf16, {device}. –: not measured there yet.",
+        "and time of a step: {workload}, bf16, {device}. –: not measured there yet. Loss and time of the default\n"
+        "(rows 1 and 3) were measured before it packed its states, at 2.6 bytes: [what packing costs in loss, on two\n"
+        "other tasks](benchmarks/results/packed.md).",
     },
     "README.zh-TW.md": {
         "header": ["最佳化器", "損失，%", "每個參數的位元組", "一步，ms"],
@@ -72,7 +81,8 @@ TEXTS = {
         "by task": "各任務中，損失相對於 AdamW8bit 最佳學習率時的差距",
         "notes": "損失：驗證損失相對於 `AdamW8bit` 在各任務最佳學習率與 β2 下的差距，\n"
         "取 {tasks} 個小任務的平均，越低越好（[所有任務與對照](benchmarks/quality/results/quality.md)）。\n"
-        "狀態的位元組與一步的時間：{workload}，bf16，{device}。–：尚未在該處測量。",
+        "狀態的位元組與一步的時間：{workload}，bf16，{device}。–：尚未在該處測量。預設值（第一與第三列）的損失與時間\n"
+        "是在狀態壓縮之前測的，當時為 2.6 位元組；[壓縮對損失的影響，另外兩個任務](benchmarks/results/packed.md)。",
     },
 }
 
@@ -80,27 +90,42 @@ TEXTS = {
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
-def step_times(folder: Path) -> tuple[dict[str, dict[str, Any]], str]:
-    """What was measured of each optimizer on the one workload; and the device."""
-    found: dict[str, dict[str, Any]] = {}
-    device = "–"
-    for path in sorted(folder.glob("step_time*.json")):
-        measured = json.loads(path.read_text(encoding="utf-8"))
-        for run in measured["runs"]:
-            if (run["workload"], run["dtype"]) == (WORKLOAD, DTYPE):
-                found |= run["optimizers"]
-                device = measured["environment"]["device"]
-    return found, device
+class Measured(NamedTuple):
+    """What benchmarks/results has of the one workload."""
+
+    device: str
+    times: dict[str, dict[str, Any]]
+    """By optimizer, on the device."""
+    sizes: dict[str, float]
+    """Bytes a parameter of each form of ours, as planned."""
+
+    @classmethod
+    def of(cls, folder: Path) -> Measured:
+        times: dict[str, dict[str, Any]] = {}
+        device = "–"
+        for path in sorted(folder.glob("step_time*.json")):
+            measured = json.loads(path.read_text(encoding="utf-8"))
+            for run in measured["runs"]:
+                if (run["workload"], run["dtype"]) == (WORKLOAD, DTYPE):
+                    times |= run["optimizers"]
+                    device = measured["environment"]["device"]
+        memory = json.loads((folder / "memory.json").read_text(encoding="utf-8"))["figures"][DTYPE]
+        return cls(
+            device, times, {name: by_workload[WORKLOAD]["bytes_per_parameter"] for name, by_workload in memory.items()}
+        )
 
 
-def cells(row: Row, comparison: report.Comparison, times: dict[str, dict[str, Any]]) -> list[str] | None:
+def cells(row: Row, comparison: report.Comparison, measured: Measured) -> list[str] | None:
     """Loss, bytes and time; None where nothing was measured."""
     excess = comparison.mean_excess(SPLIT, row.quality) if row.quality in comparison.optimizers else None
-    time = times.get(row.step_time or "")
+    time = measured.times.get(row.step_time or "")
     if excess is None and time is None:
         return None
-    size = f"{time['state_bytes_per_parameter']:.1f}" if time else "–"
-    if not time:
+    if row.memory is not None:
+        size = f"{measured.sizes[row.memory]:.1f}"
+    elif time:
+        size = f"{time['state_bytes_per_parameter']:.1f}"
+    else:
         kept = [own.state_bytes for (_, name), own in comparison.best.items() if name == row.quality]
         size = f"{statistics.median(kept):.1f} (float32)" if kept else "–"
     return [
@@ -110,16 +135,17 @@ def cells(row: Row, comparison: report.Comparison, times: dict[str, dict[str, An
     ]
 
 
-def block(readme: str, comparison: report.Comparison, times: dict[str, dict[str, Any]], device: str) -> str:
+def block(readme: str, comparison: report.Comparison, measured: Measured) -> str:
     """What stands between the marks of one README."""
     texts = TEXTS[readme]
     lines = [image(texts["picture"], PICTURE), ""]
     lines += [f"| {' | '.join(texts['header'])} |", "|---|" + "---:|" * (len(texts["header"]) - 1)]
     for row in ROWS:
-        if (measured := cells(row, comparison, times)) is not None:
+        if (found := cells(row, comparison, measured)) is not None:
             label = row.english if readme == "README.md" else row.chinese
-            lines.append(f"| {label} | {' | '.join(measured)} |")
-    notes = texts["notes"].format(tasks=len(comparison.of(SPLIT)), workload="Flux LoRA r = 16", device=device)
+            lines.append(f"| {label} | {' | '.join(found)} |")
+    tasks = len(comparison.of(SPLIT))
+    notes = texts["notes"].format(tasks=tasks, workload="Flux LoRA r = 16", device=measured.device)
     return "\n".join([*lines, "", notes, "", image(texts["by task"], BY_TASK)])
 
 
@@ -226,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     runs = sorted((ROOT / "benchmarks" / "quality" / "results").glob("*.jsonl"))
     comparison = report.Comparison(Results(*runs))
-    times, device = step_times(ROOT / "benchmarks" / "results")
+    measured = Measured.of(ROOT / "benchmarks" / "results")
     points, tasks = plotted(comparison), by_task(comparison)
     drawings = {
         PICTURE: (digest(points), lambda: draw(points, PICTURE)),
@@ -236,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in TEXTS:
         path = ROOT / name
         text = path.read_text(encoding="utf-8")
-        new = replaced(text, block(name, comparison, times, device))
+        new = replaced(text, block(name, comparison, measured))
         if new != text:
             stale.append(name)
             if not args.check:

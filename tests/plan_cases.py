@@ -24,4 +24,4 @@ def give(*parameters: Any, step: int = 0) -> None:
 
 
 def build(parameters: Any, backend: str, **options: Any) -> Automagic:
-    return Automagic8bit(parameters, **{"lr": 1e-2, "backend": backend, "min_8bit_size": 0, **options})
+    return Automagic8bit(parameters, **{"lr": 1e-2, "backend": backend, "min_8bit_size": 0, "mask_bits": 8, **options})

@@ -101,7 +101,7 @@ def train(model: nn.Module, opt: Any, steps: range, one_by_one: bool = False) ->
 
 
 def made(options: dict[str, Any], mesh: DeviceMesh | None) -> tuple[nn.Module, Automagic8bit]:
-    options = {"lr": 1e-3, "warmup_steps": 0, **options}
+    options = {"lr": 1e-3, "warmup_steps": 0, "backend": "torch", **options}  # as shards step
     model = Net(options.pop("dtype", torch.float32))
     if mesh is not None:
         fully_shard(model, mesh=mesh)
@@ -144,7 +144,10 @@ def fitted(mesh: DeviceMesh | None) -> list[Any]:
     if mesh is not None:
         for layer in (model[0], model[2], model):
             fully_shard(layer, mesh=mesh)
-    return [fit(model, Automagic8bit(model.named_parameters(), lr=3e-3), range(12)), weights(model)]
+    return [
+        fit(model, Automagic8bit(model.named_parameters(), lr=3e-3, mask_bits=8, backend="torch"), range(12)),
+        weights(model),
+    ]
 
 
 # --- what is counted --------------------------------------------------------------------------------------------------

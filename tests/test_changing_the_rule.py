@@ -86,7 +86,7 @@ held = []
 for backend in ("torch", "triton"):
     torch.manual_seed(0)
     p = torch.nn.Parameter(torch.randn(40, 300))
-    opt = Automagic8bit([p], lr=1e-3, backend=backend)
+    opt = Automagic8bit([p], lr=1e-3, backend=backend, seed=0)
     for _ in range(2):
         p.grad = torch.randn(40, 300)
         opt.step()

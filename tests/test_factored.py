@@ -86,7 +86,7 @@ def test_which_parameters_factor_and_what_it_costs(
     p = torch.zeros(shape)
     assert st.factors_well(p, 1, 4) == factors
     if bytes_per_element is not None:
-        options = {**vars(AutomagicConfig()), "auto_lr": False}
+        options = {**vars(AutomagicConfig()), "auto_lr": False, "mean_bits": 32}
         state = st.complete({}, p, "factored", options)
         held = state["exp_avg_sq_row"].nbytes + state["exp_avg_sq_col"].nbytes
         assert held / p.numel() == pytest.approx(bytes_per_element, rel=0.03)

@@ -67,7 +67,7 @@ class Case:
 
 NO_RATES = {"mask_bits": 0, "lr": 1e-3, "optim_bits": 8}
 CASES = [
-    Case("min_lr", idle.NOTHING_BOUND, 1e-5, NO_RATES, mended={"mask_bits": 4}),
+    Case("min_lr", idle.NOTHING_BOUND, 1e-5, NO_RATES, mended={"mask_bits": 8}),
     Case("min_lr", idle.NOTHING_BOUND_AT_REST, 1e-5, {"warmup_steps": 0, "lr": 1e-3}, mended={"warmup_steps": 9}),
     Case("max_lr", idle.NOTHING_BOUND, 1e-2, NO_RATES, mended={"lr": None}),
     Case("max_lr", idle.NOTHING_BOUND_AT_REST, 1e-2, {"warmup_steps": 0, "lr": 1e-3}, mended={"lr": None}),
@@ -80,10 +80,10 @@ CASES = [
     Case("stable_emb", idle.NO_EMBEDDING, True, {"optim_bits": 8}, mended_parameters="embedding"),
     Case("factored", idle.IN_32_BITS, True, {"optim_bits": 32}, mended={"optim_bits": 8}),
     Case("factored", idle.NO_MATRIX, True, {"optim_bits": 8}, "vector", mended_parameters="matrix"),
-    Case("mask_bits", idle.IN_32_BITS, 4, {"optim_bits": 32}, mended={"optim_bits": 8}),
-    Case("mean_bits", idle.IN_32_BITS, 16, {"optim_bits": 32}, mended={"optim_bits": 8}),
-    Case("mean_bits", idle.NOT_FACTORED, 16, {"factored": False, "optim_bits": 8}, mended={"factored": True}),
-    Case("mean_bits", idle.NO_MATRIX, 16, {"optim_bits": 8}, "vector", mended_parameters="matrix"),
+    Case("mask_bits", idle.IN_32_BITS, 8, {"optim_bits": 32}, mended={"optim_bits": 8}),
+    Case("mean_bits", idle.IN_32_BITS, 32, {"optim_bits": 32}, mended={"optim_bits": 8}),
+    Case("mean_bits", idle.NOT_FACTORED, 32, {"factored": False, "optim_bits": 8}, mended={"factored": True}),
+    Case("mean_bits", idle.NO_MATRIX, 32, {"optim_bits": 8}, "vector", mended_parameters="matrix"),
     Case("is_paged", idle.NOT_PAGED_THERE, True),
     Case("is_paged", idle.TOO_SMALL_TO_PAGE, True, mended_parameters="many elements"),
     Case("edge_suppression", idle.NO_EDGE_PENALTY, True, {"edge_penalty": 0.0}, mended={"edge_penalty": 0.2}),
@@ -120,6 +120,7 @@ CASES = [
     Case("seed", idle.NO_CHANCE, 3, {"optim_bits": 32}, mended={"optim_bits": 8}),
     Case("capturable", idle.NO_CUDA, True),
     Case("backend", idle.STRIDED, "triton", {}, "strided", mended_parameters="matrix"),
+    Case("preset", idle.PRESET_OVERRULED, "full", {"weight_decay": 0.3}, mended={"weight_decay": 0.01}),
     Case("profile", idle.OVERRULED, "memory_optimized", {"optim_bits": 32}, mended={"optim_bits": 8}),
     Case("run_log_every", idle.NO_LOG, 3, mended={"run_log": "runs"}),
 ]  # fmt: skip
@@ -278,8 +279,8 @@ def test_an_override() -> None:
 def test_requantize() -> None:
     opt = Automagic32bit([made(64, 64)])
     step(opt)
-    with pytest.warns(UserWarning, match="mask_bits=4 of requantize: has no effect with optim_bits=32"):
-        opt.requantize(mask_bits=4)
+    with pytest.warns(UserWarning, match="mask_bits=8 of requantize: has no effect with optim_bits=32"):
+        opt.requantize(mask_bits=8)
 
 
 def test_a_new_option_without_a_line_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,11 @@ def source_files() -> Iterator[Path]:
     """The project's files of text, wherever the checkout lies."""
     yield from (ROOT / name for name in SOURCES)
     for folder in FOLDERS:
-        yield from (p for p in (ROOT / folder).rglob("*") if p.is_file() and p.suffix not in (".pyc", ".png"))
+        yield from (
+            p
+            for p in (ROOT / folder).rglob("*")
+            if p.is_file() and p.parent.name != "__pycache__" and p.suffix != ".png"
+        )
 
 
 def local_names(text: str) -> list[str]:

@@ -58,7 +58,7 @@ def test_plan_of_a_model_larger_than_any_memory() -> None:
     parameters = [nn.Parameter(torch.empty(2**20, 2**20, device="meta", dtype=torch.bfloat16)) for _ in range(3)]
     report = optimizer(parameters, factored=True).get_memory_efficiency_report()
     assert report["total_parameters"] == 3 * 2**40
-    assert 2 < report["bytes_per_parameter"] < 2.2
+    assert 1.5 < report["bytes_per_parameter"] < 1.7
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -118,7 +118,7 @@ PAGED_SHAPES = [(500, 500), (300, 300)]
 @pytest.mark.skipif(not CUDA, reason="managed memory exists on CUDA only")
 def test_paged_bytes_on_a_gpu() -> None:
     parameters = [nn.Parameter(torch.zeros(shape, device="cuda")) for shape in PAGED_SHAPES]
-    opt = PagedAutomagic8bit(parameters, lr=1e-3, factored=False)
+    opt = PagedAutomagic8bit(parameters, lr=1e-3, factored=False, mask_bits=8)
     plan = opt.get_memory_efficiency_report()
     assert outcome(stepped(opt).get_memory_efficiency_report()) == outcome(plan)
     assert plan["paged_bytes"] == 4 * 500 * 500
@@ -142,7 +142,7 @@ def test_paged_bytes_are_planned_as_they_are_allocated(monkeypatch: pytest.Monke
         books = {signed: torch.empty(256, device="cuda:0") for signed in (True, False)}
         monkeypatch.setattr(bnb, "code_book", lambda signed, device: books[signed])
         parameters = [nn.Parameter(torch.empty(shape, device="cuda:0")) for shape in PAGED_SHAPES]
-    opt = PagedAutomagic8bit(parameters, lr=1e-3, factored=False)
+    opt = PagedAutomagic8bit(parameters, lr=1e-3, factored=False, mask_bits=8)
     with FakeTensorMode():
         plan = opt.get_memory_efficiency_report()
         (group,) = opt.param_groups

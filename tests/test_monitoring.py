@@ -132,7 +132,7 @@ def test_after_a_rollback_what_is_skipped_counts_at_once(tools: Any) -> None:
 def test_a_rate_at_its_bound(options: dict[str, Any], bound: str | None, value: float | None, tools: Any) -> None:
     """Given and found rates; the group at the bound is the one that is changed, and then is no longer there."""
     parameters, others = tools.parameters((64, 64)), tools.parameters((32, 64), seed=1)
-    opt = Automagic8bit([{"params": others, "lr": 2e-4}, {"params": parameters, **options}])
+    opt = Automagic8bit([{"params": others, "lr": 2e-4}, {"params": parameters, **options}], mask_bits=8)
     monitor = AdaptiveTrainingMonitor(opt)
     assert monitor.should_adjust_config() == (False, None)  # not before the first step
     tools.train(opt, parameters + others, range(6))

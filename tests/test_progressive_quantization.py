@@ -111,7 +111,7 @@ def test_only_storage_options_are_written(tools: Any) -> None:
     """Of groups, config and state; overrides of single parameters stay in force, and so do a group's other options."""
     p = tools.parameters(*SHAPES)
     groups = [{"params": p[:1], "mine": 1}, {"params": p[1:], "lr": 3e-3, "weight_decay": 0.1}]
-    opt = Automagic8bit(groups, lr=1e-3, factored=False)
+    opt = Automagic8bit(groups, lr=1e-3, factored=False, mean_bits=32)
     bnb.GlobalOptimManager.get_instance().override_config(p[0], "optim_bits", 32)
     before = [{k: v for k, v in g.items() if k != "params"} for g in opt.param_groups] + [dict(vars(opt.config))]
     schedule = schedule_of(opt, factored=True)

@@ -167,7 +167,7 @@ class Pair:
 
 def factored_float32_state(p: Tensor, options: dict[str, Any]) -> st.State:
     """Factored moments beside a float32 m and k, so that only the rule is compared and no 8-bit rounding."""
-    full, factored = st.complete({}, p, "32bit", options), st.complete({}, p, "factored", options)
+    full, factored = st.complete({}, p, "32bit", options), st.complete({}, p, "factored", {**options, "mean_bits": 32})
     means = {k: x for k, x in factored.items() if k.endswith(("_row", "_col"))}
     return {**{k: x for k, x in full.items() if k not in ("state2", "state3")}, **means}
 

@@ -230,7 +230,14 @@ def test_means_in_16_bits_follow_where_nearest_ones_freeze(stochastic: bool, mon
         )
     p = nn.Parameter(torch.zeros(16, 256))
     opt = Automagic8bit(
-        [p], lr=1e-4, min_8bit_size=0, factored=True, mean_bits=16, betas=(0.9, 0.999, 0.999), came=False
+        [p],
+        lr=1e-4,
+        min_8bit_size=0,
+        factored=True,
+        mean_bits=16,
+        betas=(0.9, 0.999, 0.999),
+        came=False,
+        backend="torch",
     )
     p.grad = torch.ones_like(p)
     opt.step()

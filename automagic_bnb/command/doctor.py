@@ -15,7 +15,7 @@ import warnings
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -325,7 +325,9 @@ def exercise(device: torch.device, bits: int) -> tuple[str, str]:
 
 def compare(device: torch.device, bits: int, backend: str, what: str) -> tuple[str, str]:
     """What is wrong with a backend, held against the plain rule, or the empty string; and how well they agree."""
-    moved, should = (descend(*problem(device), bits, one, COMPARED_STEPS)[0] for one in (backend, "torch"))
+    # In four bits a rate that rounds the other way, for want of a last digit, is half an octave off.
+    options = {"mask_bits": 8}
+    moved, should = (descend(*problem(device), bits, one, COMPARED_STEPS, **options)[0] for one in (backend, "torch"))
     difference = float((moved - should).norm() / should.norm())
     if not difference <= MAX_DIFFERENCE:
         return f"{what} differ from the plain rule by {difference:.2g} (allowed {MAX_DIFFERENCE})", ""
@@ -339,10 +341,12 @@ def problem(device: torch.device) -> tuple[Tensor, Tensor]:
     return start, target
 
 
-def descend(start: Tensor, target: Tensor, bits: int, backend: str | None, steps: int) -> tuple[Tensor, list[float]]:
+def descend(
+    start: Tensor, target: Tensor, bits: int, backend: str | None, steps: int, **options: Any
+) -> tuple[Tensor, list[float]]:
     """How far the weight moves; the losses before each step, and after the last."""
     p = torch.nn.Parameter(start.clone())
-    optimizer = Automagic([p], lr=LR, optim_bits=bits, min_8bit_size=MIN_8BIT_SIZE, backend=backend)
+    optimizer = Automagic([p], lr=LR, optim_bits=bits, min_8bit_size=MIN_8BIT_SIZE, backend=backend, **options)
     losses = []
     with torch.enable_grad():
         for _ in range(steps):

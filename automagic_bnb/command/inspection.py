@@ -209,15 +209,14 @@ def storage_of(tensors: Mapping[str, Tensor]) -> str:
 
 def bars(state: Mapping[str, Any], group: Group) -> Iterator[tuple[int, int]]:
     """The bars that a parameter's weights fall into, by the rates that they would take next, and how many."""
-    mask = state.get("lr_mask")
     if group.rate is None or not group.rate > 0:
         return
-    if not isinstance(mask, Tensor) or "tensor_stats" not in state:
-        shaped = [x for _, x in flat(state) if x.dim()]
+    k = exponents_of(state)
+    if k is None:
+        shaped = [x for name, x in flat(state) if x.dim() and not name.startswith("qmap")]
         if shaped:
             yield bar_of(group.rate), max(x.numel() for x in shaped)
         return
-    k = q.unpack_mask(mask)[0] if mask.dtype == torch.uint8 else mask.float()
     exponents, counts = torch.unique(k, return_counts=True)
     mean = float(state["tensor_stats"][st.MASK_MEAN])
     low, high = group.options.get("min_lr") or 0.0, group.options.get("max_lr")
@@ -225,6 +224,18 @@ def bars(state: Mapping[str, Any], group: Group) -> Iterator[tuple[int, int]]:
     for exponent, count in zip(exponents.tolist(), counts.tolist(), strict=True):
         rate = group.rate * 2 ** (exponent / 16) / mean
         yield bar_of(min(max(rate, min(low, group.rate)), max(high, group.rate))), count
+
+
+def exponents_of(state: Mapping[str, Any]) -> Tensor | None:
+    """k of every weight, float32 and flat; None where it has no rates of single weights, or is not ours."""
+    mask, pairs = state.get("lr_mask"), state.get("lr_mask4")
+    if "tensor_stats" not in state:
+        return None
+    if isinstance(pairs, Tensor) and isinstance(state.get("state1"), Tensor):
+        return q.unpack_pairs(pairs)[0][: state["state1"].numel()]
+    if not isinstance(mask, Tensor):
+        return None
+    return (q.unpack_mask(mask)[0] if mask.dtype == torch.uint8 else mask.float()).flatten()
 
 
 def bar_of(rate: float) -> int:

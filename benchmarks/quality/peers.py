@@ -172,11 +172,10 @@ def automagic(name: str = "Automagic8bit", **options: Any) -> Build:
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "": {},
-    "-blockwise": {"factored": False},
+    "": {"mask_bits": 8, "mean_bits": 32},  # the default when it was measured
+    "-packed": {},
+    "-blockwise": {"factored": False, "mask_bits": 8},
     "-32bit": {"optim_bits": 32},
-    "-mask4": {"mask_bits": 4},
-    "-mask4-mean16": {"mask_bits": 4, "mean_bits": 16},
     "-lean": {"profile": "lean"},
     "-no-torque": {"torque": False},
     "-no-clipping": {"clip_threshold": 100.0},
