@@ -128,7 +128,7 @@ def checked(options: dict[str, str]) -> dict[str, Any]:
     """
     read = {name: config.check_option(name, value) for name, value in options.items()}
     config.make_config(**read)
-    return {**config.PRESETS.get(read.get("preset"), {}), **read}
+    return {**config.PRESETS.get(read.get("preset") or "", {}), **read}
 
 
 def replace(options: dict[str, Any]) -> list[str]:
