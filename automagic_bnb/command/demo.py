@@ -287,12 +287,16 @@ def learned_rates(run: Run) -> dict[str, Tensor]:
 
 def result_table(runs: list[Run]) -> Any:
     """The figures as a `rich.table.Table`: a row for each optimizer, every column for every row."""
+    from automagic_bnb.cpu import step as cpu
+
     on_cpu = runs[0].model.class_codes.device.type == "cpu"
     steps = sorted({len(run.history.train_loss) for run in runs})
     caption = f"{steps[0] if len(steps) == 1 else f'{steps[0]} to {steps[-1]}'} steps"
     caption += f"; loss on held-out digits, {runs[0].history.validation_loss[0]:.4f} before: lower is better."
-    if on_cpu:
-        caption += " On a CPU Automagic runs as plain PyTorch; its one-pass kernel needs a GPU."
+    if on_cpu and cpu.missing():
+        caption += (
+            ' On a CPU without Numba Automagic runs as plain PyTorch: pip install "automagic-bnb[cpu]" compiles it.'
+        )
     table = optional_import("rich.table").Table(title="A LoRA learns the digits 5-9", caption=caption)
     table.add_column("optimizer")
     for title in ("learning rate", "loss", "bytes per\nparameter", "step, ms\n(median)"):
