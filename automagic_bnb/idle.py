@@ -185,16 +185,15 @@ NO_LOG = Reason(
     " without run_log", "pass run_log, a folder",
     of_options=lambda o: o["run_log"] is None,
 )  # fmt: skip
-OVERRULED = Reason(
-    ", as all that it sets is set otherwise, or comes to nothing itself",
-    of_options=lambda o: _comes_to_nothing(_of_profile(o), o, None),
-    of_parameter=lambda o, s: _comes_to_nothing(_of_profile(o), o, s),
-)
-PRESET_OVERRULED = Reason(
-    OVERRULED.words,
-    of_options=lambda o: _comes_to_nothing(config.PRESETS[o["preset"]], o, None),
-    of_parameter=lambda o, s: _comes_to_nothing(config.PRESETS[o["preset"]], o, s),
-)
+
+
+def _overruled(sets: Callable[[Options], Options]) -> Reason:
+    """Of an option that stands for others; sets: those, by what is in force."""
+    return Reason(
+        ", as all that it sets is set otherwise, or comes to nothing itself",
+        of_options=lambda o: _comes_to_nothing(sets(o), o, None),
+        of_parameter=lambda o, s: _comes_to_nothing(sets(o), o, s),
+    )
 
 
 def _of_profile(options: Options) -> Options:
@@ -209,6 +208,10 @@ def _comes_to_nothing(sets: Options, options: Options, subject: Subject | None) 
         options[name] != value or any(reason.holds(options, subject) for reason in TABLE[name].reasons)
         for name, value in sets.items()
     )
+
+
+OVERRULED = _overruled(_of_profile)
+PRESET_OVERRULED = _overruled(lambda options: config.PRESETS[options["preset"]])
 
 
 # --- the table --------------------------------------------------------------------------------------------------------

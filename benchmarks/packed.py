@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from automagic_bnb import Automagic8bit
 from automagic_bnb.command import demo, demo_model
+from automagic_bnb.command.demo_options import DemoOptions
 
 FORMS: dict[str, dict[str, Any]] = {
     "mask_bits=8, mean_bits=32": {"mask_bits": 8, "mean_bits": 32},
@@ -32,7 +33,7 @@ FORMS: dict[str, dict[str, Any]] = {
     'profile="lean"': {"profile": "lean"},
 }
 WIDEST = next(iter(FORMS))
-CPU = torch.device("cpu")
+CPU, DEMO = torch.device("cpu"), DemoOptions()
 BYTES_STEPS, BYTES_BATCH = 300, 8
 
 
@@ -40,18 +41,16 @@ BYTES_STEPS, BYTES_BATCH = 300, 8
 def base(seed: int) -> demo_model.VelocityModel:
     """What the demo's LoRAs start from."""
     model = demo_model.make_base(seed, CPU)
-    examples, _ = demo.load_digits(demo.BASE_CLASSES, seed)
-    adamw = torch.optim.AdamW(model.parameters(), lr=demo.BASE_LR)
-    demo.train(model, adamw, examples, steps=400, seed=seed, title=f"base of seed {seed}")
+    demo.train_base(model, DemoOptions(seed=seed))
     return model
 
 
 def lora(lr: float | None, seed: int, **options: Any) -> float:
-    """The demo's loss on held-out digits after 400 steps."""
+    """The demo's loss on held-out digits at its end."""
     examples, held_out = demo.load_digits(demo.LORA_CLASSES, seed)
-    model = demo_model.with_lora(base(seed), 8, seed)
+    model = demo_model.with_lora(base(seed), DEMO.rank, seed)
     optimizer = Automagic8bit(demo_model.trainable(model), lr=lr, **options)
-    demo.train(model, optimizer, examples, steps=400, seed=seed, title="LoRA")
+    demo.train(model, optimizer, examples, steps=DEMO.steps, seed=seed, title="LoRA")
     with torch.no_grad():
         return demo_model.flow_matching_loss(model, demo.validation_batch(held_out, seed, CPU, draws=16)).item()
 
