@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from operator import is_
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +27,7 @@ from automagic_bnb.uncompiled import capturing
 if TYPE_CHECKING:
     from automagic_bnb.kernels.low_rank import Matrices
     from automagic_bnb.kernels.numbers import Counts
-    from automagic_bnb.kernels.tables import Bucket, Member
+    from automagic_bnb.kernels.tables import Bucket, Gradients, Member
 
 READ_ANEW = (
     *("lr", "min_lr", "max_lr", "weight_decay", "warmup_steps", "low_rank_emphasis", "rank_penalty_strength"),
@@ -164,6 +163,7 @@ class Plan:
     """All that the optimizer held after the step for which the plan was made; None until then."""
 
     def is_current(self, optimizer: ParameterGroups, options: list[dict[str, Any]]) -> bool:
+        """Whether all still stands that the plan rests on, but for addresses: `Bucket.is_in_place`."""
         return (
             self._has_groups(optimizer.param_groups)
             and self._has_states(optimizer.state)
@@ -171,7 +171,7 @@ class Plan:
             and all(s.signature == signature(o) for s, o in zip(self.sources, options, strict=True))
             and not any(p.grad is not None for p in self.idle)
             and not any(self._would_take(group, p, optimizer.config.backend) for group, p in self.rest)
-            and all(bucket.agrees(options) and bucket.is_current() for bucket in self.buckets)
+            and all(bucket.agrees(options) and bucket.has_sizes() for bucket in self.buckets)
         )
 
     def _would_take(self, group: dict[str, Any], p: Tensor, backend: str | None) -> bool:
@@ -307,14 +307,7 @@ class FusedStep:
             if plan.is_current(self.optimizer, options):
                 grads = self._gradients(plan)
         if plan is None or grads is None:
-            if capturing():
-                raise RuntimeError(NOT_YET_CAPTURED)
-            self._retire(plan)
-            plan = self._make_plan(self._everything() if one is None else [one])
-            self._rates.forget_places()
-            options = self._options(plan)
-            grads = self._gradients(plan)
-            assert grads is not None, "a plan just made fits its gradients"
+            plan, options, grads = self._made_anew(plan, one)
         self._check(plan.rest)
         left = any(p.grad is not None for _, p in plan.rest)
         if capturing():
@@ -322,13 +315,27 @@ class FusedStep:
         if left and scaler.found():
             return plan, []
         # A step without gradients is none: trainers whose backward pass steps call it all the same.
-        if left or any(addresses.any() for addresses, _ in grads):
+        if left or any(g is not None for of_bucket in grads for g in of_bucket):
             found_inf = None if left else scaler.found_inf
             groups, held = self.optimizer.param_groups, self.optimizer.state
             self._rates.begin(groups, held, one, with_kernels=bool(plan.buckets), found_inf=found_inf)
-        if plan.buckets:
-            self._launch(plan, options, grads, scaler)
+        stepped: set[int] = set()
+        while not self._launch(plan, options, grads, scaler, stepped):
+            plan, options, grads = self._made_anew(plan, one)
         return plan, plan.rest
+
+    def _made_anew(
+        self, plan: Plan | None, one: tuple[dict[str, Any], Tensor] | None
+    ) -> tuple[Plan, list[dict[str, Any]], list[Gradients]]:
+        """A plan in place of one that no longer fits, with its sources' options and its buckets' gradients."""
+        if capturing():
+            raise RuntimeError(NOT_YET_CAPTURED)
+        self._retire(plan)
+        plan = self._make_plan(self._everything() if one is None else [one])
+        self._rates.forget_places()
+        grads = self._gradients(plan)
+        assert grads is not None, "a plan just made fits its gradients"
+        return plan, self._options(plan), grads
 
     def _retire(self, plan: Plan | None) -> None:
         """A plan is about to be replaced: the states say all that it counted."""
@@ -353,27 +360,53 @@ class FusedStep:
         self,
         plan: Plan,
         options: list[dict[str, Any]],
-        grads: list[tuple[np.ndarray, list[Tensor | None]]],
+        grads: list[Gradients],
         scaler: Scaler,
-    ) -> None:
+        stepped: set[int],
+    ) -> bool:
+        """Launch bucket after bucket, each as soon as its addresses are known: the device works on one while the host
+        prepares the next.
+
+        Args:
+            stepped: ids of parameters that are left out; where memory of a bucket has been exchanged, those of the
+                buckets before it are added.
+
+        Returns:
+            False where that is so; a plan made anew then takes the rest.
+        """
         from automagic_bnb.kernels import step
 
         updates = zip(plan.buckets, plan.matrices, plan.counts, grads, strict=True)
-        due = [(b, matrices, counts, places) for b, matrices, counts, (places, _) in updates if places.any()]
+        due = [update for update in updates if any(g is not None for g in update[-1])]
         tasks: list[low_rank.RankTask] = []
         ahead = iter([bucket for bucket, *_ in due if bucket.fetched])
         self._prefetch(next(ahead, None))
-        for bucket, matrices, counts, addresses in due:
-            if bucket.fetched:
-                self._prefetch(next(ahead, None))
-            with on_device(bucket.spec.device):
-                if counts is None:
-                    step.launch(bucket, addresses, options)
-                    tasks += matrices.shrink(options)
-                else:
-                    step.launch(bucket, addresses, options, counts, *scaler.on(bucket.spec.device))
-                    counts.shrink()
+        launched: list[Bucket] = []
+        try:
+            for bucket, matrices, counts, of_bucket in due:
+                if not bucket.is_in_place():
+                    break
+                if bucket.fetched:
+                    self._prefetch(next(ahead, None))
+                addresses = bucket.addresses(of_bucket, stepped)
+                with on_device(bucket.spec.device):
+                    if counts is None:
+                        step.launch(bucket, addresses, options)
+                        launched.append(bucket)
+                        tasks += matrices.shrink(options)
+                    else:
+                        step.launch(bucket, addresses, options, counts, *scaler.on(bucket.spec.device))
+                        launched.append(bucket)
+                        counts.shrink()
+        finally:
+            for bucket in launched:  # while the device works
+                if not bucket.spec.counts:
+                    bucket.count()
         low_rank.shrink_ranks(tasks)
+        if len(launched) == len(due):
+            return True
+        stepped.update(id(p) for bucket in launched for p in bucket.parameters)
+        return False
 
     def _prefetch(self, bucket: Bucket | None) -> None:
         """Start moving the paged states of a bucket to the GPU, beside what runs there."""
@@ -446,7 +479,7 @@ class FusedStep:
         )
 
     @staticmethod
-    def _gradients(plan: Plan) -> list[tuple[np.ndarray, list[Tensor | None]]] | None:
+    def _gradients(plan: Plan) -> list[Gradients] | None:
         """`Bucket.gradients` of each bucket; None where the plan no longer fits."""
         found = []
         for bucket in plan.buckets:

@@ -14,26 +14,28 @@ import argparse
 import os
 import statistics
 from collections.abc import Iterator
+from typing import Any
 
 import measure
 import torch
-from peers import FOREVER
+from peers import BLOCKWISE, FOREVER, LEAN, PACKED
 from tqdm import tqdm
 from workloads import WORKLOADS, Workload, fill
 
 from automagic_bnb import Automagic8bit
 
-REGISTERS = (64, 72, 80, 88, 96, 104, 112, 120, 128, 144)
+REGISTERS = (64, 72, 80, 88, 96, 104, 112, 120, 128, 144, 168)
+STORAGES: dict[str, dict[str, Any]] = {"default": PACKED, "lean": LEAN, "block-wise": BLOCKWISE}
 TILES = [(span, warps) for warps in (1, 2, 4, 8) for span in (32, 64, 128, 256)]
 TINY_ELEMENTS, TINY_SHARE = 1024, 0.005
 """What is left of a workload in the interpreter."""
 
 
-def optimizer(workload: Workload, device: torch.device, warm: bool, factored: bool) -> Automagic8bit:
+def optimizer(workload: Workload, device: torch.device, warm: bool, options: dict[str, Any]) -> Automagic8bit:
     params = workload.make(torch.bfloat16, device)
     fill(params)
     steps = FOREVER if warm else 1
-    return Automagic8bit(params, lr=1e-4, warmup_steps=steps, factored=factored, lora=workload.lora, backend="triton")
+    return Automagic8bit(params, lr=1e-4, warmup_steps=steps, lora=workload.lora, backend="triton", **options)
 
 
 def median_ms(step: measure.Step, device: torch.device, count: int) -> float:
@@ -41,21 +43,21 @@ def median_ms(step: measure.Step, device: torch.device, count: int) -> float:
     return statistics.median(times.gpu_ms or times.wall_ms)
 
 
-def registers(workload: Workload, device: torch.device, count: int) -> Iterator[list[str]]:
+def registers(workload: Workload, device: torch.device, count: int, numbers: list[int]) -> Iterator[list[str]]:
     """A row for each storage and phase: milliseconds by registers a thread."""
     from automagic_bnb.kernels import step
 
-    for factored in (False, True):
-        for warm in (False, True):
-            storage = "factored" if factored else "8bit"
-            row, chosen = [], step._MAX_REGISTERS[storage, warm]
-            opt = optimizer(workload, device, warm, factored)
+    for name, options in STORAGES.items():
+        for warm in (True, False) if options.get("mask_bits", 4) else (False,):
+            key, row = ("8bit" if options is BLOCKWISE else "factored", warm), []
+            chosen = step._MAX_REGISTERS[key]
+            opt = optimizer(workload, device, warm, options)
             opt.step()  # frozen from the second on
-            for number in tqdm(REGISTERS, desc=f"factored={factored}, warm={warm}"):
-                step._MAX_REGISTERS[storage, warm] = number
+            for number in tqdm(numbers, desc=f"{name}, warm={warm}"):
+                step._MAX_REGISTERS[key] = number
                 row.append(f"{median_ms(opt.step, device, count):.2f}{' *' if number == chosen else ''}")
-            step._MAX_REGISTERS[storage, warm] = chosen
-            yield [f"{'factored' if factored else 'block-wise'}, {'warm-up' if warm else 'mask frozen'}", *row]
+            step._MAX_REGISTERS[key] = chosen
+            yield [f"{name}, {'warm-up' if warm else 'mask frozen'}", *row]
             del opt
             measure.free(device)
 
@@ -64,7 +66,7 @@ def rank_penalty(workload: Workload, device: torch.device, count: int) -> Iterat
     """A row for each choice: milliseconds of the low-rank step of all matrices."""
     from automagic_bnb.kernels import low_rank
 
-    opt = optimizer(workload, device, warm=True, factored=False)
+    opt = optimizer(workload, device, warm=True, options=BLOCKWISE)
     opt.step()
     assert opt._fused._plan is not None
     due = [m for m in opt._fused._plan.matrices if len(m.rows)]
@@ -91,6 +93,7 @@ def main() -> int:
     parser.add_argument("what", choices=["registers", "rank-penalty"])
     parser.add_argument("--workload", choices=list(WORKLOADS), help="default: llama-1b or flux-lora")
     parser.add_argument("--steps", type=int, default=10, help="steps timed for each choice (default: 10)")
+    parser.add_argument("--registers", type=int, nargs="+", default=REGISTERS, help="a thread; what to try")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -100,7 +103,8 @@ def main() -> int:
         workload = workload.shrunk(TINY_ELEMENTS, TINY_SHARE)
     if args.what == "registers":
         table = measure.markdown_table(
-            ["ms by registers; * chosen", *map(str, REGISTERS)], registers(workload, device, args.steps)
+            ["ms by registers; * chosen", *map(str, args.registers)],
+            registers(workload, device, args.steps, args.registers),
         )
     else:
         table = measure.markdown_table(["* chosen", "ms"], rank_penalty(workload, device, args.steps))

@@ -8,6 +8,7 @@ count, bias corrections, random keys and what is due in a step follow from the c
 from __future__ import annotations
 
 import functools
+import itertools
 from enum import IntEnum
 from typing import Any
 
@@ -17,6 +18,7 @@ import triton
 import triton.language as tl
 from automagic_bnb.kernels import codec
 from automagic_bnb.kernels import low_rank as ranks
+from automagic_bnb.kernels.launching import Compiled
 from automagic_bnb.kernels.tables import Bucket, Number, upload
 from torch import Tensor
 
@@ -195,6 +197,9 @@ def _search_kernel(count_ptr, errors_ptr, found_inf_ptr, error_ptr, last, FOUND_
     tl.store(error_ptr, tl.where(stays, -1.0, error))
 
 
+_searched = {checked: Compiled() for checked in (False, True)}
+
+
 @functools.cache
 def _errors(device: torch.device) -> Tensor:
     return upload(np.array([estimate.sign_error(t) for t in range(ERRORS)], dtype=np.float32), device)
@@ -212,15 +217,16 @@ def count_search(count: Tensor, last: int | None, found_inf: Tensor | None) -> T
         float32 [1], the error of its estimate, below 0 where there is to be none.
     """
     error = torch.empty(1, dtype=torch.float32, device=count.device)
-    _search_kernel[(1,)](
-        count_ptr=count,
-        errors_ptr=_errors(count.device),
-        found_inf_ptr=error if found_inf is None else found_inf,
-        error_ptr=error,
-        last=-1 if last is None else last,
-        FOUND_INF=found_inf is not None,
-        num_warps=1,
-    )
+    checked = found_inf is not None
+    arguments = {
+        "count_ptr": count,
+        "errors_ptr": _errors(count.device),
+        "found_inf_ptr": found_inf if checked else error,
+        "error_ptr": error,
+        "last": -1 if last is None else last,
+        "FOUND_INF": checked,
+    }
+    _searched[checked].launch(_search_kernel, 1, arguments, num_warps=1)
     return error
 
 
@@ -241,6 +247,8 @@ class Counts:
         self.tables = self._rank_tables(fixed, sources)
         self.fixed = upload(fixed, device)
         self.counts = upload(bucket.counted(), device)
+        self.compiled = {known: Compiled() for known in itertools.product((False, True), repeat=2)}
+        """By whether gradients are scaled, and whether they are looked at."""
         self.spare: Tensor | None = None
         """Pinned memory for the next capture, which must not ask for any."""
         self.captured: list[Tensor] = []
@@ -293,20 +301,21 @@ class Counts:
         numbers = torch.empty((tensors, len(Number)), dtype=torch.float32, device=device)
         clips = torch.empty((tensors, 2), dtype=torch.float32, device=device)
         stepped = torch.empty(tensors, dtype=torch.int64, device=device)
-        numbers_kernel[(tensors,)](
-            fixed_ptr=self.fixed,
-            sources_ptr=uploaded[tensors:],
-            counts_ptr=self.counts,
-            grads_ptr=uploaded,
-            found_inf_ptr=clips if found_inf is None else found_inf,
-            grad_scale_ptr=clips if grad_scale is None else grad_scale,
-            stepped_ptr=stepped,
-            numbers_ptr=numbers,
-            clips_ptr=clips,
-            FOUND_INF=found_inf is not None,
-            GRAD_SCALE=grad_scale is not None,
-            num_warps=1,
-        )
+        scaled, checked = grad_scale is not None, found_inf is not None
+        arguments = {
+            "fixed_ptr": self.fixed,
+            "sources_ptr": uploaded[tensors:],
+            "counts_ptr": self.counts,
+            "grads_ptr": uploaded,
+            "found_inf_ptr": found_inf if checked else clips,
+            "grad_scale_ptr": grad_scale if scaled else clips,
+            "stepped_ptr": stepped,
+            "numbers_ptr": numbers,
+            "clips_ptr": clips,
+            "FOUND_INF": checked,
+            "GRAD_SCALE": scaled,
+        }
+        self.compiled[scaled, checked].launch(numbers_kernel, tensors, arguments, num_warps=1)
         return stepped, numbers, clips
 
     def _staging(self) -> Tensor:

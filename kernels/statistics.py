@@ -9,7 +9,8 @@ import torch
 import triton
 import triton.language as tl
 from automagic_bnb.kernels import codec
-from automagic_bnb.kernels.tables import BLOCKS_PER_PROGRAM, Bucket, Column, Number, Switches
+from automagic_bnb.kernels.launching import Compiled
+from automagic_bnb.kernels.tables import BLOCKS_PER_PROGRAM, Bucket, Column, Number, Variant
 from torch import Tensor
 
 from automagic_bnb import estimate, reference
@@ -62,17 +63,17 @@ def _finalise_kernel(table_ptr, grads_ptr, numbers_ptr, partials_ptr, WARM: tl.c
             tl.store(stats_ptr + LR_DENOMINATOR, _sum_partials(partials_ptr, first, programs, PARTS, 3))
 
 
-def finalise(bucket: Bucket, addresses: Tensor, numbers: Tensor, partials: Tensor, switches: Switches) -> None:
+def finalise(bucket: Bucket, addresses: Tensor, numbers: Tensor, partials: Tensor, variant: Variant) -> None:
     """Turn the step's partial sums, float32 [programs, PARTS], into each tensor's `tensor_stats`."""
-    _finalise_kernel[(len(bucket.members),)](
-        table_ptr=bucket.table,
-        grads_ptr=addresses,
-        numbers_ptr=numbers,
-        partials_ptr=partials,
-        WARM=switches.WARM,
-        AUTO=switches.AUTO,
-        num_warps=4,
-    )
+    arguments = {
+        "table_ptr": bucket.table,
+        "grads_ptr": addresses,
+        "numbers_ptr": numbers,
+        "partials_ptr": partials,
+        "WARM": variant.switches.WARM,
+        "AUTO": variant.switches.AUTO,
+    }
+    variant.compiled.launch(_finalise_kernel, len(bucket.members), arguments, num_warps=4)
 
 
 @triton.jit
@@ -137,7 +138,7 @@ def _clip_kernel(table_ptr, grads_ptr, numbers_ptr, partials_ptr, clips_ptr, WIN
 
 
 def clip_factors(
-    bucket: Bucket, addresses: Tensor, numbers: Tensor, switches: Switches, scales: Tensor | None = None
+    bucket: Bucket, addresses: Tensor, numbers: Tensor, variant: Variant, scales: Tensor | None = None
 ) -> Tensor:
     """percentile_clipping's factor of each gradient and, above what it is skipped, float32 [tensors, 2].
 
@@ -151,32 +152,35 @@ def clip_factors(
     clips = scales
     if clips is None:
         clips = torch.empty((len(bucket.members), 2), dtype=torch.float32, device=device)
-    _square_sums_kernel[(bucket.programs,)](
-        table_ptr=bucket.table,
-        grads_ptr=addresses,
-        owners_ptr=bucket.owners,
-        partials_ptr=partials,
-        clips_ptr=clips,
-        G=switches.G,
-        ALIGN=switches.ALIGN,
-        SPAN=BLOCKS_PER_PROGRAM * 256,
-        AMP=scales is not None,
-        num_warps=4,
-    )
-    _clip_kernel[(len(bucket.members),)](
-        table_ptr=bucket.table,
-        grads_ptr=addresses,
-        numbers_ptr=numbers,
-        partials_ptr=partials,
-        clips_ptr=clips,
-        WINDOW=triton.next_power_of_2(st.NORM_WINDOW),
-        AMP=scales is not None,
-        num_warps=4,
-    )
+    sums = {
+        "table_ptr": bucket.table,
+        "grads_ptr": addresses,
+        "owners_ptr": bucket.owners,
+        "partials_ptr": partials,
+        "clips_ptr": clips,
+        "G": variant.switches.G,
+        "ALIGN": variant.switches.ALIGN,
+        "SPAN": BLOCKS_PER_PROGRAM * 256,
+        "AMP": scales is not None,
+    }
+    variant.compiled.launch(_square_sums_kernel, bucket.programs, sums, num_warps=4)
+    factors = {
+        "table_ptr": bucket.table,
+        "grads_ptr": addresses,
+        "numbers_ptr": numbers,
+        "partials_ptr": partials,
+        "clips_ptr": clips,
+        "WINDOW": triton.next_power_of_2(st.NORM_WINDOW),
+        "AMP": scales is not None,
+    }
+    variant.compiled.launch(_clip_kernel, len(bucket.members), factors, num_warps=4)
     return clips
 
 
-@triton.jit
+_found = {counted: Compiled() for counted in (False, True)}
+
+
+@triton.jit(do_not_specialize=["tensors"])
 def _find_rate_kernel(
     pointers_ptr, weights_ptr, tensors, d_ptr, sums_ptr, error_ptr, beta, gain, factor, error, low, high,
     COUNTED: tl.constexpr,
@@ -228,19 +232,20 @@ def find_rate(
     Args:
         error: in place of that in `numbers`, of `numbers.count_search`.
     """
-    _find_rate_kernel[(1,)](
-        pointers_ptr=pointers,
-        weights_ptr=weights,
-        tensors=pointers.numel(),
-        d_ptr=d,
-        sums_ptr=sums,
-        error_ptr=d if error is None else error,
-        beta=numbers.beta,
-        gain=1 - numbers.beta,
-        factor=numbers.factor,
-        error=numbers.error,
-        low=numbers.low,
-        high=numbers.high,
-        COUNTED=error is not None,
-        num_warps=4,
-    )
+    counted = error is not None
+    arguments = {
+        "pointers_ptr": pointers,
+        "weights_ptr": weights,
+        "tensors": pointers.numel(),
+        "d_ptr": d,
+        "sums_ptr": sums,
+        "error_ptr": error if counted else d,
+        "beta": numbers.beta,
+        "gain": 1 - numbers.beta,
+        "factor": float(numbers.factor),
+        "error": float(numbers.error),
+        "low": float(numbers.low),
+        "high": float(numbers.high),
+        "COUNTED": counted,
+    }
+    _found[counted].launch(_find_rate_kernel, 1, arguments, num_warps=4)

@@ -359,42 +359,41 @@ def launch(
         warm, scales = counts.is_warm(sources), clips if grad_scale is not None else None
     shared = shared_numbers(sources[bucket.members[0].source])
     betas, eps, clip_threshold, frequency, edge_penalty, edge_threshold, detail = shared
-    switches, constants = bucket.switches[warm, bucket.aligned and not (grads & 15).any(), scales is not None]
+    variant = bucket.variants[warm, bucket.aligned and not (grads & 15).any(), scales is not None]
+    switches = variant.switches
     clips = numbers if scales is None else scales
     if bucket.spec.switches.SCALED:
-        clips = statistics.clip_factors(bucket, addresses, numbers, switches, scales)
+        clips = statistics.clip_factors(bucket, addresses, numbers, variant, scales)
     book1, book2 = bnb.code_book(True, device), bnb.code_book(False, device)
     summed = switches.WARM or switches.AUTO
     parts = statistics.PARTS.value * bucket.programs if summed else 0
     partials = torch.empty(parts, dtype=torch.float32, device=device)
-    step_kernel[(bucket.programs,)](
-        table_ptr=bucket.table,
-        numbers_ptr=numbers,
-        grads_ptr=addresses,
-        owners_ptr=bucket.owners,
-        partials_ptr=partials,
-        book1_ptr=book1,
-        book2_ptr=book2,
-        cells_ptr=codec.cells(device),
-        clips_ptr=clips,
-        beta1=betas[0],
-        beta2=betas[1],
-        beta3=betas[2],
-        gain1=1 - betas[0],
-        gain2=1 - betas[1],
-        gain3=1 - betas[2],
-        eps1=max(eps[0], reference.LEAST_EPS1),
-        eps2=eps[1],
-        clip_threshold=clip_threshold,
-        frequency=frequency / reference.LAPLACIAN_RANGE,
-        edge_penalty=edge_penalty,
-        edge_threshold=edge_threshold,
-        detail=detail,
-        S=constants,
-        num_warps=1,
-        **_compiler_options(device, switches),
-    )
+    arguments = {
+        "table_ptr": bucket.table,
+        "numbers_ptr": numbers,
+        "grads_ptr": addresses,
+        "owners_ptr": bucket.owners,
+        "partials_ptr": partials,
+        "book1_ptr": book1,
+        "book2_ptr": book2,
+        "cells_ptr": codec.cells(device),
+        "clips_ptr": clips,
+        "beta1": float(betas[0]),
+        "beta2": float(betas[1]),
+        "beta3": float(betas[2]),
+        "gain1": 1.0 - betas[0],
+        "gain2": 1.0 - betas[1],
+        "gain3": 1.0 - betas[2],
+        "eps1": float(max(eps[0], reference.LEAST_EPS1)),
+        "eps2": float(eps[1]),
+        "clip_threshold": float(clip_threshold),
+        "frequency": frequency / reference.LAPLACIAN_RANGE,
+        "edge_penalty": float(edge_penalty),
+        "edge_threshold": float(edge_threshold),
+        "detail": float(detail),
+        "S": variant.constants,
+    }
+    options = _compiler_options(device, switches)
+    variant.compiled.launch(step_kernel, bucket.programs, arguments, num_warps=1, **options)
     if summed:
-        statistics.finalise(bucket, addresses, numbers, partials, switches)
-    if counts is None:
-        bucket.count()  # while the device works
+        statistics.finalise(bucket, addresses, numbers, partials, variant)

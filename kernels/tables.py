@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import triton.language as tl
+from automagic_bnb.kernels.launching import Compiled
 from torch import Tensor
 
 from automagic_bnb import config, reference, scalars
@@ -60,6 +62,8 @@ class Number(IntEnum):
 
 _GRAD, _DTYPE = operator.attrgetter("grad"), operator.attrgetter("dtype")
 
+Gradients = list[Tensor | None]
+"""Of the members of a bucket; None for those that have none."""
 SHARED_NUMBERS = (
     "betas",
     "eps",
@@ -127,6 +131,15 @@ class Switches(NamedTuple):
     elements are one access; a launch whose tensors lie otherwise has 2."""
     WARM: bool
     """Some mask still moves; False where there is none."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Switches, the same as the kernel takes them (to make them takes 5 µs), and what was compiled for them."""
+
+    switches: Switches
+    constants: Switches
+    compiled: Compiled
 
 
 @dataclass(frozen=True)
@@ -236,14 +249,15 @@ class Bucket:
         self.short = [row for row, m in enumerate(members) if m.theta.numel() <= q.BLOCK]
         self.aligned = self.spec.switches.ALIGN == 16 and all(m.theta.data_ptr() % 16 == 0 for m in members)
         launches = itertools.product((False, True), repeat=3)
-        self.switches = {launch: self._switches(*launch) for launch in launches}
-        """Those of a launch, and the same as the kernel takes them, by whether some mask moves, all is aligned and
-        gradients are multiplied. To make them takes 5 µs."""
-        self.sources: dict[int, np.ndarray] = {}
-        for source in {m.source for m in members}:
-            self.sources[source] = np.array([row for row, m in enumerate(members) if m.source == source])
-        self.keys = np.array([q.mix_in(m.key, q.STEP_STREAM) for m in members], np.uint64)
+        self.variants = {launch: self._variant(*launch) for launch in launches}
+        """By whether some mask moves, all is aligned and gradients are multiplied."""
         self.lora = np.array([m.is_lora for m in members])
+        self.sources: dict[int, tuple[Any, np.ndarray]] = {}
+        """Of each source of options the rows, and which of them are of LoRA matrices."""
+        for source in {m.source for m in members}:
+            rows = np.array([row for row, m in enumerate(members) if m.source == source])
+            self.sources[source] = (slice(None) if len(rows) == len(members) else rows, rows[self.lora[rows]])
+        self.keys = np.array([q.mix_in(m.key, q.STEP_STREAM) for m in members], np.uint64)
         self.rank_rows = [
             row for row, m in enumerate(members) if m.is_lora and m.theta.dim() == 2 and m.theta.shape == m.p.shape
         ]
@@ -253,11 +267,11 @@ class Bucket:
         self.steps = np.zeros(len(members), dtype=np.int64)
         """t of what the last launch updated, 0 of the others."""
 
-    def _switches(self, warm: bool, aligned: bool, scaled: bool) -> tuple[Switches, Switches]:
+    def _variant(self, warm: bool, aligned: bool, scaled: bool) -> Variant:
         switches = self.spec.switches
         scaled |= switches.SCALED
         switches = switches._replace(WARM=warm and switches.MASK > 0, ALIGN=16 if aligned else 2, SCALED=scaled)
-        return switches, Switches._make(map(tl.constexpr, switches))
+        return Variant(switches, Switches._make(map(tl.constexpr, switches)), Compiled())
 
     def _programs(self, theta: Tensor) -> int:
         if self.spec.switches.WIDTH:
@@ -283,10 +297,13 @@ class Bucket:
             row[Column.PROBE_SHIFT] = st.stride_held(st.block_count(theta), len(state["probe_block"])).bit_length() - 1
         return row
 
-    def is_current(self) -> bool:
+    def has_sizes(self) -> bool:
+        """Whether the parameters are still as large as the table says."""
+        return list(map(Tensor.numel, self._held_parameters())) == self.sizes
+
+    def is_in_place(self) -> bool:
         """Whether parameters, the tensors in their states and the rates found still lie where the table says."""
-        parameters = list(map(st.local_tensor, self.parameters)) if self.sharded else self.parameters
-        if list(map(Tensor.data_ptr, parameters)) != self.thetas or list(map(Tensor.numel, parameters)) != self.sizes:
+        if list(map(Tensor.data_ptr, self._held_parameters())) != self.thetas:
             return False
         changes = st.WatchedState.changes
         if not self.places.watched or self.changes != changes:
@@ -295,6 +312,9 @@ class Bucket:
             self.changes = changes
         same_rates = all(group.get("auto_lr_rate") is rate for group, rate in self.rates.values())
         return same_rates and self.rate_places.are_current() and self.places.are_current()
+
+    def _held_parameters(self) -> list[Tensor]:
+        return list(map(st.local_tensor, self.parameters)) if self.sharded else self.parameters
 
     def _holds_same_tensors(self) -> bool:
         try:  # identical tensors compare equal at once; of others == is no answer
@@ -317,8 +337,8 @@ class Bucket:
         first, *others = (shared_numbers(sources[i]) for i in self.sources)
         return all(numbers == first for numbers in others)
 
-    def gradients(self) -> tuple[np.ndarray, list[Tensor | None]] | None:
-        """Each member's gradient's address, int64 (0 for none), and what keeps copies alive.
+    def gradients(self) -> Gradients | None:
+        """Each member's gradient, contiguous.
 
         None if a dtype has changed, or a parameter lies otherwise in its memory: then so does its gradient.
         """
@@ -326,22 +346,24 @@ class Bucket:
         # Some hundred nanoseconds a tensor count here: attributes are read in C, and one without gradient has none.
         grads = list(map(_GRAD, self.parameters))
         try:
-            plain = set(map(_DTYPE, grads)) == {dtype} and all(map(Tensor.is_contiguous, grads))
+            if set(map(_DTYPE, grads)) == {dtype} and all(map(Tensor.is_contiguous, grads)) and not self.sharded:
+                return grads
         except (AttributeError, TypeError):
-            plain = False
-        if plain and not self.sharded:
-            return np.fromiter(map(Tensor.data_ptr, grads), np.int64, len(grads)), grads
+            pass  # some have none
         if not all(st.local_tensor(p).is_contiguous() for p in self.parameters):
             return None
-        addresses: list[int] = []
-        kept: list[Tensor | None] = []
-        for p in self.parameters:
-            grad = None if p.grad is None else st.checked_gradient(p).contiguous()
-            if grad is not None and grad.dtype is not dtype:
-                return None
-            addresses.append(0 if grad is None else grad.data_ptr())
-            kept.append(grad)
-        return np.array(addresses, dtype=np.int64), kept
+        kept = [None if p.grad is None else st.checked_gradient(p).contiguous() for p in self.parameters]
+        return kept if all(grad is None or grad.dtype is dtype for grad in kept) else None
+
+    def addresses(self, grads: Gradients, stepped: set[int]) -> np.ndarray:
+        """Of the members' gradients, int64; 0 for none, and for parameters of these ids."""
+        try:
+            found = np.fromiter(map(Tensor.data_ptr, grads), np.int64, len(grads))  # type: ignore[arg-type]
+        except TypeError:
+            found = np.array([0 if grad is None else grad.data_ptr() for grad in grads], dtype=np.int64)
+        if stepped:
+            found[[id(p) in stepped for p in self.parameters]] = 0
+        return found
 
     def upload_step(self, grads: np.ndarray, sources: list[dict[str, Any]]) -> tuple[Tensor, Tensor, bool]:
         """Upload each tensor's row of the step that comes.
@@ -368,20 +390,28 @@ class Bucket:
 
     def count(self) -> None:
         """Note in the states that the step that was uploaded has been launched."""
+        if self.steps.all():
+            deque(map(st.set_uncounted, self.states, itertools.repeat("step"), self.steps.tolist()), maxlen=0)
+            return
         for state, step in zip(self.states, self.steps.tolist(), strict=True):
             if step:
                 st.set_uncounted(state, "step", step)
 
     def _fill_numbers(self, steps: np.ndarray, sources: list[dict[str, Any]]) -> bool:
         numbers, warm = self.numbers, False
-        for source, rows in self.sources.items():
+        for source, (rows, lora_rows) in self.sources.items():
             options = sources[source]
             of_source = steps[rows]
-            for t in {*of_source.tolist()}:
+            if (first := int(of_source[0])) == of_source.max() == of_source.min():
+                taken = {first: rows}
+            else:
+                rows = np.arange(len(steps))[rows]
+                taken = {t: rows[of_source == t] for t in {*of_source.tolist()}}
+            for t, chosen in taken.items():
                 s = scalars.step_scalars(options, max(t, 1), False, 0)
-                numbers[rows[of_source == t]] = _number_row(s, options, t)
+                numbers[chosen] = _number_row(s, options, t)
                 warm |= s.learn_polarity
-            numbers[rows[self.lora[rows]], Number.KAPPA] = options["low_rank_emphasis"]
+            numbers[lora_rows, Number.KAPPA] = options["low_rank_emphasis"]
         keys = q.mix_in(self.keys, steps.astype(np.uint64))
         numbers[:, Number.KEY] = keys.astype(np.uint32).view(np.float32)
         return warm

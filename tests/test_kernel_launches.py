@@ -26,6 +26,7 @@ from automagic_bnb import fused
 from automagic_bnb.optimizer import Automagic8bit
 
 step = pytest.importorskip("automagic_bnb.kernels.step", reason="the kernels need Triton")
+launching = pytest.importorskip("automagic_bnb.kernels.launching", reason="the kernels need Triton")
 statistics = pytest.importorskip("automagic_bnb.kernels.statistics", reason="the kernels need Triton")
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy: 1 / 0 in masked lanes
@@ -107,6 +108,34 @@ def test_numbers_never_recompile() -> None:
         assert steps(1) == known, changes
     group["warmup_steps"] = 0
     assert steps(1) > known, "negative control: another switch does compile"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not COMPILED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("switch", ["defaults", "rate found", "percentile clipping"])
+def test_what_is_compiled_is_launched_without_triton_and_to_the_same_bits(
+    switch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[str] = []
+    run = type(step.step_kernel).run
+
+    def note(kernel: Any, *args: Any, **kwargs: Any) -> Any:
+        called.append(kernel.fn.__name__)
+        return run(kernel, *args, **kwargs)
+
+    monkeypatch.setattr(type(step.step_kernel), "run", note)
+    weights = []
+    for direct in (True, False):
+        monkeypatch.setattr(launching, "DIRECT", direct)
+        opt = optimizer(parameters(SOME_SHAPES, torch.bfloat16), "triton", seed=0, **SWITCHES[switch])
+        for number in range(1, 6):
+            for index, p in enumerate(parameters_of(opt)):
+                give(p, gradient(tuple(p.shape), index, number))
+            called.clear()
+            opt.step()
+        assert bool(called) != direct, called
+        weights.append([p.detach().clone() for p in parameters_of(opt)])
+    assert all(map(torch.equal, *weights))
 
 
 @pytest.mark.gpu
