@@ -22,6 +22,8 @@ from automagic_bnb import auto_lr, bnb, config, low_rank, paged, sharded
 from automagic_bnb import state as st
 from automagic_bnb.groups import ParameterGroups
 from automagic_bnb.notices import warn_once
+from automagic_bnb.sharded_kernels import ShardLaunches
+from automagic_bnb.structure import signature
 from automagic_bnb.uncompiled import capturing
 
 if TYPE_CHECKING:
@@ -29,12 +31,6 @@ if TYPE_CHECKING:
     from automagic_bnb.kernels.numbers import Counts
     from automagic_bnb.kernels.tables import Bucket, Gradients, Member
 
-READ_ANEW = (
-    *("lr", "min_lr", "max_lr", "weight_decay", "warmup_steps", "low_rank_emphasis", "rank_penalty_strength"),
-    *("percentile_clipping", "betas", "eps", "clip_threshold", "frequency_penalty", "edge_penalty", "edge_threshold"),
-    "detail_preservation",
-)
-"""Numbers that are arguments of a launch or stand in its tables: schedulers change them, and no plan rests on them."""
 NOT_YET_CAPTURED = (
     "capturable=True: take a step outside of the CUDA graph before each capture, with the same parameters having "
     "gradients; it makes the states and tables that the graph's replays use"
@@ -50,7 +46,6 @@ STALE_GRAPH = (
 OLDEST_TRITON = (3, 3)
 NOT_OURS = ("torch", "numba")
 """The backends of which the kernels have nothing: every parameter is stepped by itself."""
-STRUCTURAL = tuple(name for name in config.GROUP_OPTIONS if name not in READ_ANEW)
 
 
 def triton_missing() -> str:
@@ -205,12 +200,6 @@ class Plan:
         return all(one is other or not (isinstance(one, dict) or isinstance(other, dict)) for one, other in pairs)
 
 
-def signature(options: dict[str, Any]) -> tuple[Any, ...]:
-    """What a plan rests on of the options: the switches, and of two numbers whether they switch something on."""
-    switches = tuple(options[name] for name in STRUCTURAL)
-    return *switches, options["frequency_penalty"] > 0, options["percentile_clipping"] < 100
-
-
 class FusedStep:
     """The kernels' side of `Automagic.step`."""
 
@@ -220,6 +209,7 @@ class FusedStep:
         self._rates = auto_lr.RateFinder()
         self._plan: Plan | None = None
         self._plans_of_one: dict[Tensor, Plan] = {}
+        self.shards = ShardLaunches()
         self._captured: list[Plan] = []
         """Those that replays of captured graphs rest on."""
         self._streams: dict[torch.device, torch.cuda.Stream] = {}

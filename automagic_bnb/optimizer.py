@@ -168,7 +168,7 @@ class Automagic(ParameterGroups):
             elif p.grad is not None:
                 tasks += self._update(group, p, scaler.grad_scale)
         if shards:
-            tasks += sharded_step.step(self, shards, scaler.grad_scale)
+            tasks += self._step_shards(shards, scaler.grad_scale)
         self._fused.note_states()
         low_rank.shrink_ranks(tasks)
         if self._step_log is not None:
@@ -201,7 +201,10 @@ class Automagic(ParameterGroups):
         if p.grad is None or self._fused.run_one(group, p):
             return
         is_shard = sharded.shard_of(p) is not None
-        low_rank.shrink_ranks(sharded_step.step(self, [(group, p)], None) if is_shard else self._update(group, p))
+        low_rank.shrink_ranks(self._step_shards([(group, p)], None) if is_shard else self._update(group, p))
+
+    def _step_shards(self, shards: list[tuple[Group, Tensor]], grad_scale: Tensor | None) -> list[low_rank.RankTask]:
+        return sharded_step.step(self, shards, grad_scale, self._fused.shards, fused.takes)
 
     def update_step(self, group: Group, p: Tensor, gindex: int, pindex: int) -> None:
         """bitsandbytes' name for `step_parameter`."""

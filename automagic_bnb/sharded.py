@@ -106,6 +106,34 @@ def overlap(one: range, other: range) -> range:
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """Which elements of a parameter are stepped here, in flat indices of the whole."""
+
+    shape: tuple[int, ...]
+    start: int
+    """Of the window, a multiple of 256; and where it ends."""
+    stop: int
+    own_start: int
+    own_stop: int
+    stride: int
+    """auto_lr watches one of so many blocks; `span` is the first such span that is kept here."""
+    span: int
+
+    def before(self, kind: str) -> int:
+        """How many entries of a tensor of this kind (`state.Key.kind`) come before those that are kept here."""
+        tiling = Tiling.of(torch.empty(self.shape, device="meta"))
+        return {
+            "element": self.start,
+            "pair": self.start // 2,
+            "block": self.start // BLOCK,
+            "row": self.start // tiling.width,
+            "col": self.start // (tiling.strips * tiling.height * BLOCK) * tiling.strips * tiling.width,
+            "probe": self.span * BLOCK,
+            "span": self.span,
+        }.get(kind, 0)
+
+
+@dataclass(frozen=True)
 class Shard:
     """One process's part of a DTensor that is cut along its first dimension."""
 
@@ -132,6 +160,19 @@ class Shard:
     def start(self) -> int:
         """The flat index of the first element that is stepped here."""
         return self.window.start * self.layout.columns
+
+    def stretch(self, stride: int) -> Stretch:
+        """For the kernels; `stride` is auto_lr's."""
+        columns, own, window = self.layout.columns, self.own, self.window
+        return Stretch(
+            shape=self.layout.shape,
+            start=window.start * columns,
+            stop=window.stop * columns,
+            own_start=own.start * columns,
+            own_stop=own.stop * columns,
+            stride=stride,
+            span=self.spans(stride).start,
+        )
 
     @property
     def inside(self) -> slice:

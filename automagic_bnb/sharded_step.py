@@ -6,7 +6,7 @@ What is stepped here of each, and what the processes tell each other, is said in
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,20 +17,14 @@ from automagic_bnb import auto_lr, estimate, low_rank, reference, sharded
 from automagic_bnb import quantization as q
 from automagic_bnb import state as st
 from automagic_bnb.groups import Facts, Group, ParameterGroups
-from automagic_bnb.notices import warn_once
 from automagic_bnb.scalars import Scalars, step_scalars
 from automagic_bnb.sharded import Edge, Shard
+from automagic_bnb.sharded_kernels import ShardLaunches
 from automagic_bnb.stored import Weights, has_mask
 
 SHARES = FACTORS, COUNT, SKIPPED, NUMERATOR, DENOMINATOR, FIRST_PLACE, LAST_PLACE = range(7)
 """What a process tells of each parameter after a step; the last two are the `probe_block` of the spans at its rows'
 ends, which others may have a block of, too."""
-
-
-PLAIN_WARNING = (
-    "sharded parameters are stepped in plain PyTorch, which equals an unsharded run and is many times slower than the "
-    "kernels; docs/limits.md says more"
-)
 
 
 @dataclass
@@ -39,9 +33,12 @@ class Due:
 
     p: Tensor
     shard: Shard
+    group: Group
     options: dict[str, Any]
     facts: Facts
     state: st.State
+    t: int
+    """The step, not yet in the state."""
     scalars: Scalars
     d: Tensor | None
     edge: Edge
@@ -49,6 +46,16 @@ class Due:
     @property
     def is_lora(self) -> bool:
         return self.facts.counts_as_lora(self.options)
+
+    @property
+    def key(self) -> int:
+        """Of its random bits."""
+        return self.facts.random_key(self.options)
+
+    @property
+    def stride(self) -> int:
+        """auto_lr watches one of so many blocks."""
+        return self.facts.probe_stride
 
     @property
     def weights(self) -> Weights:
@@ -59,7 +66,11 @@ class Due:
 
 
 def step(
-    optimizer: ParameterGroups, parameters: Iterable[tuple[Group, Tensor]], grad_scale: Tensor | None
+    optimizer: ParameterGroups,
+    parameters: Iterable[tuple[Group, Tensor]],
+    grad_scale: Tensor | None,
+    launches: ShardLaunches,
+    takes: Callable[[Tensor, str | None], bool],
 ) -> list[low_rank.RankTask]:
     """Step parameters of which `sharded.shard_of` finds a shard; returns the low-rank steps that are due.
 
@@ -67,17 +78,18 @@ def step(
 
     Args:
         grad_scale: float32 with one element, over which the gradients are to be taken.
+        launches: of the kernels, for the parameters of which `takes` says that these step them.
     """
     together: dict[Any, list[Due]] = {}
     for group, p in parameters:
-        if p.device.type == "cuda":
-            warn_once(PLAIN_WARNING)
         due = _prepared(optimizer, group, p, grad_scale)
         together.setdefault(due.shard.group, []).append(due)
     tasks = []
     for dues in together.values():
         sharded.exchange([due.edge for due in dues])
-        _settle(dues, [_update(due) for due in dues])
+        chosen = [due for due in dues if due.shard.window and takes(st.local_tensor(due.p), optimizer.config.backend)]
+        shares = {} if not chosen else _launched(chosen, launches)
+        _settle(dues, [shares[id(due.p)] if id(due.p) in shares else _update(due) for due in dues])
         tasks += _rank_tasks([due for due in dues if low_rank.is_due(due.p, due.state, due.options, due.is_lora)])
     return tasks
 
@@ -91,7 +103,6 @@ def _prepared(optimizer: ParameterGroups, group: Group, p: Tensor, grad_scale: T
     state = optimizer.prepared_state(group, p, options)
     st.check_shape(state, st.local_tensor(p), shard.like_window().shape)
     t = state["step"] + 1
-    st.set_uncounted(state, "step", t)
     # The Laplacian of a matrix needs the rows on either side. With more dimensions each row holds whole slices.
     beside = int(p.dim() == 2 and reference.is_spatial(p, options))
     norm = None
@@ -100,18 +111,40 @@ def _prepared(optimizer: ParameterGroups, group: Group, p: Tensor, grad_scale: T
     return Due(
         p=p,
         shard=shard,
+        group=group,
         options=options,
         facts=facts,
         state=state,
+        t=t,
         scalars=step_scalars(options, t, facts.counts_as_lora(options), facts.random_key(options)),
         d=auto_lr.rate_tensor(group, grad.device).to(grad.device) if options["auto_lr"] else None,
         edge=Edge(shard, grad.contiguous(), beside, norm),
     )
 
 
+def _launched(dues: list[Due], launches: ShardLaunches) -> dict[int, Tensor]:
+    """The main update by the kernels; returns this process's `SHARES`, float64, by id of the parameter."""
+    found = {}
+    by_parameter = {id(due.p): due for due in dues}
+    for sums in launches.step([*dues]):
+        mine = [by_parameter[id(p)] for p in sums.parameters]
+        shares = torch.zeros((len(mine), len(SHARES)), dtype=torch.float64, device=sums.skipped.device)
+        shares[:, SKIPPED] = sums.skipped.double()
+        if sums.parts is not None:
+            for column, part in zip((COUNT, FACTORS, NUMERATOR, DENOMINATOR), sums.parts.unbind(1), strict=True):
+                shares[:, column] = part.double()
+        if mine[0].d is not None:
+            places = [due.state["probe_block"] for due in mine]
+            shares[:, FIRST_PLACE] = torch.stack([x[0] for x in places]).double()
+            shares[:, LAST_PLACE] = torch.stack([x[-1] for x in places]).double()
+        found |= {id(due.p): row for due, row in zip(mine, shares.unbind(), strict=True)}
+    return found
+
+
 def _update(due: Due) -> Tensor:
-    """The main update of the window; returns this process's `SHARES`, float64."""
+    """The main update in plain PyTorch; returns this process's `SHARES`, float64."""
     shard, state, options = due.shard, due.state, due.options
+    st.set_uncounted(state, "step", due.t)
     local = st.local_tensor(due.p).detach()
     shares = torch.zeros(len(SHARES), dtype=torch.float64, device=local.device)
     norm = None if due.edge.norm is None else due.edge.norm.sqrt()
@@ -159,14 +192,21 @@ def _watched(due: Due, own: Tensor) -> estimate.Watched:
 def _settle(dues: list[Due], shares: list[Tensor]) -> None:
     """Put what all processes' shares come to into `tensor_stats`, and agree on what auto_lr watches."""
     by_rank = sharded.gathered(torch.stack(shares), dues[0].shard)
-    for due, sums, told in zip(dues, by_rank.sum(dim=0), by_rank.unbind(1), strict=True):
-        stats = due.state["tensor_stats"]
-        stats[st.SKIPPED] += sums[SKIPPED]
-        if due.scalars.adapt_mask and has_mask(due.state):
-            mean = (sums[FACTORS] / sums[COUNT].clamp_min(1)).to(stats.dtype)
-            stats[st.MASK_MEAN] = torch.where(sums[COUNT] > 0, mean, stats[st.MASK_MEAN])
+    sums = by_rank.sum(dim=0)
+    held = [due.state["tensor_stats"] for due in dues]
+    old = torch.stack(held)
+    moves = torch.tensor([due.scalars.adapt_mask and has_mask(due.state) for due in dues])
+    finds = torch.tensor([due.d is not None for due in dues])
+    moves, finds = (x.to(old.device, non_blocking=True) for x in (moves, finds))
+    new = old.clone()
+    new[:, st.SKIPPED] += sums[:, SKIPPED]
+    mean = (sums[:, FACTORS] / sums[:, COUNT].clamp_min(1)).to(old.dtype)
+    new[:, st.MASK_MEAN] = torch.where(moves & (sums[:, COUNT] > 0), mean, old[:, st.MASK_MEAN])
+    for column, share in ((st.LR_NUMERATOR, NUMERATOR), (st.LR_DENOMINATOR, DENOMINATOR)):
+        new[:, column] = torch.where(finds, sums[:, share].to(old.dtype), old[:, column])
+    torch._foreach_copy_(held, list(new.unbind()))
+    for due, told in zip(dues, by_rank.unbind(1), strict=True):
         if due.d is not None:
-            stats[[st.LR_NUMERATOR, st.LR_DENOMINATOR]] = sums[[NUMERATOR, DENOMINATOR]].to(stats.dtype)
             _agree_on_places(due, told)
 
 
@@ -184,7 +224,8 @@ def _agree_on_places(due: Due, told: Tensor) -> None:
             claims.setdefault(spans[-1], []).append(told[rank, LAST_PLACE])
     spans = shard.spans(stride)
     for span in {spans[0], spans[-1]} if spans else ():
-        places[span - spans.start] = torch.stack(claims[span]).amin().to(places.dtype)
+        if len(claims[span]) > 1:
+            places[span - spans.start] = torch.stack(claims[span]).amin().to(places.dtype)
 
 
 # --- step 9 -----------------------------------------------------------------------------------------------------------

@@ -94,6 +94,10 @@ class Place(NamedTuple):
     place: Any  # int32 [256], where they lie from the program's first on; `Elements`' pointers point there
     valid: Any  # bool [256], not behind the end
     usable: Any  # bool [256], their gradient is finite
+    # Of a part of a tensor; elsewhere all that is valid is owned:
+    owned: Any  # bool [256], whose weights and sums are this process's,
+    leads: Any  # whether the block's first element is one of them,
+    touched: Any  # whether any is
 
 
 @triton.jit
@@ -117,8 +121,8 @@ def row_ptr(entry_ptr, column: tl.constexpr, block, S):
 
 @triton.jit
 def update(
-    entry_ptr, numbers, rule, block, remaining, place, valid, pointers, loaded, g_raw, g, lap, sum_squares,
-    S, CAREFUL: tl.constexpr,
+    entry_ptr, numbers, rule, block, remaining, place, valid, owned, leads, touched, pointers, loaded, g_raw, g, lap,
+    sum_squares, S, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """One block; returns the number of its elements with a gradient and Σ 2^(k/16) over these, auto_lr's two sums over
     it, and what factored v and r have seen.
@@ -129,13 +133,13 @@ def update(
     Args:
         numbers: float32 [32], `Number` of the tensor, one a thread; its RATE over W, and times d.
         rule: `Rule`.
-        place, valid: see `Place`.
+        place, valid, owned, leads, touched: see `Place`.
         pointers, loaded: `Elements`.
         S: `tables.Switches`, a compile-time constant each.
     """
     V: tl.constexpr = tl.uint8 if S.CODES else tl.float32
     per = codec.reciprocal(remaining.to(tl.float32)) if CAREFUL else 1 / BLOCK
-    at = Place(block, remaining, per, place, valid, stencil.usable(g_raw))
+    at = Place(block, remaining, per, place, valid, stencil.usable(g_raw), owned, leads, touched)
     statistics_ptr, held = pointers.statistics, loaded.statistics
     m_old, absmax1, v_old, absmax2, r_old, absmax3 = _moments(loaded, rule, S)
 
@@ -213,17 +217,21 @@ def update(
         k = codec.unpack_pairs(k)
     if S.WARM:
         k = _move_mask(entry_ptr, numbers, rule, at, pointers, loaded, k, g, u, energy, bits, S)
-    rates, mask_sum = _rates(numbers, unit, k, g, rule.bounded, S.MASK, S.WARM)
+    g_own, counted = g, active
+    if S.PART:
+        g_own = tl.where(at.owned, g, 0.0)
+        counted = _count(g_own != 0)
+    rates, mask_sum = _rates(numbers, unit, k, g_own, rule.bounded, S.MASK, S.WARM)
 
     # 8. Update.
     theta = codec.join_master(loaded.theta, loaded.low) if S.ECC else codec.widen(loaded.theta)
     numerator, denominator = 0.0, 0.0
     if S.AUTO:
-        numerator, denominator = _watch(entry_ptr, rule, block, valid, active, g, u, m, theta, S.P)
+        numerator, denominator = _watch(entry_ptr, rule, at, active, g, u, m, theta, S)
     decay = lanes.over_block(lanes.of_lane(numbers, N_DECAY))
     theta = theta - rates * (n * lanes.over_block(weight) + decay * theta)
     _write_weights(theta, pointers, loaded, at, bits, S, CAREFUL)
-    return active, mask_sum, numerator, denominator, v_seen, r_seen
+    return counted, mask_sum, numerator, denominator, v_seen, r_seen
 
 
 @triton.jit
@@ -418,7 +426,7 @@ def _write_weights(theta, pointers, loaded, at, bits, S, CAREFUL: tl.constexpr):
         rounded, low = codec.split_master(theta, bits, S.STOCHASTIC)
         if CAREFUL:
             low = tl.where(at.usable, low, loaded.low)
-        tl.store(pointers.low + at.place, low, mask=at.valid)
+        tl.store(pointers.low + at.place, low, mask=at.owned)
     elif S.STOCHASTIC:
         rounded = codec.round_stochastic(theta, bits, S.P)
     else:
@@ -427,22 +435,30 @@ def _write_weights(theta, pointers, loaded, at, bits, S, CAREFUL: tl.constexpr):
         rounded = theta.to(S.P)
     if CAREFUL:
         rounded = tl.where(at.usable, rounded, loaded.theta)
-    tl.store(pointers.theta + at.place, rounded, mask=at.valid)
+    tl.store(pointers.theta + at.place, rounded, mask=at.owned)
 
 
 @triton.jit
-def _watch(entry_ptr, rule, block, valid, active, g, u, m, theta, P: tl.constexpr):
+def _watch(entry_ptr, rule, at, active, g, u, m, theta, S):
     """auto_lr's sums over the block, Σ u (θ0 - θ) and M, if it is watched; 0 if not. See `estimate.watch`."""
+    P: tl.constexpr = S.P
+    block = at.block
     shift = tl.load(entry_ptr + PROBE_SHIFT).to(tl.int32)
     slot, offset = block >> shift, block & ((1 << shift) - 1)
     place_ptr = address(entry_ptr, PROBE_BLOCK, tl.int32, 4) + slot
     start_ptr = address(entry_ptr, PROBE_START, P) + slot.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    held, claim = tl.load(place_ptr), rule.turn * PROBE_TURN + PROBE_CLAIM
+    claim = rule.turn * PROBE_TURN + PROBE_CLAIM
+    if S.PART:  # of a span that no row of this process touches nothing is kept
+        held = tl.load(place_ptr, mask=at.touched, other=-1)
+    else:
+        held = tl.load(place_ptr)
     numerator, denominator = 0.0, 0.0
     if held == offset:
-        moved = tl.where(valid, tl.load(start_ptr).to(tl.float32) - theta, 0.0)
+        moved = tl.where(at.owned, tl.load(start_ptr).to(tl.float32) - theta, 0.0)
         numerator = tl.sum(u * moved, 0)
         denominator = tl.maximum(tl.sum(tl.abs(m), 0), active.to(tl.float32) * LEAST_MOMENTUM)
+        if S.PART:  # a block that several have is the one's who has its first element
+            denominator = tl.where(at.leads, denominator, 0.0)
     elif held == (1 - rule.turn) * PROBE_TURN + PROBE_CLAIM + offset:  # claimed in the step before
         tl.store(start_ptr, theta.to(P))
         tl.store(place_ptr, offset)

@@ -77,6 +77,26 @@ def finalise(bucket: Bucket, addresses: Tensor, numbers: Tensor, partials: Tenso
 
 
 @triton.jit
+def _shares_kernel(table_ptr, partials_ptr, sums_ptr):
+    """float32 [tensors, PARTS] out: each part's sum over a tensor's programs."""
+    row = tl.program_id(0).to(tl.int64)
+    entry = table_ptr + row * _ROW
+    first, programs = tl.load(entry + FIRST_PROGRAM), tl.load(entry + PROGRAMS)
+    tl.store(sums_ptr + row * PARTS, _sum_partials(partials_ptr, first, programs, PARTS, 0))
+    tl.store(sums_ptr + row * PARTS + 1, _sum_partials(partials_ptr, first, programs, PARTS, 1))
+    tl.store(sums_ptr + row * PARTS + 2, _sum_partials(partials_ptr, first, programs, PARTS, 2))
+    tl.store(sums_ptr + row * PARTS + 3, _sum_partials(partials_ptr, first, programs, PARTS, 3))
+
+
+def shares(bucket: Bucket, partials: Tensor, variant: Variant) -> Tensor:
+    """The step's partial sums over each tensor, float32 [tensors, PARTS]: of parts of tensors, for others to add."""
+    sums = torch.empty((len(bucket.members), PARTS.value), dtype=torch.float32, device=bucket.spec.device)
+    arguments = {"table_ptr": bucket.table, "partials_ptr": partials, "sums_ptr": sums}
+    variant.compiled.launch(_shares_kernel, len(bucket.members), arguments, num_warps=4)
+    return sums
+
+
+@triton.jit
 def _square_sums_kernel(
     table_ptr, grads_ptr, owners_ptr, partials_ptr, clips_ptr,
     G: tl.constexpr, ALIGN: tl.constexpr, SPAN: tl.constexpr, AMP: tl.constexpr,

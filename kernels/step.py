@@ -29,7 +29,6 @@ from torch import Tensor
 
 from automagic_bnb import bnb, reference
 from automagic_bnb import quantization as q
-from automagic_bnb import state as st
 
 BLOCK = tl.constexpr(q.BLOCK)
 _C = {column.name: tl.constexpr(int(column)) for column in Column}
@@ -40,9 +39,9 @@ K, K_PAIRS = _C["LR_MASK"], _C["LR_MASK4"]
 V_ROW, V_COL = _C["EXP_AVG_SQ_ROW"], _C["EXP_AVG_SQ_COL"]
 R_ROW, R_COL = _C["EXP_AVG_RES_ROW"], _C["EXP_AVG_RES_COL"]
 SIZE, ROWS, COLS, STRIPS, FIRST_PROGRAM = _C["SIZE"], _C["ROWS"], _C["COLS"], _C["STRIPS"], _C["FIRST_PROGRAM"]
-STATS, RATE, RESIDUAL = _C["TENSOR_STATS"], _C["RATE"], _C["MASTER_RESIDUAL"]
+STATS, RATE, RESIDUAL, SKIPS = _C["TENSOR_STATS"], _C["RATE"], _C["MASTER_RESIDUAL"], _C["SKIPS"]
+START, STOP, OWN_START, OWN_STOP = _C["START"], _C["STOP"], _C["OWN_START"], _C["OWN_STOP"]
 FIRST_STATISTIC, STATISTICS = _C[BLOCK_STATISTICS[0].upper()], tl.constexpr(len(BLOCK_STATISTICS))
-N_SKIPPED = tl.constexpr(st.SKIPPED)
 
 _NUMBERS = tl.constexpr(len(Number))
 N_RATE, N_LOW, N_HIGH, N_KEY, N_TURN = (
@@ -97,6 +96,9 @@ def _blocks(
         width = tl.multiple_of(cols.to(tl.int32), 8)
         lead = tl.multiple_of(tl.minimum(tl.maximum(cols - first_element, 0), FAR).to(tl.int32), 8)
         tail = tl.multiple_of(tl.minimum(tl.maximum(size - cols - first_element, 0), FAR).to(tl.int32), 8)
+    own_start, own_stop = first_element, size
+    if S.PART:
+        own_start, own_stop = tl.load(entry_ptr + OWN_START), tl.load(entry_ptr + OWN_STOP)
     active, mask_sum, numerator, denominator = first * 0, 0.0, 0.0, 0.0
     bits, end = first * 0, blocks
     if not CAREFUL:  # the tensor's last block, if short, is left to the careful way
@@ -108,6 +110,10 @@ def _blocks(
         start = block.to(tl.int64) * BLOCK
         remaining = tl.minimum(size - start, BLOCK).to(tl.int32)
         valid = elements < (remaining if CAREFUL else BLOCK)
+        owned, leads, touched = valid, True, True
+        if S.PART:
+            owned = valid & (start + elements >= own_start) & (start + elements < own_stop)
+            leads, touched = (start >= own_start) & (start < own_stop), tl.max(owned.to(tl.int32), 0) > 0
         place = i * stride * BLOCK + elements
         g_ptr = grad_ptr + i * stride * BLOCK
         # Everything is asked for before anything is waited for; `volatile`, as ptxas would otherwise put off what only
@@ -132,7 +138,7 @@ def _blocks(
             mask_raw = 0
         else:
             mask_raw = tl.load(k_ptr + place, mask=valid, other=0, volatile=EARLY)
-        theta_raw = tl.load(theta_ptr + place, mask=valid, other=0, volatile=EARLY)
+        theta_raw = tl.load(theta_ptr + place, mask=owned, other=0, volatile=EARLY)
         low_raw = theta_raw
         if S.ECC:
             low_raw = tl.load(low_ptr + place, mask=valid, other=0, volatile=EARLY)
@@ -162,8 +168,8 @@ def _blocks(
             )  # fmt: skip
             loaded = one_block.Elements(theta_raw, low_raw, m_raw, v_raw, r_raw, mask_raw, held)
             c, w, a, b, v_seen, r_seen = one_block.update(
-                entry_ptr, numbers, rule, block, remaining, place, valid, pointers, loaded, g_raw, g, lap, sum_squares,
-                S, CAREFUL,
+                entry_ptr, numbers, rule, block, remaining, place, valid, owned, leads, touched, pointers, loaded,
+                g_raw, g, lap, sum_squares, S, CAREFUL,
             )  # fmt: skip
             active += c
             mask_sum += w
@@ -174,7 +180,11 @@ def _blocks(
                 if S.CAME:
                     r_sums += r_seen
             if CAREFUL:
-                bits += tl.sum(tl.where(stencil.usable(g_raw), 0, 1), 0)
+                lost = tl.where(stencil.usable(g_raw), 0, 1)
+                bits += tl.sum(lost, 0)
+                # Whole numbers: the order of the additions does not matter.
+                own_lost = tl.sum(tl.where(owned, lost, 0), 0)
+                tl.atomic_add(address(entry_ptr, SKIPS, tl.float32, 4), own_lost.to(tl.float32))
         elif not CAREFUL:
             bits |= 1 << i
         if S.EVEN and S.WIDTH == 0:
@@ -205,8 +215,6 @@ def _span(
         mask_sum += w
         numerator += a
         denominator += b
-        # Whole numbers: the order of the additions does not matter.
-        tl.atomic_add(address(entry_ptr, STATS, tl.float32, 4) + N_SKIPPED, skipped.to(tl.float32))
     return active, mask_sum, numerator, denominator, skipped, v_sums, r_sums
 
 
@@ -273,6 +281,11 @@ def step_kernel(
         entry_ptr = table_ptr + row.to(tl.int64) * _ROW
         size = tl.load(entry_ptr + SIZE)
         local = program - tl.load(entry_ptr + FIRST_PROGRAM).to(tl.int32)
+        first_block, last_block = 0, tl.cdiv(size, BLOCK)
+        if S.PART:
+            first_block, last_block = tl.load(entry_ptr + START) // BLOCK, tl.cdiv(tl.load(entry_ptr + STOP), BLOCK)
+            if S.WIDTH:  # as many tiles come before as blocks in a row of them
+                local += (first_block // S.HEIGHT).to(tl.int32)
         numbers_ptr += row * _NUMBERS
         clip = (1.0, 1.0)
         if S.SCALED:
@@ -308,7 +321,9 @@ def step_kernel(
             )
         else:
             first = local * BLOCKS
-            blocks = tl.minimum(tl.cdiv(size, BLOCK) - first, BLOCKS).to(tl.int32)
+            if S.PART:
+                first += first_block.to(tl.int32)
+            blocks = tl.minimum(last_block - first, BLOCKS).to(tl.int32)
             active, mask_sum, numerator, denominator, _skipped, _v, _r = _span(
                 entry_ptr, numbers, first, 1, blocks, (), 0.0, 0.0, size, grad_address, clip, rule, S
             )
@@ -341,7 +356,8 @@ def launch(
     counts: Counts | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
-) -> None:
+    clips: Tensor | None = None,
+) -> Tensor | None:
     """One step of a bucket: at most five launches and one upload, nothing waited for.
 
     Args:
@@ -349,21 +365,26 @@ def launch(
         sources: the effective options by `Member.source`.
         counts: where steps are counted on the device.
         grad_scale, found_inf: torch's GradScaler's, for which there must be `counts`.
+        clips: float32 [tensors, 2], percentile_clipping's of parts of tensors.
+
+    Returns:
+        Of parts of tensors float32 [tensors, PARTS], what `step_kernel` leaves of each; else None.
     """
     device = bucket.spec.device
     scales = None
     if counts is None:
         addresses, numbers, warm = bucket.upload_step(grads, sources)
     else:
-        addresses, numbers, clips = counts.begin(grads, sources, grad_scale, found_inf)
-        warm, scales = counts.is_warm(sources), clips if grad_scale is not None else None
+        addresses, numbers, factors = counts.begin(grads, sources, grad_scale, found_inf)
+        warm, scales = counts.is_warm(sources), factors if grad_scale is not None else None
     shared = shared_numbers(sources[bucket.members[0].source])
     betas, eps, clip_threshold, frequency, edge_penalty, edge_threshold, detail = shared
     variant = bucket.variants[warm, bucket.aligned and not (grads & 15).any(), scales is not None]
     switches = variant.switches
-    clips = numbers if scales is None else scales
-    if bucket.spec.switches.SCALED:
-        clips = statistics.clip_factors(bucket, addresses, numbers, variant, scales)
+    if clips is None and switches.SCALED:
+        clips = scales
+        if bucket.spec.switches.SCALED:
+            clips = statistics.clip_factors(bucket, addresses, numbers, variant, scales)
     book1, book2 = bnb.code_book(True, device), bnb.code_book(False, device)
     summed = switches.WARM or switches.AUTO
     parts = statistics.PARTS.value * bucket.programs if summed else 0
@@ -377,7 +398,7 @@ def launch(
         "book1_ptr": book1,
         "book2_ptr": book2,
         "cells_ptr": codec.cells(device),
-        "clips_ptr": clips,
+        "clips_ptr": numbers if clips is None else clips,
         "beta1": float(betas[0]),
         "beta2": float(betas[1]),
         "beta3": float(betas[2]),
@@ -395,5 +416,8 @@ def launch(
     }
     options = _compiler_options(device, switches)
     variant.compiled.launch(step_kernel, bucket.programs, arguments, num_warps=1, **options)
+    if switches.PART:
+        return statistics.shares(bucket, partials, variant) if summed else None
     if summed:
         statistics.finalise(bucket, addresses, numbers, partials, variant)
+    return None

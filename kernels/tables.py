@@ -26,6 +26,7 @@ from automagic_bnb import state as st
 from automagic_bnb.addresses import Places
 from automagic_bnb.factored import Tiling, tile_height
 from automagic_bnb.paged import is_paged
+from automagic_bnb.sharded import Stretch
 from automagic_bnb.state import KEYS
 
 BLOCK_STATISTICS = [name for name, key in KEYS.items() if key.kind == "block"]
@@ -33,9 +34,12 @@ BLOCK_STATISTICS = [name for name, key in KEYS.items() if key.kind == "block"]
 each thread of a warp holds one of them, by its place here."""
 STATE_COLUMNS = [name for name, key in KEYS.items() if key.kind not in ("block", "book")] + BLOCK_STATISTICS
 """The tensors of a state of which the table has the addresses; the code books are the launch's."""
-SIZES = ["RATE", "SIZE", "ROWS", "COLS", "STRIPS", "FIRST_PROGRAM", "PROGRAMS", "PROBE_SHIFT"]
-"""The last columns: where auto_lr's d is, and what is no address. auto_lr watches one of 2^PROBE_SHIFT blocks."""
-Column: Any = IntEnum("Column", ["THETA", *map(str.upper, STATE_COLUMNS), *SIZES], start=0)
+SIZES = ["RATE", "SKIPS", "SIZE", "ROWS", "COLS", "STRIPS", "FIRST_PROGRAM", "PROGRAMS", "PROBE_SHIFT"]
+"""The last columns: where auto_lr's d is, where skipped elements are counted, and what is no address. auto_lr watches
+one of 2^PROBE_SHIFT blocks."""
+STRETCH = ["START", "STOP", "OWN_START", "OWN_STOP"]
+"""Of a tensor that others hold a part of: `sharded.Stretch`. Its addresses are where the whole would begin."""
+Column: Any = IntEnum("Column", ["THETA", *map(str.upper, STATE_COLUMNS), *SIZES, *STRETCH], start=0)
 """What the table of a bucket holds of each tensor."""
 
 
@@ -126,6 +130,8 @@ class Switches(NamedTuple):
     ECC: bool
     """8 more bits of θ are in the state."""
     STOCHASTIC: bool
+    PART: bool
+    """Of each tensor a stretch is stepped."""
     ALIGN: int
     """What addresses of θ and the gradient are multiples of, in bytes. 16 where sizes are multiples of 8, so that eight
     elements are one access; a launch whose tensors lie otherwise has 2."""
@@ -159,7 +165,7 @@ class Spec:
 
 
 def spec_of(member: Member, grad_dtype: torch.dtype, options: dict[str, Any], paged: int = -1) -> Spec:
-    theta, state = member.theta, member.state
+    theta, state = member.whole, member.state
     spatial, storage = reference.is_spatial(theta, options), st.storage_held(state)
     width = Tiling.of(theta).width if storage in st.FACTORED else 0
     switches = Switches(
@@ -183,10 +189,11 @@ def spec_of(member: Member, grad_dtype: torch.dtype, options: dict[str, Any], pa
         SCALED=options["percentile_clipping"] < 100,
         ECC=st.keeps_residual(theta, options),
         STOCHASTIC=st.rounds_stochastically(theta, options),
+        PART=member.stretch is not None,
         ALIGN=16 if theta.numel() % 8 == 0 else 2,
         WARM=False,
     )
-    return Spec(theta.device, grad_dtype, switches, paged, options["capturable"], shared_numbers(options))
+    return Spec(member.theta.device, grad_dtype, switches, paged, options["capturable"], shared_numbers(options))
 
 
 @dataclass
@@ -203,11 +210,26 @@ class Member:
     sharded: bool
     rate: Tensor | None
     """auto_lr's d."""
+    stretch: Stretch | None = None
+    """What is stepped of a parameter of which others hold rows."""
 
     @property
     def theta(self) -> Tensor:
         """The (local) parameter, taken anew each time: who moves its memory elsewhere wants the old to be freed."""
         return st.local_tensor(self.p).detach()
+
+    @property
+    def whole(self) -> Tensor:
+        """What has the whole parameter's shape and dtype."""
+        theta = self.theta
+        return theta if self.stretch is None else theta.new_empty(self.stretch.shape, device="meta")
+
+    @property
+    def theta_address(self) -> int:
+        """Where the whole would begin."""
+        theta = self.theta
+        before = 0 if self.stretch is None else self.stretch.own_start
+        return theta.data_ptr() - before * theta.element_size()
 
 
 @dataclass
@@ -225,11 +247,14 @@ class Bucket:
         owners = []
         for row, member in enumerate(members):
             table[row] = self._addresses(member)
-            count = self._programs(member.theta)
+            count = self._programs(member)
             table[row, Column.FIRST_PROGRAM], table[row, Column.PROGRAMS] = programs, count
             programs += count
             owners.append(count)
         self.programs, self.elements = programs, sum(m.theta.numel() for m in members)
+        if self.spec.switches.PART:  # skipped elements are a share for others to add
+            self.skips = torch.zeros(len(members), dtype=torch.float32, device=self.spec.device)
+            table[:, Column.SKIPS] = self.skips.data_ptr() + 4 * np.arange(len(members))
         self.table = upload(table, self.spec.device)
         self.owners = upload(np.repeat(np.arange(len(members), dtype=np.int32), owners), self.spec.device)
         self.parameters = [m.p for m in members]
@@ -247,7 +272,7 @@ class Bucket:
         self.places = st.StatePlaces([*itertools.chain.from_iterable(self.tensors)], self.states)
         self.rate_places = Places([rate for _, rate in self.rates.values()])
         self.short = [row for row, m in enumerate(members) if m.theta.numel() <= q.BLOCK]
-        self.aligned = self.spec.switches.ALIGN == 16 and all(m.theta.data_ptr() % 16 == 0 for m in members)
+        self.aligned = self.spec.switches.ALIGN == 16 and all(m.theta_address % 16 == 0 for m in members)
         launches = itertools.product((False, True), repeat=3)
         self.variants = {launch: self._variant(*launch) for launch in launches}
         """By whether some mask moves, all is aligned and gradients are multiplied."""
@@ -273,27 +298,36 @@ class Bucket:
         switches = switches._replace(WARM=warm and switches.MASK > 0, ALIGN=16 if aligned else 2, SCALED=scaled)
         return Variant(switches, Switches._make(map(tl.constexpr, switches)), Compiled())
 
-    def _programs(self, theta: Tensor) -> int:
-        if self.spec.switches.WIDTH:
-            return Tiling.of(theta).tiles
-        return -(-st.block_count(theta) // BLOCKS_PER_PROGRAM)
+    def _programs(self, member: Member) -> int:
+        whole, stretch, switches = member.whole, member.stretch, self.spec.switches
+        elements = whole.numel() if stretch is None else stretch.stop - stretch.start
+        if not switches.WIDTH:
+            return -(-elements // (q.BLOCK * BLOCKS_PER_PROGRAM))
+        strips = Tiling.of(whole).strips
+        return strips * -(-elements // (q.BLOCK * strips * switches.HEIGHT))
 
     @staticmethod
     def _addresses(member: Member) -> np.ndarray:
         row = np.zeros(len(Column), dtype=np.int64)
-        theta, state = member.theta, member.state
-        row[Column.THETA] = theta.data_ptr()
+        theta, state, stretch = member.whole, member.state, member.stretch
+        row[Column.THETA] = member.theta_address
         for name in STATE_COLUMNS:
             if name in state:
                 if state[name].data_ptr() % 16:  # a view that someone put there; the kernels load 16 bytes at once
                     state[name] = state[name].clone()
-                row[Column[name.upper()]] = state[name].data_ptr()
+                before = 0 if stretch is None else stretch.before(st.KEYS[name].kind)
+                row[Column[name.upper()]] = state[name].data_ptr() - before * state[name].element_size()
+        row[Column.SKIPS] = state["tensor_stats"].data_ptr() + 4 * st.SKIPPED
         row[Column.RATE] = 0 if member.rate is None else member.rate.data_ptr()
         row[Column.SIZE] = theta.numel()
         row[Column.ROWS] = theta.shape[-2] if theta.dim() >= 2 else 1
         row[Column.COLS] = theta.shape[-1] if theta.dim() >= 1 else 1
         row[Column.STRIPS] = Tiling.of(theta).strips
-        if "probe_block" in state:
+        if stretch is not None:
+            row[Column.START], row[Column.STOP] = stretch.start, stretch.stop
+            row[Column.OWN_START], row[Column.OWN_STOP] = stretch.own_start, stretch.own_stop
+            row[Column.PROBE_SHIFT] = stretch.stride.bit_length() - 1
+        elif "probe_block" in state:
             row[Column.PROBE_SHIFT] = st.stride_held(st.block_count(theta), len(state["probe_block"])).bit_length() - 1
         return row
 

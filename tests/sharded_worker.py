@@ -1,7 +1,7 @@
-"""What `test_sharded` starts: OUT. Forks two processes connected by gloo, then four, each on the same gradients.
+"""What `test_sharded` starts: OUT, and `test_sharded_kernels`: OUT triton.
 
-What one process comes to is in OUT/whole.pt, what each of several has seen in OUT/WORLD_RANK.pt. The imports are made
-once, before the forks.
+Forks two processes connected by gloo, then four, each on the same gradients. What one process comes to is in
+OUT/whole.pt, what each of several has seen in OUT/WORLD_RANK.pt. The imports are made once, before the forks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from automagic_bnb import Automagic8bit
+from automagic_bnb import Automagic8bit, sharded_kernels
 
 SHAPES = {
     "aligned": (256, 256),
@@ -57,6 +57,27 @@ SUMS: dict[str, dict[str, Any]] = {
     "found": {"lr": None, "warmup_steps": 500, "optim_bits": 32},
 }
 """Sums of shares: equal to rounding."""
+SMALL = {
+    "aligned": (64, 64),
+    "embed": (37, 20),
+    "bias": (300,),
+    "conv": (6, 3, 3, 3),
+    "few_rows": (3, 300),
+    "lora_A": (8, 64),
+    "lora_B": (64, 8),
+    "probed": (70, 16),
+}
+"""The same for the kernels, which are interpreted."""
+KERNELS: dict[str, dict[str, Any]] = {
+    name: {"backend": "triton", "steps": 4, "shapes": SMALL, **options}
+    for name, options in {
+        "32 bits": BITS["32 bits"],
+        "factored": BITS["factored"],
+        "bfloat16": BITS["bfloat16"],
+        "sums": {"lr": None, "warmup_steps": 500, "percentile_clipping": 20, "min_8bit_size": 0},
+    }.items()
+}
+KERNELS_OF_FOUR = ("factored", "sums")
 OF_FOUR = ("32 bits", "factored", "bfloat16", "norms", "found")
 """What four processes run, too; two run all."""
 STEPS = 12
@@ -65,10 +86,10 @@ STEPS = 12
 class Net(nn.Module):
     """The same weights in every process."""
 
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32, shapes: dict[str, tuple[int, ...]] = SHAPES) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        for name, shape in SHAPES.items():
+        for name, shape in shapes.items():
             p = torch.randn(shape, generator=generator) * 0.1
             self.register_parameter(name, nn.Parameter(p.to(dtype)))
 
@@ -102,15 +123,17 @@ def train(model: nn.Module, opt: Any, steps: range, one_by_one: bool = False) ->
 
 def made(options: dict[str, Any], mesh: DeviceMesh | None) -> tuple[nn.Module, Automagic8bit]:
     options = {"lr": 1e-3, "warmup_steps": 0, "backend": "torch", **options}  # as shards step
-    model = Net(options.pop("dtype", torch.float32))
+    model = Net(options.pop("dtype", torch.float32), options.pop("shapes", SHAPES))
     if mesh is not None:
         fully_shard(model, mesh=mesh)
     return model, Automagic8bit(model.named_parameters(), **options)
 
 
 def trained(options: dict[str, Any], mesh: DeviceMesh | None, **how: Any) -> tuple[nn.Module, Automagic8bit]:
+    options = dict(options)
+    steps = options.pop("steps", STEPS)
     model, opt = made(options, mesh)
-    train(model, opt, range(STEPS), **how)
+    train(model, opt, range(steps), **how)
     return model, opt
 
 
@@ -283,6 +306,26 @@ def hybrid(world: int) -> dict[str, Any]:
     return contents(model, opt)
 
 
+def by_kernels(rank: int, world: int, out: Path) -> None:
+    """What the kernels come to, and how many shards they were launched for."""
+    dist.init_process_group("gloo", init_method=f"file://{out / f'store{world}'}", rank=rank, world_size=world)
+    mesh = init_device_mesh("cpu", (world,))
+    launched: list[int] = []
+    launch = sharded_kernels.ShardLaunches.step
+
+    def counting(launches: Any, dues: list[Any]) -> Any:
+        launched.append(len(dues))
+        return launch(launches, dues)
+
+    sharded_kernels.ShardLaunches.step = counting  # type: ignore[method-assign]
+    names = KERNELS if world == 2 else KERNELS_OF_FOUR
+    seen: dict[str, Any] = {
+        name: contents(*trained(KERNELS[name], mesh, one_by_one=name == "32 bits")) for name in names
+    }
+    torch.save({**seen, "launched": sum(launched)}, out / f"{world}_{rank}.pt")
+    dist.destroy_process_group()
+
+
 def main(rank: int, world: int, out: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{out / f'store{world}'}", rank=rank, world_size=world)
     mesh = init_device_mesh("cpu", (world,))
@@ -303,14 +346,14 @@ def main(rank: int, world: int, out: Path) -> None:
     dist.destroy_process_group()
 
 
-def forked(world: int, out: Path) -> None:
-    """`main` in so many processes; raises SystemExit where one fails."""
+def forked(world: int, out: Path, work: Callable[[int, int, Path], None] = main) -> None:
+    """`work` in so many processes; raises SystemExit where one fails."""
     children = []
     for rank in range(world):
         if (child := os.fork()) == 0:
             code = 1
             try:
-                main(rank, world, out)
+                work(rank, world, out)
                 code = 0
             except BaseException:
                 traceback.print_exc()
@@ -325,6 +368,11 @@ def forked(world: int, out: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
+    if sys.argv[2:] == ["triton"]:
+        torch.save({name: contents(*trained(options, None)) for name, options in KERNELS.items()}, folder / "whole.pt")
+        for size in (2, 4):
+            forked(size, folder, by_kernels)
+        raise SystemExit
     alone: dict[str, Any] = {name: contents(*trained(options, None)) for name, options in {**BITS, **SUMS}.items()}
     alone["reports"], alone["fitted"] = reports(None), fitted(None)
     for size in (2, 4):
