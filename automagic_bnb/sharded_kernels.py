@@ -6,6 +6,7 @@ summed over the whole it leaves as this process's share.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,17 +26,28 @@ if TYPE_CHECKING:
 class Due(Protocol):
     """What is asked of one parameter: see `sharded_step.Due`."""
 
-    p: Tensor
-    shard: Shard
-    group: dict[str, Any]
-    options: dict[str, Any]
-    state: st.State
-    t: int
-    d: Tensor | None
-    edge: Edge
-    key: int
-    is_lora: bool
-    stride: int
+    @property
+    def p(self) -> Tensor: ...
+    @property
+    def shard(self) -> Shard: ...
+    @property
+    def group(self) -> dict[str, Any]: ...
+    @property
+    def options(self) -> dict[str, Any]: ...
+    @property
+    def state(self) -> st.State: ...
+    @property
+    def t(self) -> int: ...
+    @property
+    def d(self) -> Tensor | None: ...
+    @property
+    def edge(self) -> Edge: ...
+    @property
+    def key(self) -> int: ...
+    @property
+    def is_lora(self) -> bool: ...
+    @property
+    def stride(self) -> int: ...
 
 
 @dataclass
@@ -57,7 +69,7 @@ class ShardLaunches:
         self._buckets: list[Bucket] = []
         self._key: list[Any] = []
 
-    def step(self, dues: list[Due]) -> list[Sums]:
+    def step(self, dues: Sequence[Due]) -> list[Sums]:
         """Launch the main update of these parameters, whose gradients have been exchanged."""
         from automagic_bnb.kernels import step
 
@@ -78,7 +90,7 @@ class ShardLaunches:
             left.append(Sums([due.p for due in mine], bucket.skips, parts))
         return left
 
-    def _make_current(self, dues: list[Due], numbers: dict[int, int], sources: list[dict[str, Any]]) -> None:
+    def _make_current(self, dues: Sequence[Due], numbers: dict[int, int], sources: list[dict[str, Any]]) -> None:
         from automagic_bnb.kernels import tables
 
         signatures = list(map(signature, sources))

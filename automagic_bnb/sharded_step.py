@@ -126,7 +126,7 @@ def _launched(dues: list[Due], launches: ShardLaunches) -> dict[int, Tensor]:
     """The main update by the kernels; returns this process's `SHARES`, float64, by id of the parameter."""
     found = {}
     by_parameter = {id(due.p): due for due in dues}
-    for sums in launches.step([*dues]):
+    for sums in launches.step(dues):
         mine = [by_parameter[id(p)] for p in sums.parameters]
         shares = torch.zeros((len(mine), len(SHARES)), dtype=torch.float64, device=sums.skipped.device)
         shares[:, SKIPPED] = sums.skipped.double()
@@ -204,7 +204,7 @@ def _settle(dues: list[Due], shares: list[Tensor]) -> None:
     new[:, st.MASK_MEAN] = torch.where(moves & (sums[:, COUNT] > 0), mean, old[:, st.MASK_MEAN])
     for column, share in ((st.LR_NUMERATOR, NUMERATOR), (st.LR_DENOMINATOR, DENOMINATOR)):
         new[:, column] = torch.where(finds, sums[:, share].to(old.dtype), old[:, column])
-    torch._foreach_copy_(held, list(new.unbind()))
+    torch._foreach_copy_(held, list(new.unbind()))  # type: ignore[attr-defined]
     for due, told in zip(dues, by_rank.unbind(1), strict=True):
         if due.d is not None:
             _agree_on_places(due, told)
