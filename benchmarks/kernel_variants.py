@@ -18,14 +18,14 @@ from typing import Any
 
 import measure
 import torch
-from peers import BLOCKWISE, FOREVER, LEAN, PACKED
+from peers import BLOCKWISE, FOREVER, LEAN
 from tqdm import tqdm
 from workloads import WORKLOADS, Workload, fill
 
 from automagic_bnb import Automagic8bit
 
 REGISTERS = (64, 72, 80, 88, 96, 104, 112, 120, 128, 144, 168)
-STORAGES: dict[str, dict[str, Any]] = {"default": PACKED, "lean": LEAN, "block-wise": BLOCKWISE}
+STORAGES: dict[str, dict[str, Any]] = {"default": {}, "lean": LEAN, "block-wise": BLOCKWISE}
 TILES = [(span, warps) for warps in (1, 2, 4, 8) for span in (32, 64, 128, 256)]
 TINY_ELEMENTS, TINY_SHARE = 1024, 0.005
 """What is left of a workload in the interpreter."""
@@ -57,7 +57,9 @@ def registers(workload: Workload, device: torch.device, count: int, numbers: lis
                 step._MAX_REGISTERS[key] = number
                 row.append(f"{median_ms(opt.step, device, count):.2f}{' *' if number == chosen else ''}")
             step._MAX_REGISTERS[key] = chosen
-            yield [f"{name}, {'warm-up' if warm else 'mask frozen'}", *row]
+            found = [f"{name}, {'warm-up' if warm else 'mask frozen'}", *row]
+            tqdm.write(" | ".join(found))
+            yield found
             del opt
             measure.free(device)
 

@@ -16,21 +16,21 @@ from typing import Any
 
 import measure
 import torch
-from peers import BLOCKWISE, LEAN, PACKED, PEERS, WIDE, Peer, argument_parser, automagic, select
+from peers import BLOCKWISE, LEAN, PEERS, WIDE, Peer, argument_parser, automagic, select
 from tqdm import tqdm
 from workloads import DTYPES, WORKLOADS, Workload, fill
 
 OURS: dict[str, dict[str, Any]] = {
-    "automagic8bit": BLOCKWISE,
-    "automagic8bit-factored": WIDE,
-    "automagic8bit-factored-mask4": {"mask_bits": 4, "mean_bits": 32},
-    "automagic8bit-packed": PACKED,
-    "automagic8bit-packed-forced": {**PACKED, "force_8bit": True},
+    "automagic8bit": {},
+    "automagic8bit-forced": {"force_8bit": True},
+    "automagic8bit-found": {"lr": None},
     "automagic8bit-lean": LEAN,
-    "automagic8bit-packed-auto-lr": {**PACKED, "lr": None},
-    "automagic8bit-auto-lr": {**BLOCKWISE, "lr": None},
-    "automagic8bit-factored-auto-lr": {**WIDE, "lr": None},
-    "automagic8bit-ecc8": {**PACKED, "master": "ecc8"},
+    "automagic8bit-lean-found": {**LEAN, "lr": None},
+    "automagic8bit-wide": WIDE,
+    "automagic8bit-wide-found": {**WIDE, "lr": None},
+    "automagic8bit-blockwise": BLOCKWISE,
+    "automagic8bit-blockwise-found": {**BLOCKWISE, "lr": None},
+    "automagic8bit-ecc8": {"master": "ecc8"},
     "automagic-32bit": {"optim_bits": 32},
 }
 LEFT_OUT = {"torch-adamw-foreach", "torchao-adamw8bit-sr"}

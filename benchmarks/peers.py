@@ -108,19 +108,18 @@ def _ours(name: str, frozen_mask: bool = False, **options: Any) -> Peer:
     return Peer(name, build, options, ours=True, frozen_mask=frozen_mask)
 
 
-PACKED: dict[str, Any] = {}  # the default
 WIDE: dict[str, Any] = {"mask_bits": 8, "mean_bits": 32}
 BLOCKWISE: dict[str, Any] = {"factored": False, "mask_bits": 8}
 LEAN: dict[str, Any] = {"mask_bits": 0, "came": False}
 """The options of the profile, which a benchmark may take one by one."""
 
 _ALL = [
-    _ours("automagic8bit", **BLOCKWISE),  # under this name the results have the block-wise form
-    _ours("automagic8bit-after-warmup", frozen_mask=True, **BLOCKWISE),
-    _ours("automagic8bit-factored", **WIDE),
-    _ours("automagic8bit-factored-after-warmup", frozen_mask=True, **WIDE),
-    _ours("automagic8bit-packed", **PACKED),
-    _ours("automagic8bit-packed-after-warmup", frozen_mask=True, **PACKED),
+    _ours("automagic8bit"),
+    _ours("automagic8bit-after-warmup", frozen_mask=True),
+    _ours("automagic8bit-wide", **WIDE),
+    _ours("automagic8bit-wide-after-warmup", frozen_mask=True, **WIDE),
+    _ours("automagic8bit-blockwise", **BLOCKWISE),
+    _ours("automagic8bit-blockwise-after-warmup", frozen_mask=True, **BLOCKWISE),
     _ours("automagic8bit-lean", **LEAN),
     _ours("automagic-32bit", optim_bits=32),
     _ours("automagic8bit-torch-backend", backend="torch"),

@@ -42,7 +42,7 @@ LIMIT = 60.0
 class Row:
     """One optimizer of the table: its names in the benchmarks of loss and time, where it was measured there.
 
-    `memory`: its name in the benchmark of memory, where that is of another form than the other two.
+    `memory`: its name in the benchmark of memory, where a rate that is found takes a few bytes more.
     """
 
     english: str
@@ -52,18 +52,21 @@ class Row:
     memory: str | None = None
 
 
-DEFAULT = "automagic8bit-packed"
 ROWS = (
     Row(
-        "`Automagic8bit`, no rate given", "`Automagic8bit`，不給學習率", "ours-found", "automagic8bit-factored", DEFAULT
+        "`Automagic8bit`, no rate given", "`Automagic8bit`，不給學習率", "ours-found", "automagic8bit",
+        "automagic8bit-found",
     ),
-    Row("`factored=False, mask_bits=8`", "`factored=False, mask_bits=8`", "ours-found-blockwise", "automagic8bit"),
-    Row("`Automagic8bit`, best rate", "`Automagic8bit`，最佳學習率", "ours", "automagic8bit-factored", DEFAULT),
+    Row("`Automagic8bit`, best rate", "`Automagic8bit`，最佳學習率", "ours", "automagic8bit"),
+    Row(
+        '`profile="lean"`, no rate given', '`profile="lean"`，不給學習率', "ours-found-lean", "automagic8bit-lean",
+        "automagic8bit-lean-found",
+    ),
     Row("bitsandbytes `AdamW8bit`, best rate", "bitsandbytes `AdamW8bit`，最佳學習率", "adamw8bit", "bnb-adamw8bit"),
     Row("Prodigy, no rate given", "Prodigy，不給學習率", "prodigy", None),
     Row("FlashAdamW, best rate", "FlashAdamW，最佳學習率", "flash-adamw", "flash-adamw"),
     Row("torch `AdamW`, fused, best rate", "torch `AdamW`（fused），最佳學習率", "adamw", "torch-adamw-fused"),
-)
+)  # fmt: skip
 TEXTS = {
     "README.md": {
         "header": ["optimizer", "loss, %", "bytes a parameter", "step, ms"],
@@ -71,9 +74,7 @@ TEXTS = {
         "by task": "Loss over AdamW8bit at its best rate, task by task",
         "notes": "Loss: validation loss over `AdamW8bit`'s at its best rate and β2 for each task, mean over {tasks}\n"
         "small tasks, lower is better ([all tasks and peers](benchmarks/quality/results/quality.md)). Bytes of state\n"
-        "and time of a step: {workload}, bf16, {device}. –: not measured there yet. Loss and time of the default\n"
-        "(rows 1 and 3) were measured before it packed its states, at 2.6 bytes: [what packing costs in loss, on two\n"
-        "other tasks](benchmarks/results/packed.md).",
+        "and time of a step: {workload}, bf16, {device}. –: not measured there yet.",
     },
     "README.zh-TW.md": {
         "header": ["最佳化器", "損失，%", "每個參數的位元組", "一步，ms"],
@@ -81,8 +82,7 @@ TEXTS = {
         "by task": "各任務中，損失相對於 AdamW8bit 最佳學習率時的差距",
         "notes": "損失：驗證損失相對於 `AdamW8bit` 在各任務最佳學習率與 β2 下的差距，\n"
         "取 {tasks} 個小任務的平均，越低越好（[所有任務與對照](benchmarks/quality/results/quality.md)）。\n"
-        "狀態的位元組與一步的時間：{workload}，bf16，{device}。–：尚未在該處測量。預設值（第一與第三列）的損失與時間\n"
-        "是在狀態壓縮之前測的，當時為 2.6 位元組；[壓縮對損失的影響，另外兩個任務](benchmarks/results/packed.md)。",
+        "狀態的位元組與一步的時間：{workload}，bf16，{device}。–：尚未在該處測量。",
     },
 }
 

@@ -172,8 +172,8 @@ def automagic(name: str = "Automagic8bit", **options: Any) -> Build:
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "": {"mask_bits": 8, "mean_bits": 32},  # the default when it was measured
-    "-packed": {},
+    "": {},
+    "-wide": {"mask_bits": 8, "mean_bits": 32},
     "-blockwise": {"factored": False, "mask_bits": 8},
     "-32bit": {"optim_bits": 32},
     "-lean": {"profile": "lean"},
