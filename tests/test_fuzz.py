@@ -111,6 +111,7 @@ def follows(
 )
 @example((20, 32), torch.float32, "32bit", ["noise", "around 2^50"], {"percentile_clipping": 50}, False)
 @example((20, 32), torch.float32, "8bit", ["half zeros", "noise"], {"cautious": False}, True)
+@example((1, 250), torch.float32, "32bit", ["NaN among noise", "denormal"], {}, False)
 @settings(
     max_examples=EXAMPLES or 12,
     deadline=None,

@@ -10,6 +10,7 @@ from kernel_cases import DEVICE, follow, optimizer, parameters_of
 from torch import Tensor
 
 from automagic_bnb import Automagic8bit, reference, stored
+from automagic_bnb.cpu.step import missing
 
 BACKENDS = ["torch", "triton"]
 STORAGES = ["32bit", "8bit", "factored"]
@@ -83,6 +84,22 @@ def test_what_has_no_gradient_does_not_move(backend: str, storage: str) -> None:
     moved = p.detach() != 0
     assert moved[5].all()
     assert not moved[torch.arange(16) != 5].any()
+
+
+@pytest.mark.parametrize(
+    "backend", [*BACKENDS, pytest.param("numba", marks=pytest.mark.skipif(bool(missing()), reason="no Numba"))]
+)
+@pytest.mark.parametrize("storage", [*STORAGES, "packed"])
+def test_a_gradient_too_small_for_products_has_a_sign(backend: str, storage: str) -> None:
+    """1e-40 times its momentum is 0 in float32, and yet both are positive: all of the block agrees, and moves by lr.
+    (Were half of it against its gradient, the other half would make up for it, by 2 lr.)"""
+    device = "cpu" if backend == "numba" else DEVICE
+    p = torch.nn.Parameter(torch.zeros(256, device=device))
+    opt = optimizer([p], backend, storage, lr=0.01, weight_decay=0, came=False)
+    p.grad = torch.full((256,), 1e-40, device=device)
+    p.grad[::2] = 1
+    opt.step()
+    assert p[::2].allclose(torch.tensor(-0.01, device=device), rtol=1e-5)
 
 
 # --- layouts ----------------------------------------------------------------------------------------------------------
