@@ -177,17 +177,8 @@ def clip_factors(
 
 
 @triton.jit
-def _find_rate_kernel(
-    pointers_ptr, weights_ptr, tensors, d_ptr, sums_ptr, error_ptr, beta, gain, factor, error, low, high,
-    COUNTED: tl.constexpr,
-):  # fmt: skip
-    """`estimate.find_rate` over the `tensor_stats` at these addresses, whose sums are taken out.
-
-    COUNTED: the error is at `error_ptr`; below 0, nothing is done.
-    """
-    if COUNTED:
-        error = tl.load(error_ptr)
-        tensors = tl.where(error < 0, 0, tensors)
+def _taken(pointers_ptr, weights_ptr, tensors):
+    """Σ s and Σ M over the `tensor_stats` at these addresses, whose sums are taken out."""
     lanes = tl.arange(0, _CHUNK)
     s = tl.zeros((_CHUNK,), dtype=tl.float32)
     momentum = tl.zeros((_CHUNK,), dtype=tl.float32)
@@ -201,7 +192,38 @@ def _find_rate_kernel(
         tl.store(stats_ptr + LR_NUMERATOR, 0.0, mask=inside)
         tl.store(stats_ptr + LR_DENOMINATOR, 0.0, mask=inside)
         offset += _CHUNK
-    all_s, all_momentum = tl.sum(s, 0), tl.sum(momentum, 0)
+    return tl.sum(s, 0), tl.sum(momentum, 0)
+
+
+@triton.jit
+def _take_sums_kernel(pointers_ptr, weights_ptr, tensors, taken_ptr):
+    s, momentum = _taken(pointers_ptr, weights_ptr, tensors)
+    tl.store(taken_ptr, s)
+    tl.store(taken_ptr + 1, momentum)
+
+
+def take_sums(pointers: Tensor, weights: Tensor) -> Tensor:
+    """`estimate.take_sums` over int64 addresses of `tensor_stats`; nothing waits."""
+    taken = torch.empty(2, dtype=torch.float32, device=pointers.device)
+    _take_sums_kernel[(1,)](
+        pointers_ptr=pointers, weights_ptr=weights, tensors=pointers.numel(), taken_ptr=taken, num_warps=4
+    )
+    return taken
+
+
+@triton.jit
+def _find_rate_kernel(
+    pointers_ptr, weights_ptr, tensors, d_ptr, sums_ptr, error_ptr, beta, gain, factor, error, low, high,
+    COUNTED: tl.constexpr,
+):  # fmt: skip
+    """`estimate.find_rate` over the `tensor_stats` at these addresses, whose sums are taken out.
+
+    COUNTED: the error is at `error_ptr`; below 0, nothing is done.
+    """
+    if COUNTED:
+        error = tl.load(error_ptr)
+        tensors = tl.where(error < 0, 0, tensors)
+    all_s, all_momentum = _taken(pointers_ptr, weights_ptr, tensors)
     num = beta * tl.load(sums_ptr) + gain * all_s
     if (tl.abs(num) < float("inf")) & (all_momentum < float("inf")) & (all_momentum > 0):
         sign = tl.where(all_s > 0, 1.0, tl.where(all_s < 0, -1.0, 0.0))
