@@ -2,7 +2,8 @@
 
 A `Search` is one d (see `estimate`), of one group or of several whose given rates have to keep their ratios. The sums
 of a step wait in each parameter's `tensor_stats` and are taken from there when the next step begins, so nothing waits
-for the device.
+for the device. Where parameters lie on several devices, what each has is added up there, d is found where the first
+parameter is, and copies of it go to the others.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from automagic_bnb.uncompiled import capturing
 Group = dict[str, Any]
 States = Mapping[Tensor, st.State]
 
-SPREAD_WARNING = (
-    "a group whose rate is being found lies on several devices: it is stepped in plain PyTorch, which is many times "
-    "slower; give it an lr, or make a group for each device"
+NOT_IN_A_CAPTURE = (
+    "a CUDA graph cannot capture this step: a rate is being found for parameters on several devices; give an lr, or "
+    "make an optimizer for each device"
 )
 GROUP_KEYS = (
     "auto_lr_rate",
@@ -42,6 +43,45 @@ many parameters it watches and after how many steps the last one joined; the hig
 
 
 @dataclass
+class Sums:
+    """What a search has on one device."""
+
+    stats: list[Tensor] | Tensor
+    """The `tensor_stats` of its parameters there, or for the kernels their addresses, int64."""
+    weights: Tensor
+    """float32, what s of each counts."""
+    arrived: Tensor
+    """Like a `tensor_stats` of the device where d is: what has come from here and has not been taken yet."""
+
+    def move(self) -> None:
+        """Take the sums out here, and add them to what has arrived there."""
+        if isinstance(self.stats, Tensor):
+            from automagic_bnb.kernels import statistics
+
+            with torch.cuda.device_of(self.stats):  # Triton launches on the current device
+                taken = statistics.take_sums(self.stats, self.weights)
+        else:
+            taken = estimate.take_sums(self.stats, self.weights)
+        there = self.arrived.device
+        self.arrived[SUMS].add_(taken.to(there, non_blocking=there.type == "cuda"))
+
+
+SUMS = slice(st.LR_NUMERATOR, st.LR_DENOMINATOR + 1)
+"""Of a `tensor_stats`."""
+
+
+@dataclass
+class Places:
+    """Where the sums of a search lie, and what that rests on."""
+
+    key: Any
+    known: st.StatePlaces
+    here: Sums
+    """On d's device; what has arrived from others is among its `stats`."""
+    others: list[Sums]
+
+
+@dataclass
 class Search:
     """One rate that is found, and the groups that it is for; d is the first group's."""
 
@@ -49,9 +89,8 @@ class Search:
     ratios: list[float]
     """Of each group's rate to the first's."""
     one_by_one: OneByOne = field(default_factory=OneByOne)
-    places: tuple[Any, Any, Tensor, st.StatePlaces] | None = None
-    """Where the sums lie and what each counts, and what that rests on, the sums' own places among it; None: not
-    known."""
+    places: Places | None = None
+    """None: not known."""
     counter: Tensor | None = None
     """`auto_lr_count`, int64 0-d on the device, where it is counted there."""
     shown: dict[int, tuple[Tensor, torch.cuda.Event]] = field(default_factory=dict)
@@ -241,6 +280,17 @@ class RateFinder:
         """What replays of captured graphs rest on."""
         self._known: list[tuple[int, bool, float | None]] = []
         self._searches: list[Search] = []
+        self._copies: dict[tuple[int, torch.device], tuple[Group, Tensor]] = {}
+        """By a group's id and a device: the group, and its d there, where it does not live there."""
+
+    def rate_on(self, group: Group, device: torch.device) -> Tensor:
+        """d of a group as kernels on a device read it, 0-d float32: the group's own, or a copy that follows it."""
+        d = rate_tensor(group, st.local_tensor(group["params"][0]).device)
+        if d.device == device:
+            return d
+        if (id(group), device) not in self._copies:
+            self._copies[id(group), device] = group, d.to(device)
+        return self._copies[id(group), device][1]
 
     def forget_places(self) -> None:
         """States have moved: look anew where the sums lie."""
@@ -253,7 +303,14 @@ class RateFinder:
             search.settle()
 
     def hold(self) -> None:
-        """A graph is being captured: keep what it will read for as long as this lives."""
+        """A graph is being captured: keep what it will read for as long as this lives.
+
+        Raises:
+            RuntimeError: a rate is found over several devices, which one graph does not have.
+        """
+        apart = any(copy.device != group["auto_lr_rate"].device for group, copy in self._copies.values())
+        if apart or any(search.places is not None and search.places.others for search in self._searches):
+            raise RuntimeError(NOT_IN_A_CAPTURE)
         self._held += [(search.places, search.counter) for search in self._searches]
 
     def begin(
@@ -261,14 +318,14 @@ class RateFinder:
         groups: list[Group],
         states: States,
         one: tuple[Group, Tensor] | None,
-        with_kernels: bool,
+        kernels_on: frozenset[str],
         found_inf: Tensor | None = None,
     ) -> None:
         """To be called before parameters are stepped: all that have gradients, or one alone, of this group.
 
         Args:
             groups, states: the optimizer's.
-            with_kernels: let the device work on the sums in Triton, by their addresses, where all lie on one.
+            kernels_on: the types of devices that work on the sums in Triton, by their addresses.
             found_inf: on the device, with `capturable`; where it is not 0, no step begins after all.
         """
         for search in self._of(groups):
@@ -277,8 +334,11 @@ class RateFinder:
             if search.begins(None if one is None else one[1]):
                 started = search.has_started()
                 if started or search.leader["capturable"]:
-                    self._estimate(search, states, with_kernels, started, found_inf)
+                    self._estimate(search, states, kernels_on, started, found_inf)
                 search.share()
+                for group, copy in self._copies.values():
+                    if any(group is one for one in search.groups):
+                        copy.copy_(group["auto_lr_rate"], non_blocking=copy.device.type == "cuda")
 
     def _of(self, groups: list[Group]) -> list[Search]:
         # A group may also search for the sake of single parameters, whose overrides say so.
@@ -287,46 +347,74 @@ class RateFinder:
             self._known = seeks
             self.settle()
             filled = [group for group in groups if group["params"]]
+            held = {id(group) for group in filled}
+            self._copies = {key: copy for key, copy in self._copies.items() if key[0] in held}
             self._searches = searches([group for group, seek in zip(filled, seeks, strict=True) if seek[1]])
         return self._searches
 
-    @staticmethod
-    def _estimate(search: Search, states: States, with_kernels: bool, started: bool, found_inf: Tensor | None) -> None:
+    @classmethod
+    def _estimate(
+        cls, search: Search, states: States, kernels_on: frozenset[str], started: bool, found_inf: Tensor | None
+    ) -> None:
         """Count the step that begins, and move d."""
         d, sums = search.leader["auto_lr_rate"], search.leader["auto_lr_sums"]
-        key = (st.WatchedState.changes, len(states), with_kernels)
-        if search.places is None or search.places[0] != key or not search.places[3].are_current():
+        key = (st.WatchedState.changes, len(states), kernels_on)
+        if search.places is None or search.places.key != key or not search.places.known.are_current():
             if capturing():
                 raise RuntimeError("capturable=True: take a step outside of the CUDA graph before each capture")
-            held = [
-                (states[p]["tensor_stats"], 1 / ratio)
-                for group, ratio in zip(search.groups, search.ratios, strict=True)
-                for p in group["params"]
-                if p in states and "probe_block" in states[p]
-            ]
-            search.watches(len(held))
-            weights = torch.tensor([weight for _, weight in held], dtype=torch.float32).to(d.device)
-            stats: Any = [stats for stats, _ in held]
-            places = st.StatePlaces(stats, (states[p] for g in search.groups for p in g["params"] if p in states))
-            if with_kernels and all(x.device == d.device for x in stats):
-                stats = torch.tensor(places.addresses, dtype=torch.int64).to(d.device)
-            search.places = (key, stats, weights, places)
-        _, stats, weights, _ = search.places
-        counts_there = isinstance(stats, Tensor) and search.leader["capturable"]
+            search.places = cls._find_places(search, states, key)
+        here = search.places.here
+        counts_there = isinstance(here.stats, Tensor) and search.leader["capturable"]
         if not counts_there:
             search.settle()
             search.counter = None
             if not started or not search.count():
                 return
-        if isinstance(stats, Tensor):
+        for other in search.places.others:
+            other.move()
+        if isinstance(here.stats, Tensor):
             from automagic_bnb.kernels import statistics
 
             with torch.cuda.device_of(d):  # Triton launches on the current device
                 found_inf = None if found_inf is None else found_inf.to(d.device, non_blocking=True)
                 error = search.count_there(started, found_inf) if counts_there else None
-                statistics.find_rate(d, sums, stats, weights, search.numbers(), error)
+                statistics.find_rate(d, sums, here.stats, here.weights, search.numbers(), error)
         else:
-            estimate.find_rate(d, sums, stats, weights, search.numbers())
+            estimate.find_rate(d, sums, here.stats, here.weights, search.numbers())
+
+    @staticmethod
+    def _find_places(search: Search, states: States, key: Any) -> Places:
+        home, kernels_on = search.leader["auto_lr_rate"].device, key[-1]
+        held = [
+            (states[p]["tensor_stats"], 1 / ratio)
+            for group, ratio in zip(search.groups, search.ratios, strict=True)
+            for p in group["params"]
+            if p in states and "probe_block" in states[p]
+        ]
+        search.watches(len(held))
+        known = st.StatePlaces(
+            [stats for stats, _ in held], (states[p] for g in search.groups for p in g["params"] if p in states)
+        )
+        parts = by_device(held, home)
+        arrivals = [torch.zeros(len(st.STATS), dtype=torch.float32, device=home) for _ in parts[1:]]
+        parts[0] += [(arrived, 1.0) for arrived in arrivals]
+        found = []
+        for part, arrived in zip(parts, [torch.empty(0), *arrivals], strict=True):
+            stats: Any = [stats for stats, _ in part]
+            device = stats[0].device if stats else home
+            weights = torch.tensor([weight for _, weight in part], dtype=torch.float32).to(device)
+            if device.type in kernels_on:
+                stats = torch.tensor([x.data_ptr() for x in stats], dtype=torch.int64).to(device)
+            found.append(Sums(stats, weights, arrived))
+        return Places(key, known, found[0], found[1:])
+
+
+def by_device(held: list[tuple[Tensor, float]], home: torch.device) -> list[list[tuple[Tensor, float]]]:
+    """`tensor_stats`, each with its weight, of this device first (there may be none), then of each other."""
+    parts: dict[torch.device, list[tuple[Tensor, float]]] = {home: []}
+    for stats, weight in held:
+        parts.setdefault(stats.device, []).append((stats, weight))
+    return list(parts.values())
 
 
 def mean_rate(group: Group) -> float | Tensor:

@@ -117,19 +117,28 @@ def watch(
     state["tensor_stats"][st.LR_DENOMINATOR] = torch.maximum(m[watched].abs().sum(dim=1), least).sum()
 
 
+def take_sums(stats: list[Tensor], weights: Tensor) -> Tensor:
+    """What a step has left in these `tensor_stats`, of one device, is taken out: float32 [2], Σ s and Σ M.
+
+    Args:
+        weights: float32, what s of each counts.
+    """
+    together = torch.stack(stats)[:, [st.LR_NUMERATOR, st.LR_DENOMINATOR]]
+    for one in stats:
+        one[[st.LR_NUMERATOR, st.LR_DENOMINATOR]] = 0
+    return torch.stack([(together[:, 0] * weights).sum(), together[:, 1].sum()])
+
+
 def find_rate(d: Tensor, sums: Tensor, stats: list[Tensor], weights: Tensor, numbers: Estimate) -> None:
     """In place: d and `sums`, (num, q), moved by what a step has left in `tensor_stats`, which is taken out.
 
     Args:
         d: 0-d float32.
-        stats: those of all parameters of the search; `weights`, float32: what s of each counts.
+        stats: those of all parameters of the search, on d's device; `weights`, float32: what s of each counts.
     """
     if not stats:
         return
-    together = torch.stack([x.to(d.device) for x in stats])[:, [st.LR_NUMERATOR, st.LR_DENOMINATOR]]
-    for one in stats:
-        one[[st.LR_NUMERATOR, st.LR_DENOMINATOR]] = 0
-    s, momentum = (together[:, 0] * weights).sum(), together[:, 1].sum()
+    s, momentum = take_sums(stats, weights)
     num = numbers.beta * sums[0] + (1 - numbers.beta) * s
     q = SIGN_DECAY * sums[1] + (1 - SIGN_DECAY) * s.sign()
     # Weights beyond float32's squares: a step without an estimate.

@@ -36,8 +36,8 @@ NOT_YET_CAPTURED = (
     "gradients; it makes the states and tables that the graph's replays use"
 )
 NOT_IN_A_CAPTURE = (
-    "a CUDA graph cannot capture this step: some of it runs in plain PyTorch (strided parameters, backend='torch', a "
-    "rate found for a group on several devices), or its states are paged"
+    "a CUDA graph cannot capture this step: some of it runs in plain PyTorch (strided parameters, backend='torch'), "
+    "or its states are paged"
 )
 STALE_GRAPH = (
     "what a captured CUDA graph rests on has been replaced (by a checkpoint, or as an option or a parameter changed); "
@@ -149,8 +149,6 @@ class Plan:
     """Parameters that had no gradient when the plan was made."""
     rest: list[tuple[dict[str, Any], Tensor]] = field(default_factory=list)
     """Parameters that the kernels do not take."""
-    spread: frozenset[int] = frozenset()
-    """The ids of groups on several devices: the kernels of each could not read one rate that is found for all."""
     overrides: tuple[int, ...] = ()
     groups: list[tuple[dict[str, Any], list[Tensor]]] | None = None
     """Each group, and the parameters in it, which wrappers may exchange; None in the plan of a single parameter."""
@@ -165,12 +163,13 @@ class Plan:
             and self.overrides == bnb.overridden_ids()
             and all(s.signature == signature(o) for s, o in zip(self.sources, options, strict=True))
             and not any(p.grad is not None for p in self.idle)
-            and not any(self._would_take(group, p, optimizer.config.backend) for group, p in self.rest)
+            and not any(self._would_take(p, optimizer.config.backend) for _, p in self.rest)
             and all(bucket.agrees(options) and bucket.has_sizes() for bucket in self.buckets)
         )
 
-    def _would_take(self, group: dict[str, Any], p: Tensor, backend: str | None) -> bool:
-        return id(group) not in self.spread and sharded.shard_of(p) is None and takes(st.local_tensor(p), backend)
+    @staticmethod
+    def _would_take(p: Tensor, backend: str | None) -> bool:
+        return sharded.shard_of(p) is None and takes(st.local_tensor(p), backend)
 
     def _has_groups(self, groups: list[dict[str, Any]]) -> bool:
         if self.groups is None:
@@ -242,7 +241,7 @@ class FusedStep:
             if scaler.found():
                 return []
             if any(p.grad is not None for _, p in parameters):
-                self._rates.begin(self.optimizer.param_groups, self.optimizer.state, None, with_kernels=False)
+                self._rates.begin(self.optimizer.param_groups, self.optimizer.state, None, frozenset())
             return parameters
         if any(counts for plan in self._plans_of_one.values() for counts in plan.counts):
             self.forget()  # two counts of one tensor would go apart
@@ -269,7 +268,7 @@ class FusedStep:
         """Step one parameter, if the kernels take it."""
         if self.optimizer.config.backend in NOT_OURS:
             self._check([(group, p)])
-            self._rates.begin(self.optimizer.param_groups, self.optimizer.state, (group, p), with_kernels=False)
+            self._rates.begin(self.optimizer.param_groups, self.optimizer.state, (group, p), frozenset())
             return False
         if self._plan is not None and any(self._plan.counts):
             self.forget()
@@ -308,7 +307,8 @@ class FusedStep:
         if left or any(g is not None for of_bucket in grads for g in of_bucket):
             found_inf = None if left else scaler.found_inf
             groups, held = self.optimizer.param_groups, self.optimizer.state
-            self._rates.begin(groups, held, one, with_kernels=bool(plan.buckets), found_inf=found_inf)
+            kernels_on = frozenset(bucket.spec.device.type for bucket in plan.buckets)
+            self._rates.begin(groups, held, one, kernels_on, found_inf=found_inf)
         stepped: set[int] = set()
         while not self._launch(plan, options, grads, scaler, stepped):
             plan, options, grads = self._made_anew(plan, one)
@@ -417,19 +417,15 @@ class FusedStep:
 
     def _make_plan(self, parameters: list[tuple[dict[str, Any], Tensor]]) -> Plan:
         optimizer = self.optimizer
-        groups = {id(group): group for group, _ in parameters}
-        spread = frozenset(key for key, group in groups.items() if len({p.device for p in group["params"]}) > 1)
-        plan = Plan(overrides=bnb.overridden_ids(), spread=spread)
+        plan = Plan(overrides=bnb.overridden_ids())
         members, own_sources = [], {}
         for group, p in parameters:
             if p.grad is None:
                 plan.idle.append(p)
-            elif sharded.shard_of(p) is not None or not takes(st.local_tensor(p), optimizer.config.backend):
-                plan.rest.append((group, p))
-            elif (options := optimizer.effective_options(group, p))["auto_lr"] and id(group) in spread:
-                warn_once(auto_lr.SPREAD_WARNING)
+            elif not plan._would_take(p, optimizer.config.backend):
                 plan.rest.append((group, p))
             else:
+                options = optimizer.effective_options(group, p)
                 overriding = None if options is group else p
                 key = id(group) if overriding is None else id(p)
                 if key not in own_sources:
@@ -465,7 +461,7 @@ class FusedStep:
             key=facts.random_key(options),
             is_lora=facts.counts_as_lora(options),
             sharded=st.local_tensor(p) is not p,
-            rate=auto_lr.rate_tensor(group, theta.device) if options["auto_lr"] else None,
+            rate=self._rates.rate_on(group, theta.device) if options["auto_lr"] else None,
         )
 
     @staticmethod

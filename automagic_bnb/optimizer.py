@@ -271,8 +271,10 @@ class Automagic(ParameterGroups):
     def get_avg_learning_rate(self) -> float | Tensor:
         """The mean of `get_learning_rates`, weighted by the groups' elements."""
         sizes = [sum(p.numel() for p in g["params"]) for g in self.param_groups]
-        weighted = [rate * size for rate, size in zip(self.get_learning_rates(), sizes, strict=True)]
-        return sum(weighted) / max(sum(sizes), 1)
+        rates = self.get_learning_rates()
+        homes = [rate.device for rate in rates if isinstance(rate, Tensor)]  # each is where its group is
+        rates = [rate.to(homes[0], non_blocking=True) if isinstance(rate, Tensor) else rate for rate in rates]
+        return sum(rate * size for rate, size in zip(rates, sizes, strict=True)) / max(sum(sizes), 1)
 
     def _get_lr(self, group: Group, state: st.State) -> Tensor:
         """The group's mean rate as a 0-d tensor on its parameters' device: the name that some trainers log from."""

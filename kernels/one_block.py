@@ -340,7 +340,9 @@ def _count(which):
 def _cautious(n, g, active):
     """Step 5: n where it and the gradient agree, 0 elsewhere; and by what that is to be divided, its share of `active`,
     the number of elements with a gradient."""
-    agrees = n * g > 0
+    # Signs, not the product: that of n with a denormal gradient is 0.
+    same = (n.to(tl.int32, bitcast=True) ^ g.to(tl.int32, bitcast=True)) >= 0
+    agrees = same & (n != 0) & (g != 0)
     share = _count(agrees).to(tl.float32) * codec.reciprocal(tl.maximum(active, 1).to(tl.float32))
     return tl.where(agrees, n, 0.0), tl.maximum(share, MIN_CAUTIOUS_SHARE)
 

@@ -197,6 +197,41 @@ def clip_factors(
     return clips
 
 
+@triton.jit
+def _taken(pointers_ptr, weights_ptr, tensors):
+    """Σ s and Σ M over the `tensor_stats` at these addresses, whose sums are taken out."""
+    lanes = tl.arange(0, _CHUNK)
+    s = tl.zeros((_CHUNK,), dtype=tl.float32)
+    momentum = tl.zeros((_CHUNK,), dtype=tl.float32)
+    offset = tensors - tensors
+    while offset < tensors:
+        inside = offset + lanes < tensors
+        stats_ptr = tl.load(pointers_ptr + offset + lanes, mask=inside, other=0).to(tl.pointer_type(tl.float32))
+        weights = tl.load(weights_ptr + offset + lanes, mask=inside, other=0.0)
+        s += weights * tl.load(stats_ptr + LR_NUMERATOR, mask=inside, other=0.0)
+        momentum += tl.load(stats_ptr + LR_DENOMINATOR, mask=inside, other=0.0)
+        tl.store(stats_ptr + LR_NUMERATOR, 0.0, mask=inside)
+        tl.store(stats_ptr + LR_DENOMINATOR, 0.0, mask=inside)
+        offset += _CHUNK
+    return tl.sum(s, 0), tl.sum(momentum, 0)
+
+
+@triton.jit
+def _take_sums_kernel(pointers_ptr, weights_ptr, tensors, taken_ptr):
+    s, momentum = _taken(pointers_ptr, weights_ptr, tensors)
+    tl.store(taken_ptr, s)
+    tl.store(taken_ptr + 1, momentum)
+
+
+def take_sums(pointers: Tensor, weights: Tensor) -> Tensor:
+    """`estimate.take_sums` over int64 addresses of `tensor_stats`; nothing waits."""
+    taken = torch.empty(2, dtype=torch.float32, device=pointers.device)
+    _take_sums_kernel[(1,)](
+        pointers_ptr=pointers, weights_ptr=weights, tensors=pointers.numel(), taken_ptr=taken, num_warps=4
+    )
+    return taken
+
+
 _found = {counted: Compiled() for counted in (False, True)}
 
 
@@ -212,20 +247,7 @@ def _find_rate_kernel(
     if COUNTED:
         error = tl.load(error_ptr)
         tensors = tl.where(error < 0, 0, tensors)
-    lanes = tl.arange(0, _CHUNK)
-    s = tl.zeros((_CHUNK,), dtype=tl.float32)
-    momentum = tl.zeros((_CHUNK,), dtype=tl.float32)
-    offset = tensors - tensors
-    while offset < tensors:
-        inside = offset + lanes < tensors
-        stats_ptr = tl.load(pointers_ptr + offset + lanes, mask=inside, other=0).to(tl.pointer_type(tl.float32))
-        weights = tl.load(weights_ptr + offset + lanes, mask=inside, other=0.0)
-        s += weights * tl.load(stats_ptr + LR_NUMERATOR, mask=inside, other=0.0)
-        momentum += tl.load(stats_ptr + LR_DENOMINATOR, mask=inside, other=0.0)
-        tl.store(stats_ptr + LR_NUMERATOR, 0.0, mask=inside)
-        tl.store(stats_ptr + LR_DENOMINATOR, 0.0, mask=inside)
-        offset += _CHUNK
-    all_s, all_momentum = tl.sum(s, 0), tl.sum(momentum, 0)
+    all_s, all_momentum = _taken(pointers_ptr, weights_ptr, tensors)
     num = beta * tl.load(sums_ptr) + gain * all_s
     if (tl.abs(num) < float("inf")) & (all_momentum < float("inf")) & (all_momentum > 0):
         sign = tl.where(all_s > 0, 1.0, tl.where(all_s < 0, -1.0, 0.0))

@@ -209,7 +209,7 @@ class Member:
     is_lora: bool
     sharded: bool
     rate: Tensor | None
-    """auto_lr's d."""
+    """auto_lr's d, on the parameter's device."""
     stretch: Stretch | None = None
     """What is stepped of a parameter of which others hold rows."""
 
@@ -268,7 +268,9 @@ class Bucket:
         self.sharded = any(m.sharded for m in members)
         self.thetas = [m.theta.data_ptr() for m in members]
         self.sizes = [m.theta.numel() for m in members]
-        self.rates = {id(m.rate): (m.group, m.rate) for m in members if m.rate is not None}
+        rates = {id(m.rate): (m.group, m.rate) for m in members if m.rate is not None}
+        # Without the copies on other devices than their group's, which follow it.
+        self.rates = {key: (g, rate) for key, (g, rate) in rates.items() if g.get("auto_lr_rate") is rate}
         self.places = st.StatePlaces([*itertools.chain.from_iterable(self.tensors)], self.states)
         self.rate_places = Places([rate for _, rate in self.rates.values()])
         self.short = [row for row, m in enumerate(members) if m.theta.numel() <= q.BLOCK]

@@ -6,9 +6,10 @@ import triton
 import triton.language as tl
 from automagic_bnb.kernels import codec
 
+from automagic_bnb import factored
 from automagic_bnb import quantization as q
 
-BLOCK = tl.constexpr(q.BLOCK)
+BLOCK, LEAST_WIDTH = tl.constexpr(q.BLOCK), tl.constexpr(factored.LEAST_WIDTH)
 
 
 @triton.jit
@@ -68,7 +69,12 @@ def move_rows(
     else:
         rows = tl.arange(0, BLOCK // WIDTH)
         inside = rows * WIDTH < remaining
-        means = tl.sum(tl.reshape(seen, (BLOCK // WIDTH, WIDTH)), 1) * (1 / WIDTH)
+        means = tl.sum(tl.reshape(seen, (BLOCK // WIDTH, WIDTH)), 1)
+        if WIDTH > LEAST_WIDTH:
+            means = means * (1 / WIDTH)
+        else:  # several rows of a narrower matrix: the end may cut them
+            length = tl.minimum(tl.maximum(remaining - rows * WIDTH, 1), WIDTH)
+            means = means * codec.reciprocal(length.to(tl.float32))
         held = tl.load(row_ptr + rows, mask=inside, other=0.0).to(tl.float32)
         moved = codec.round_mean(beta * held + gain * means, key, start + rows * WIDTH, MEANS)
         if CAREFUL:

@@ -88,6 +88,9 @@ def follows(
     differences = Differences()
     for content in contents:
         gradient: Tensor = CONTENTS[content](torch.randn(shape, generator=generator)).to(dtype).to(DEVICE)
+        used = (gradient.abs() > 0) & (gradient.abs() <= 2.0**50)
+        if 10 * used.sum() == gradient.numel():
+            continue  # its activity is just what counts as background below: within rounding either answer is right
         synchronise(kernel, reference)
         for x, opt in both:
             x.grad = gradient.clone()
@@ -111,6 +114,8 @@ def follows(
 )
 @example((20, 32), torch.float32, "32bit", ["noise", "around 2^50"], {"percentile_clipping": 50}, False)
 @example((20, 32), torch.float32, "8bit", ["half zeros", "noise"], {"cautious": False}, True)
+@example((1, 250), torch.float32, "32bit", ["NaN among noise", "denormal"], {}, False)
+@example((9, 4), torch.float32, "packed", ["noise"], {}, False)
 @settings(
     max_examples=EXAMPLES or 12,
     deadline=None,

@@ -6,7 +6,6 @@ import gc
 import importlib.util
 import sys
 import types
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -153,26 +152,6 @@ def test_plans_of_parameters_that_are_gone_are_dropped() -> None:
             give(q)
             opt.step_parameter(q, opt.param_groups[0], i)
     assert len(opt._fused._plans_of_one) <= 2 + 2
-
-
-# --- several devices --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("lr", [None, 1e-3])
-def test_a_found_rate_on_several_devices_is_left_to_plain_pytorch(lr: float | None) -> None:
-    """Told once; a given rate needs nothing from another device."""
-    p = [parameter(8, 16), parameter(8, 16, seed=1)]
-    opt = build(p, "triton", lr=lr)
-    give(*p)
-    groups = opt.param_groups
-    far: Any = types.SimpleNamespace(device=torch.device("meta"))
-    shown = {**groups[0], "params": [p[0], far]}
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        plan = opt._fused._make_plan([(shown, p[0])])
-    assert [x for _, x in plan.rest] == ([p[0]] if lr is None else [])
-    assert len([w for w in told if "lies on several devices" in str(w.message)]) == (lr is None)
-    assert not plan._would_take(shown, p[0], "triton")
 
 
 # --- errors before anything has moved ---------------------------------------------------------------------------------

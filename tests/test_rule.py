@@ -147,7 +147,7 @@ class Pair:
             group = self.opt.param_groups[0]
             sums, momentum = group["auto_lr_sums"], stats[st.LR_DENOMINATOR].item()
             # The estimate that a step begins with.
-            self.opt._fused._rates.begin(self.opt.param_groups, self.opt.state, None, with_kernels=False)
+            self.opt._fused._rates.begin(self.opt.param_groups, self.opt.state, None, frozenset())
             found["d"] = abs(group["auto_lr_rate"].item() / o.d - 1)
             pairs = ((momentum, o.momentum), (sums[0].item(), o.num), (sums[1].item(), o.agreement))
             found["sums"] = max(abs(x / expected - 1) for x, expected in pairs)

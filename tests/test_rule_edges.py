@@ -10,8 +10,10 @@ from kernel_cases import DEVICE, follow, optimizer, parameters_of
 from torch import Tensor
 
 from automagic_bnb import Automagic8bit, reference, stored
+from automagic_bnb.cpu.step import missing
 
 BACKENDS = ["torch", "triton"]
+ALL_BACKENDS = [*BACKENDS, pytest.param("numba", marks=pytest.mark.skipif(bool(missing()), reason="no Numba"))]
 STORAGES = ["32bit", "8bit", "factored"]
 
 
@@ -83,6 +85,39 @@ def test_what_has_no_gradient_does_not_move(backend: str, storage: str) -> None:
     moved = p.detach() != 0
     assert moved[5].all()
     assert not moved[torch.arange(16) != 5].any()
+
+
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
+@pytest.mark.parametrize("storage", [*STORAGES, "packed"])
+def test_a_gradient_too_small_for_products_has_a_sign(backend: str, storage: str) -> None:
+    """1e-40 times its momentum is 0 in float32, and yet both are positive: all of the block agrees, and moves by lr.
+    (Were half of it against its gradient, the other half would make up for it, by 2 lr.)"""
+    device = "cpu" if backend == "numba" else DEVICE
+    p = torch.nn.Parameter(torch.zeros(256, device=device))
+    opt = optimizer([p], backend, storage, lr=0.01, weight_decay=0, came=False)
+    p.grad = torch.full((256,), 1e-40, device=device)
+    p.grad[::2] = 1
+    opt.step()
+    assert p[::2].allclose(torch.tensor(-0.01, device=device), rtol=1e-5)
+
+
+# --- ends -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
+@pytest.mark.parametrize("rows", [66, 67], ids=["whole", "cut"])
+def test_a_mean_over_rows_that_the_end_cuts_is_a_mean(backend: str, rows: int) -> None:
+    """Two rows of four columns share one: of a row that is left over it is its own, and all weights move alike."""
+    device = "cpu" if backend == "numba" else DEVICE
+    p = torch.nn.Parameter(torch.zeros(rows, 4, device=device))
+    opt = optimizer([p], backend, "factored", lr=0.01, weight_decay=0, warmup_steps=0)
+    for _ in range(3):
+        p.grad = torch.ones_like(p)
+        opt.step()
+    row = opt.state[p]["exp_avg_sq_row"]
+    assert row.numel() == (rows + 1) // 2
+    assert row.allclose(row[0], rtol=1e-5)
+    assert p.allclose(p[0, 0], rtol=1e-5)
 
 
 # --- layouts ----------------------------------------------------------------------------------------------------------
