@@ -61,7 +61,7 @@ def test_the_description_has_absolute_links_only(built: Path) -> None:
     assert f"({URL}/raw/v{automagic_bnb.__version__}/docs/images/loss-by-rate.png)" in text
     addresses = dict(entry.split(", ") for entry in metadata.get_all("Project-URL", []))
     assert addresses["Issues"] == f"{URL}/issues"
-    assert {"Typing :: Typed", "Programming Language :: Python :: 3.14"} <= set(metadata.get_all("Classifier", []))
+    assert {"Typing :: Typed", "Programming Language :: Python :: 3.13"} <= set(metadata.get_all("Classifier", []))
 
 
 @needs_git

@@ -102,6 +102,14 @@ def test_options_from_the_environment_stand_below_those_given(tmp_path: Path) ->
     assert (found["group"]["lora"], found["group"]["weight_decay"]) == (True, 0.25)
 
 
+@pytest.mark.parametrize("program", [["train.py"], ["-m", "train"]])
+def test_what_deepspeeds_launcher_puts_in_goes_to_the_program(program: list[str], tmp_path: Path) -> None:
+    """It takes the runner for the program, and its arguments begin with a rank."""
+    done = run(tmp_path, "--local_rank=3", "--set", "seed=1", "--", *program, "AdamW8bit")
+    assert done.returncode != 0  # of the script's: it takes the first argument for a class
+    assert "'--local_rank=3'" in done.stderr
+
+
 def test_a_program_that_chose_another_optimizer_is_told(tmp_path: Path) -> None:
     done = run(tmp_path, "--", "train.py", "none")
     assert result(done)["class"] == "SGD"

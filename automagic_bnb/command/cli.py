@@ -198,6 +198,7 @@ def add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser.add_argument(
         "--trainer", choices=["onetrainer"], help="a trainer in which more has to be replaced; start in its folder"
     )
+    parser.add_argument("--local_rank", metavar="N", help="what DeepSpeed's launcher puts here; the program gets it")
     parser.add_argument("program", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     parser.set_defaults(run=run_run)
 
@@ -206,7 +207,7 @@ def run_run(args: argparse.Namespace) -> int:
     """`automagic-bnb run`."""
     from automagic_bnb.command import runner
 
-    return runner.run(args.set, args.program, args.trainer)
+    return runner.run(args.set, args.program, args.trainer, args.local_rank)
 
 
 def add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -15,13 +15,14 @@ ENVIRONMENT = "AUTOMAGIC_BNB_OPTIONS"
 REFUSED = 2
 
 
-def run(settings: list[str], program: list[str], trainer: str | None = None) -> int:
+def run(settings: list[str], program: list[str], trainer: str | None = None, local_rank: str | None = None) -> int:
     """Replace, say in one line what, and run the program as Python itself would; its exit status is its own.
 
     Args:
         settings: options as NAME=VALUE, over those of the environment's `AUTOMAGIC_BNB_OPTIONS`.
         trainer: a module of automagic_bnb.trainers, for one in which more has to be replaced.
         program: a script or "-m" and a module, and its arguments; a "--" before it is left out.
+        local_rank: the first argument for the program, which a launcher put before its name since it did not know it.
     """
     program = program[1:] if program[:1] == ["--"] else program
     try:
@@ -32,6 +33,9 @@ def run(settings: list[str], program: list[str], trainer: str | None = None) -> 
             importlib.import_module(f"automagic_bnb.trainers.{trainer}").enter()
     except (ImportError, TypeError, ValueError) as e:
         return refuse(str(e))
+    if local_rank is not None:
+        at = 2 if program[0] == "-m" else 1
+        program = [*program[:at], f"--local_rank={local_rank}", *program[at:]]
     said = ", ".join(f"{name}={value!r}" for name, value in options.items())
     say(f"{', '.join(replaced)}{'; with ' + said if said else ''}")
     try:
