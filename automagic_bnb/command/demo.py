@@ -339,8 +339,9 @@ def choose_device(name: str | None) -> torch.device:
         tried = torch.zeros(1, device=name)
         tried.item()  # which "meta" has not
         return tried.device
-    except (RuntimeError, AssertionError, NotImplementedError) as e:  # what torch raises for unusable devices
-        raise DemoError(f"cannot use the device {name!r}: {str(e).splitlines()[0]}") from e
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as e:  # as torch does where it has none
+        reason = str(e).splitlines()[0].split(". ")[0]  # of some devices torch says it at great length
+        raise DemoError(f"cannot use the device {name!r}: {reason}; leave --device out to use what is there") from e
 
 
 def prepare_folder(folder: Path) -> Path:
