@@ -2,10 +2,10 @@
 
     python benchmarks/cpu_step.py > benchmarks/results/cpu_step.md
 
-Two workloads: the LoRA of `automagic-bnb demo` with its rate found, and a matrix of a million bfloat16 weights. The
-steps of all optimizers take turns in one process, on one core, and the least time of each counts, in seconds of the
-processor: so it matters little what else the machine does. The first compiled step is timed in processes of its own,
-without and with what Numba keeps on disk.
+Two workloads: a LoRA of the model of `automagic-bnb demo` with its rate found, and a matrix of a million bfloat16
+weights. The steps of all optimizers take turns in one process, on one core, and the least time of each counts, in
+seconds of the processor: so it matters little what else the machine does. The first compiled step is timed in processes
+of its own, without and with what Numba keeps on disk.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {
 
 
 def demo() -> list[Parameter]:
-    """The demo's LoRA matrices, 14 of 4,096 float32 each."""
+    """The matrices of its LoRA of rank 8, 14 of 4,096 float32 each."""
     model = demo_model.with_lora(demo_model.make_base(0, torch.device("cpu")), rank=8, seed=0)
     return demo_model.trainable(model)
 

@@ -91,7 +91,8 @@ def test_module_is_the_same_command(monkeypatch, capsys):
         runpy.run_module("automagic_bnb", run_name="__main__")
     assert stopped.value.code == 0
     out = capsys.readouterr().out
-    for option in ("steps", "base-steps", "seed", "out", "profile", "lr", "adamw-lr", "rank", "device", "compare"):
+    options = "steps", "base-steps", "seed", "out", "profile", "lr", "adamw-lr", "rank", "batch", "device", "compare"
+    for option in options:
         assert f"--{option} " in out
 
 
@@ -104,6 +105,7 @@ def test_module_is_the_same_command(monkeypatch, capsys):
         ["--lr", "-1e-3"],
         ["--adamw-lr", "nan"],
         ["--rank", "0"],
+        ["--batch", "0"],
         ["--profile", "fastest"],
         ["--compare", "nothing"],
         ["--unknown"],
@@ -126,9 +128,15 @@ def test_a_folder_that_cannot_be_written_is_an_error_before_training(tmp_path, c
     assert file.read_text() == "kept"
 
 
-def test_an_unusable_device_is_an_error(tmp_path, capsys):
-    assert cli.main(["demo", "--out", str(tmp_path), "--device", "nonsense"]) == 1
-    assert "nonsense" in capsys.readouterr().err
+@pytest.mark.parametrize("device", ["nonsense", "hpu", "maia", "cuda:77"])
+def test_an_unusable_device_is_an_error_of_one_line(device, tmp_path, capsys):
+    """It names the device and a way out; torch's own message for one that it was built without has 2,000 letters."""
+    assert cli.main(["demo", "--out", str(tmp_path), "--device", device]) == 1
+    error = capsys.readouterr().err
+    assert repr(device) in error
+    assert "leave --device out" in error
+    assert error.count("\n") == 1
+    assert len(error) < 400
 
 
 @pytest.mark.parametrize("package", ["sklearn", "tqdm", "matplotlib", "rich"])
@@ -157,7 +165,7 @@ def test_an_early_interrupt_leaves_nothing_to_compare(call, tmp_path, capsys, mo
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("call", "labels"), [(5, ["Automagic"]), (6, ["Automagic", "AdamW"])])
+@pytest.mark.parametrize(("call", "labels"), [(5, ["Automagic"]), (8, ["Automagic", "AdamW"])])
 def test_interrupted_comparison_shows_what_there_is(call, labels, tmp_path, capsys, monkeypatch):
     interrupt_at(monkeypatch, call)
     assert cli.main([*SHORT, "--out", str(tmp_path)]) == cli.INTERRUPTED
@@ -188,14 +196,14 @@ def test_both_optimizers_start_as_the_base(runs):
     first_losses = [run.history.validation_loss[0] for run in runs]
     _, held_out = demo.load_digits(demo.LORA_CLASSES, seed=0)
     batch = demo.validation_batch(held_out, seed=0, device=CPU)
-    assert first_losses == [pytest.approx(demo.flow_matching_loss(base, batch).item(), rel=1e-6)] * 3
+    assert first_losses == [pytest.approx(demo.flow_matching_loss(base, batch).item(), rel=1e-6)] * 4
     # The batches are the same, so the first step's training losses are too; later ones part.
     assert runs[0].history.train_loss[0] == runs[1].history.train_loss[0]
     assert runs[0].history.train_loss[1] != runs[1].history.train_loss[1]
 
 
 def test_only_the_lora_moves(runs):
-    start = demo.with_lora(demo.make_base(0, CPU), rank=8, seed=0)
+    start = demo.with_lora(demo.make_base(0, CPU), rank=demo.DemoOptions().rank, seed=0)
     for run in runs:
         for (name, before), after in zip(start.named_parameters(), run.model.parameters(), strict=True):
             assert torch.equal(before, after) == ("lora_" not in name), name
@@ -204,7 +212,8 @@ def test_only_the_lora_moves(runs):
 def test_lora_matrices_are_marked_and_large_enough_for_8_bits(runs):
     parameters = demo.trainable(runs[0].model)
     assert len(parameters) == 14
-    assert all(p._is_lora_layer and p.numel() >= 4096 for p in parameters)
+    assert all(p._is_lora_layer and p.numel() == 32 * 512 for p in parameters)
+    assert all(p.numel() >= 4096 for p in demo.trainable(demo.with_lora(demo.make_base(0, CPU), rank=8, seed=0)))
 
 
 def test_the_seed_fixes_the_losses(runs):
@@ -223,11 +232,46 @@ def test_global_random_state_is_left_alone():
 
 def test_automagic_is_given_a_rate_only_on_request(runs):
     assert runs[0].optimizer.param_groups[0]["auto_lr"]
-    assert [run.rate_origin for run in runs] == ["found", "best of 6", "usual start"]
-    assert [run.optimizer.param_groups[0]["lr"] for run in runs[1:]] == [2e-3, 1e-4]
+    assert [run.rate_origin for run in runs] == ["found", "found", "best of 6", "usual start"]
+    assert [run.optimizer.param_groups[0]["lr"] for run in runs[2:]] == [7e-4, 1e-4]
     given = short_comparison(lr=2e-4, adamw_lr=5e-4)
-    assert [run.optimizer.param_groups[0]["lr"] for run in given] == [2e-4, 5e-4, 1e-4]
-    assert [run.rate_origin for run in given] == ["given", "given", "usual start"]
+    assert [run.optimizer.param_groups[0]["lr"] for run in given] == [2e-4, 2e-4, 5e-4, 1e-4]
+    assert [run.rate_origin for run in given] == ["given", "given", "given", "usual start"]
+
+
+def test_automagic_runs_by_default_and_lean_or_in_the_profile_asked_for(runs):
+    assert [run.label for run in runs[:2]] == ["Automagic8bit", "Automagic8bit, lean"]
+    assert [run.optimizer.param_groups[0]["mask_bits"] for run in runs[:2]] == [4, 0]
+    one = demo.contestants(demo.DemoOptions(profile="memory_optimized"))
+    assert list(one) == ["Automagic8bit, memory_optimized", "AdamW8bit, tuned", "AdamW8bit, as usual"]
+    assert "Automagic8bit" in demo.contestants(demo.DemoOptions(profile="balanced"))
+
+
+@needs_bitsandbytes
+def test_automagic_holds_fewer_bytes(runs):
+    """With the rate found, the probes among them."""
+    default, lean, adamw, _ = map(demo.state_bytes_per_parameter, (run.optimizer for run in runs))
+    assert lean < default < adamw
+    assert (round(lean, 1), round(default, 2)) == (1.3, 1.85)
+
+
+def test_the_lora_learns_from_small_batches_and_the_base_from_large_ones(monkeypatch):
+    sizes = []
+    real = demo.draw_batch
+
+    def draw_batch(examples, size, *others):
+        sizes.append(size)
+        return real(examples, size, *others)
+
+    monkeypatch.setattr(demo, "draw_batch", draw_batch)
+    options = demo.DemoOptions(steps=1, base_steps=1)
+    base = demo.make_base(0, CPU)
+    demo.train_base(base, options)
+    demo.compare(base, options)
+    assert sizes == [64, 8, 8, 8, 8]
+    sizes.clear()
+    demo.compare(base, demo.DemoOptions(steps=1, batch=3))
+    assert set(sizes) == {3}
 
 
 # --- figures ----------------------------------------------------------------------------------------------------
@@ -244,7 +288,7 @@ def test_effective_ranks_are_those_of_what_is_added(runs):
             found.append((-shares * shares.log()).sum().exp().item())
         assert len(found) == 7
         assert run.history.effective_rank[-1] == pytest.approx(sum(found) / len(found), rel=1e-5)
-        assert run.history.effective_rank[0] == 0 < run.history.effective_rank[-1] <= 8
+        assert run.history.effective_rank[0] == 0 < run.history.effective_rank[-1] <= 32
         assert len(run.history.effective_rank) == len(run.history.validation_step)
 
 
@@ -261,7 +305,7 @@ def test_the_picture_of_ranks_shows_what_is_added(runs, tmp_path, monkeypatch):
     demo.save_ranks(tmp_path / "ranks.png", runs)
     assert list(drawn["values"]) == list(drawn["history"]) == [run.label for run in runs]
     for values in drawn["values"].values():
-        assert values.shape == (8,)
+        assert values.shape == (32,)
         assert (values > 0).all()
     assert_picture(tmp_path / "ranks.png")
 
@@ -285,8 +329,9 @@ def test_a_shared_storage_counts_once():
 
 @needs_bitsandbytes
 def test_adamw8bit_takes_the_bytes_its_format_says(runs):
-    codes_and_absmax = 14 * (2 * 4096 + 2 * 4 * 4096 // 256)
-    assert demo.state_bytes_per_parameter(runs[1].optimizer) == (codes_and_absmax + 2 * 256 * 4) / (14 * 4096)
+    size = 32 * 512
+    codes_and_absmax = 14 * (2 * size + 2 * 4 * size // 256)
+    assert demo.state_bytes_per_parameter(runs[2].optimizer) == (codes_and_absmax + 2 * 256 * 4) / (14 * size)
 
 
 def test_table_shows_what_the_runs_hold(runs):
@@ -327,7 +372,7 @@ def test_prodigy_runs_where_it_is_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "prodigyopt", prodigyopt)
     labels = list(demo.contestants(demo.DemoOptions(compare="prodigy")))
     assert labels[-1] == "Prodigy"
-    assert len(labels) == 4
+    assert len(labels) == 5
     run = short_comparison(compare="prodigy")[-1]
     assert demo.learning_rate(run.optimizer) == 1e-3
     assert run.rate_origin == "found"
@@ -336,7 +381,8 @@ def test_prodigy_runs_where_it_is_installed(monkeypatch):
 @pytest.mark.filterwarnings("ignore:bitsandbytes could not be imported")
 def test_without_bitsandbytes_both_run_in_32_bits_and_say_so(monkeypatch):
     monkeypatch.setattr(bnb, "BITSANDBYTES_AVAILABLE", False)
-    ours, peer, _ = short_comparison()
+    ours, lean, peer, _ = short_comparison()
+    assert lean.label == "Automagic, 32-bit state, lean"
     assert "32-bit" in ours.label
     assert "32-bit" in peer.label
     assert isinstance(ours.optimizer, Automagic8bit)

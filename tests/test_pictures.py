@@ -55,19 +55,21 @@ def test_pictures_of_runs_and_tensors(drawn: dict[str, Figure], tmp_path: Path) 
 
 
 def test_pictures_of_the_demo(drawn: dict[str, Figure], tmp_path: Path) -> None:
-    """With four optimizers, as many as there can be."""
-    labels = ("Automagic8bit", "AdamW8bit, tuned", "AdamW8bit, as usual", "Prodigy")
+    """With five optimizers, as many as there can be."""
+    labels = ("Automagic8bit", "Automagic8bit, lean", "AdamW8bit, tuned", "AdamW8bit, as usual", "Prodigy")
     steps = list(range(0, 401, 25))
     falling = [0.9 - step / 1000 for step in steps]
     history = History([0.5] * 400, [1e-3 + step * 1e-6 for step in range(400)], [1.0] * 400, steps, falling)
-    images = {f"samples, {label}": np.random.default_rng(0).normal(size=(40, 64)) for label in labels}
+    panels = ("real digits, held out", "samples before the LoRA", *(f"samples, {label}" for label in labels))
+    images = {panel: np.random.default_rng(0).normal(size=(40, 64)) for panel in panels}
     words = {f"{label}: no rate given, found 2.6e-03": history for label in labels}
     digits = range(5, 10)
     demo_pictures.save_result(tmp_path / "result.png", list(images.values())[:3], words, digits)
     demo_pictures.save_samples(tmp_path / "samples.png", images, digits)
     demo_pictures.save_curves(tmp_path / "loss.png", dict.fromkeys(labels, history))
     rates = {f"Automagic8bit, lora_{x}": np.geomspace(3e-4, 5e-3, 500) for x in "AB"}
-    marks = dict(zip(("mean", "upper bound (max_lr)", *labels[1:]), (2e-3, 2e-2, 2e-3, 1e-4, 1e-3), strict=True))
+    names = ("mean", "upper bound (max_lr)", *labels[1:])
+    marks = dict(zip(names, (2e-3, 2e-2, 2.5e-3, 2e-3, 1e-4, 1e-3), strict=True))
     demo_pictures.save_learning_rates(tmp_path / "learning_rates.png", rates, marks)
     assert sorted(drawn) == sorted(["result.png", "samples.png", "loss.png", "learning_rates.png"])
     assert all_complaints(drawn) == []

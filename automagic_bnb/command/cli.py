@@ -115,11 +115,12 @@ def add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument("--base-steps", type=positive_int, help="training steps of the base model")
     parser.add_argument("--seed", type=natural_number, help="fixes the split, the weights, the batches and the noise")
     parser.add_argument("--out", type=Path, help="folder for the pictures")
-    parser.add_argument("--profile", choices=PROFILES, help="profile of Automagic8bit")
+    parser.add_argument("--profile", choices=PROFILES, help="profile of Automagic8bit (None: the default and lean)")
     parser.add_argument("--lr", type=positive_float, help="rate for Automagic8bit (None: it finds its own)")
     parser.add_argument("--adamw-lr", type=positive_float, help="best rate of AdamW8bit")
     parser.add_argument("--compare", choices=PEERS, help="one more optimizer to run")
     parser.add_argument("--rank", type=positive_int, help="rank of the LoRA; below 8 its states stay in 32 bits")
+    parser.add_argument("--batch", type=positive_int, help="images in a step of the LoRA")
     parser.add_argument("--device", help="torch device (None: a GPU if there is one)")
     parser.set_defaults(run=run_demo, **vars(DemoOptions()))
 

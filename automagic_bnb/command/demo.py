@@ -5,8 +5,9 @@ once on 0-4 with `torch.optim.AdamW`. A LoRA then adapts it to 5-9: with `Automa
 `AdamW8bit`, from the same base weights, the same LoRA initialisation and the same batches. The validation loss is taken
 on held-out images with noise and times drawn once, so its values are comparable.
 
-`Automagic8bit` is given no learning rate unless the user passes one. `AdamW8bit` needs one, and runs with two: its best
-of several (`ADAMW_LR`), which nobody knows beforehand, and the one that people start with (`USUAL_LR`).
+`Automagic8bit` is given no learning rate unless the user passes one, and runs as it is by default and in the profile
+`lean`. `AdamW8bit` needs a rate, and runs with two: its best of several (`ADAMW_LR`), which nobody knows beforehand,
+and the one that people start with (`USUAL_LR`).
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from automagic_bnb.watch import singular
 
 BASE_CLASSES = range(5)
 LORA_CLASSES = range(5, 10)
-BATCH = 64
+BASE_BATCH = 64
 BASE_LR = 1e-3
 VALIDATION_INTERVAL = 25
 SAMPLES_PER_CLASS = 8
@@ -71,11 +72,11 @@ def load_digits(classes: range, seed: int) -> tuple[Examples, Examples]:
     return Examples(images[kept], labels[kept]), Examples(images[held_out], labels[held_out])
 
 
-def draw_batch(examples: Examples, generator: torch.Generator, device: torch.device) -> FlowBatch:
+def draw_batch(examples: Examples, size: int, generator: torch.Generator, device: torch.device) -> FlowBatch:
     """A random training batch. It is drawn on the CPU, so that every device sees the same one."""
-    chosen = torch.randint(len(examples.labels), (BATCH,), generator=generator)
-    noise = torch.randn(BATCH, PIXELS, generator=generator)
-    times = torch.rand(BATCH, generator=generator)
+    chosen = torch.randint(len(examples.labels), (size,), generator=generator)
+    noise = torch.randn(size, PIXELS, generator=generator)
+    times = torch.rand(size, generator=generator)
     batch = FlowBatch(examples.images[chosen], noise, times, examples.labels[chosen])
     return FlowBatch(*(x.to(device) for x in batch))
 
@@ -122,6 +123,7 @@ def train(
     examples: Examples,
     *,
     steps: int,
+    batch: int,
     seed: int,
     title: str,
     validation: FlowBatch | None = None,
@@ -136,7 +138,7 @@ def train(
             for step in range(steps):
                 if step % VALIDATION_INTERVAL == 0:
                     history.validate(model, validation)
-                train_step(model, optimizer, draw_batch(examples, generator, device), history)
+                train_step(model, optimizer, draw_batch(examples, batch, generator, device), history)
                 rate = f"{history.learning_rate[-1]:.2e}"
                 bar.set_postfix(loss=f"{history.train_loss[-1]:.3f}", lr=rate, refresh=False)
                 bar.update()
@@ -217,9 +219,9 @@ def contestants(options: DemoOptions) -> dict[str, Contestant]:
     from automagic_bnb import Automagic8bit
     from automagic_bnb.bnb import BITSANDBYTES_AVAILABLE
 
-    def automagic(parameters: list[Parameter]) -> Optimizer:
+    def automagic(profile: str) -> Callable[[list[Parameter]], Optimizer]:
         rate: dict[str, Any] = {} if options.lr is None else {"lr": options.lr}
-        return Automagic8bit(parameters, profile=options.profile, seed=options.seed, **rate)
+        return lambda parameters: Automagic8bit(parameters, profile=profile, seed=options.seed, **rate)
 
     def adamw(lr: float) -> Callable[[list[Parameter]], Optimizer]:
         if not BITSANDBYTES_AVAILABLE:
@@ -230,8 +232,11 @@ def contestants(options: DemoOptions) -> dict[str, Contestant]:
     if not BITSANDBYTES_AVAILABLE:
         ours, peer = ("Automagic, 32-bit state", "torch AdamW, 32-bit state")
     chosen = "best of 6" if options.adamw_lr == ADAMW_LR else "given"
-    found = {
-        ours: Contestant(automagic, "found" if options.lr is None else "given"),
+    origin = "found" if options.lr is None else "given"
+    profiles = ("balanced", "lean") if options.profile is None else (options.profile,)
+    names = {profile: ours if profile == "balanced" else f"{ours}, {profile}" for profile in profiles}
+    found = {names[profile]: Contestant(automagic(profile), origin) for profile in profiles}
+    found |= {
         f"{peer}, tuned": Contestant(adamw(options.adamw_lr), chosen),
         f"{peer}, as usual": Contestant(adamw(USUAL_LR), "usual start"),
     }
@@ -246,20 +251,22 @@ def train_base(base: VelocityModel, options: DemoOptions) -> bool:
     examples, _ = load_digits(BASE_CLASSES, options.seed)
     adamw = torch.optim.AdamW(base.parameters(), lr=BASE_LR)
     title = "base model, digits 0-4"
-    history = train(base, adamw, examples, steps=options.base_steps, seed=options.seed, title=title)
+    settings: dict[str, Any] = {"steps": options.base_steps, "batch": BASE_BATCH, "seed": options.seed}
+    history = train(base, adamw, examples, title=title, **settings)
     return not history.interrupted
 
 
 def compare(base: VelocityModel, options: DemoOptions) -> list[Run]:
     """Train one LoRA per optimizer from the same start on the same batches; stops after an interrupted one."""
     runs: list[Run] = []
-    steps, seed = options.steps, options.seed
+    seed = options.seed
+    settings: dict[str, Any] = {"steps": options.steps, "batch": options.batch, "seed": seed}
     examples, held_out = load_digits(LORA_CLASSES, seed)
     validation = validation_batch(held_out, seed, base.class_codes.device)
     for label, contestant in contestants(options).items():
         model = with_lora(base, options.rank, seed)
         optimizer = contestant.make(trainable(model))
-        history = train(model, optimizer, examples, steps=steps, seed=seed, title=label, validation=validation)
+        history = train(model, optimizer, examples, title=label, validation=validation, **settings)
         runs.append(Run(label, model, optimizer, history, contestant.rate_origin))
         if history.interrupted:
             break
@@ -339,8 +346,9 @@ def choose_device(name: str | None) -> torch.device:
         tried = torch.zeros(1, device=name)
         tried.item()  # which "meta" has not
         return tried.device
-    except (RuntimeError, AssertionError, NotImplementedError) as e:  # what torch raises for unusable devices
-        raise DemoError(f"cannot use the device {name!r}: {str(e).splitlines()[0]}") from e
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as e:  # as torch does where it has none
+        reason = str(e).splitlines()[0].split(". ")[0]  # of some devices torch says it at great length
+        raise DemoError(f"cannot use the device {name!r}: {reason}; leave --device out to use what is there") from e
 
 
 def prepare_folder(folder: Path) -> Path:

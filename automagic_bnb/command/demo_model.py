@@ -13,7 +13,7 @@ from torch.nn.parameter import Parameter
 
 PIXELS = 64
 WIDTH = 512
-"""Hidden width. At rank 8 every LoRA matrix then has 4096 elements, the size from which states are kept in 8 bits."""
+"""Hidden width. From rank 8 on every LoRA matrix then has 4096 elements, from which states are kept in 8 bits."""
 BLOCKS = 3
 SAMPLING_STEPS = 50
 

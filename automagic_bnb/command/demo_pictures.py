@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from automagic_bnb.command.demo import History
 
 SHADES = (COLOURS[5], COLOURS[0])
-MARK_STYLES = (("black", "-"), ("black", ":"), *zip(COLOURS[1:4], ("--", "-.", ":"), strict=True))
+MARK_STYLES = (("black", "-"), ("black", ":"), *zip(COLOURS[1:5], ("--", "-.", ":", (0, (1, 3))), strict=True))
 SMOOTHING = 25
 """Steps of the trailing mean over the training loss, whose batches are far noisier than the differences shown."""
 BINS_PER_OCTAVE = 8
@@ -75,7 +75,7 @@ def save_samples(path: Path, images: Mapping[str, np.ndarray], digits: Sequence[
         axes.set_yticks([CELL * (row + 0.5) - 0.5 for row in range(len(digits))], [str(digit) for digit in digits])
         axes.tick_params(length=0)
     for axes in list(figure.axes)[len(images) :]:
-        axes.set_axis_off()
+        axes.remove()
     saved(figure, path)
 
 
