@@ -368,10 +368,9 @@ class FusedStep:
 
         updates = zip(plan.buckets, plan.matrices, plan.counts, grads, strict=True)
         due = [update for update in updates if any(g is not None for g in update[-1])]
-        tasks: list[low_rank.RankTask] = []
         ahead = iter([bucket for bucket, *_ in due if bucket.fetched])
         self._prefetch(next(ahead, None))
-        launched: list[Bucket] = []
+        launched: list[tuple[Bucket, Matrices]] = []
         try:
             for bucket, matrices, counts, of_bucket in due:
                 if not bucket.is_in_place():
@@ -382,20 +381,20 @@ class FusedStep:
                 with on_device(bucket.spec.device):
                     if counts is None:
                         step.launch(bucket, addresses, options)
-                        launched.append(bucket)
-                        tasks += matrices.shrink(options)
+                        launched.append((bucket, matrices))
+                        matrices.shrink(options)
                     else:
                         step.launch(bucket, addresses, options, counts, *scaler.on(bucket.spec.device))
-                        launched.append(bucket)
+                        launched.append((bucket, matrices))
                         counts.shrink()
         finally:
-            for bucket in launched:  # while the device works
-                if not bucket.spec.counts:
-                    bucket.count()
-        low_rank.shrink_ranks(tasks)
+            called = [pair for pair in launched if not pair[0].spec.counts]
+            for bucket, _ in called:  # while the device works
+                bucket.count()
+        low_rank.shrink_ranks([task for _, matrices in called for task in matrices.tasks(options)])
         if len(launched) == len(due):
             return True
-        stepped.update(id(p) for bucket in launched for p in bucket.parameters)
+        stepped.update(id(p) for bucket, _ in launched for p in bucket.parameters)
         return False
 
     def _prefetch(self, bucket: Bucket | None) -> None:

@@ -231,27 +231,25 @@ class Matrices:
         """The RANK that each needs; 0 for those that are not the kernel's."""
         self.unit = 128 // bucket.spec.switches.P.primitive_bitwidth
 
-    def shrink(self, sources: list[dict[str, Any]]) -> list[low_rank.RankTask]:
+    def shrink(self, sources: list[dict[str, Any]]) -> None:
         """Step 9 of the matrices that are due, without waiting: an upload and a launch for each RANK.
 
         Args:
             sources: the effective options by `Member.source`.
-
-        Returns:
-            The tasks that are left to `low_rank.shrink_ranks`.
         """
         steps = self.bucket.steps[self.rows]
         due = (steps > 0) & (steps % low_rank.LOW_RANK_EVERY == 0)
-        if not due.any():
-            return []
-        due &= np.array([options["lora_rank_penalty"] for options in sources])[self.sources]
-        for rank in np.unique(self.ranks[due & (self.ranks > 0)]):
-            self._launch(int(rank), due & (self.ranks == rank), steps, sources)
-        return [task for i in np.flatnonzero(due & (self.ranks == 0)) for task in self._task(i, sources)]
+        if due.any():
+            due &= np.array([options["lora_rank_penalty"] for options in sources])[self.sources]
+            for rank in np.unique(self.ranks[due & (self.ranks > 0)]):
+                self._launch(int(rank), due & (self.ranks == rank), steps, sources)
 
-    def _task(self, index: int, sources: list[dict[str, Any]]) -> list[low_rank.RankTask]:
-        m = self.bucket.members[self.rows[index]]
-        return low_rank.rank_tasks(m.theta, m.state, sources[m.source], m.key, m.is_lora, m.rate)
+    def tasks(self, sources: list[dict[str, Any]]) -> list[low_rank.RankTask]:
+        """What is left to `low_rank.shrink_ranks`, once the states count the step."""
+        stepped = (self.ranks == 0) & (self.bucket.steps[self.rows] > 0)
+        left = [self.bucket.members[row] for row in self.rows[stepped]]
+        found = (low_rank.rank_tasks(m.theta, m.state, sources[m.source], m.key, m.is_lora, m.rate) for m in left)
+        return [task for tasks in found for task in tasks]
 
     def _launch(self, rank: int, chosen: np.ndarray, steps: np.ndarray, sources: list[dict[str, Any]]) -> None:
         host = self.table[chosen]

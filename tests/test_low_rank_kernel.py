@@ -186,6 +186,17 @@ def test_what_the_kernel_does_not_take_is_lowered_too(shape: Shape, options: dic
     assert error(ours, normal(shape).to(dtype), 2.0) < (0.01 if options else FLOAT32_ERROR)
 
 
+def test_what_has_no_gradient_is_not_lowered_again() -> None:
+    """Of a matrix that the kernel does not take, too, when another is stepped while its count stays at the tenth."""
+    p = [torch.nn.Parameter(normal((66, 70), seed=i).to(DEVICE)) for i in range(2)]
+    opt = at_tenth(p, backend="triton")
+    opt.step()
+    once, p[1].grad = p[1].detach().clone(), None
+    opt.step()
+    assert torch.equal(p[1].detach(), once)
+    assert not torch.equal(p[1].detach().cpu(), normal((66, 70), seed=1)), "negative control: it was lowered"
+
+
 def test_one_launch_for_all_of_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     """A hundred matrices of ranks up to 16, and one of 20, are two launches; at other steps there is none."""
     opt = at_tenth([torch.nn.Parameter(normal(s).to(DEVICE)) for s in ((4, 8),) * 100 + ((20, 24),)], backend="triton")
