@@ -393,7 +393,9 @@ class RateFinder:
         ]
         search.watches(len(held))
         known = st.StatePlaces(
-            [stats for stats, _ in held], (states[p] for g in search.groups for p in g["params"] if p in states)
+            [stats for stats, _ in held],
+            (states[p] for g in search.groups for p in g["params"] if p in states),
+            [4] * len(held),  # the state, a bucket twice, and this
         )
         parts = by_device(held, home)
         arrivals = [torch.zeros(len(st.STATS), dtype=torch.float32, device=home) for _ in parts[1:]]

@@ -49,7 +49,7 @@ def registers(workload: Workload, device: torch.device, count: int, numbers: lis
 
     for name, options in STORAGES.items():
         for warm in (True, False) if options.get("mask_bits", 4) else (False,):
-            key, row = ("8bit" if options is BLOCKWISE else "factored", warm), []
+            key, row = ({"default": "factored", "lean": "lean", "block-wise": "8bit"}[name], warm), []
             chosen = step._MAX_REGISTERS[key]
             opt = optimizer(workload, device, warm, options)
             opt.step()  # frozen from the second on

@@ -336,7 +336,7 @@ def step_kernel(
 
 _MAX_REGISTERS = {
     ("8bit", False): 128, ("8bit", True): 96, ("factored", False): 128, ("factored", True): 128, ("32bit", False): 96,
-    ("32bit", True): 128,
+    ("32bit", True): 128, ("lean", False): 96,
 }  # fmt: skip
 """Per thread, on NVIDIA, by storage and whether the mask moves: more warps at once are worth some spilled registers.
 Measured: benchmarks/NOTES.md."""
@@ -346,6 +346,8 @@ def _compiler_options(device: torch.device, switches: Switches) -> dict[str, Any
     if device.type != "cuda" or torch.version.hip is not None:
         return {}
     storage = "factored" if switches.WIDTH else "8bit" if switches.CODES else "32bit"
+    if switches.WIDTH and not switches.MASK and not switches.CAME:
+        storage = "lean"
     return {"maxnreg": _MAX_REGISTERS[storage, switches.WARM]}
 
 

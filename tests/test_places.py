@@ -113,6 +113,23 @@ def test_places_are_looked_at_once_somebody_has_read_a_state(monkeypatch: pytest
     give(*parameters, step=4)
     opt.step()
     assert max(looked) > 10
+    looked.clear()
+    give(*parameters, step=5)
+    opt.step()
+    assert max(looked, default=0) <= 1, "nobody has kept one"
+    kept = opt.state[parameters[0]]["state1"]
+    for step in (6, 7):
+        looked.clear()
+        give(*parameters, step=step)
+        opt.step()
+        assert max(looked) > 10, "it may be moved at any time"
+    kept.data = kept.clone()
+    del kept
+    for step in (8, 9, 10):  # anew, looked at once, and trusted
+        looked.clear()
+        give(*parameters, step=step)
+        opt.step()
+    assert max(looked, default=0) <= 1
 
 
 @pytest.mark.parametrize(
