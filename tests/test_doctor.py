@@ -18,6 +18,7 @@ from automagic_bnb import bnb, fused, reference
 from automagic_bnb.command import cli, doctor
 
 HERE = Path(__file__).parent
+TRITON_MISSING = fused.triton_missing
 
 
 def doctor_process(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -180,6 +181,16 @@ def test_a_gpu_without_triton(a_gpu: None, monkeypatch: pytest.MonkeyPatch, caps
     assert "No module named 'triton'" in finding["detail"]
     monkeypatch.setattr(doctor.platform, "system", lambda: "Windows")
     assert "triton-windows" in doctor.check_fused().remedy
+
+
+def test_a_gpu_with_a_triton_too_old(a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its version, and the torch that brings a newer one: another Triton beside that torch would exchange it."""
+    monkeypatch.setattr(fused, "triton_missing", TRITON_MISSING)
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.0.0"))
+    finding = doctor.check_fused()
+    assert finding.status == "problem"
+    assert finding.remedy == "install torch 2.7 or later, which brings a Triton that will do"
+    assert "Triton 3.0.0 is too old" in finding.detail
 
 
 def test_a_gpu_in_the_interpreter(a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,6 +72,20 @@ def test_both_languages_have_the_same_blocks(page: str) -> None:
     assert blocks(page) == blocks(page, folder=CHINESE)
 
 
+def test_both_languages_say_the_same_of_the_runner_and_of_versions() -> None:
+    """The runner's commands and classes; each row's page and version in the table of what was tried."""
+    assert blocks("runner") == blocks("runner", folder=CHINESE)
+    classes, tried = [], []
+    for folder in (PAGES, CHINESE):
+        rows = re.findall(r"^\| .*", (folder / "runner.md").read_text("utf-8"), re.M)
+        classes.append([re.findall(r"`(\w+)`", row) for row in rows])
+        rows = re.findall(r"^\| .*", (folder / "README.md").read_text("utf-8"), re.M)[1:]
+        tried.append([(re.findall(r"\]\((.*?\.md)\)", row), row.split("|")[3].strip()) for row in rows])
+    assert classes[0] == classes[1]
+    assert tried[0] == tried[1]
+    assert {page for pages, _ in tried[0] for page in pages} == {f"{name}.md" for name in (*NAMES, "runner")}
+
+
 # -------------------------------------------------------------------------------------------- options of the optimizer
 
 
