@@ -125,7 +125,7 @@ def test_places_are_looked_at_once_somebody_has_read_a_state(monkeypatch: pytest
         assert max(looked) > 10, "it may be moved at any time"
     kept.data = kept.clone()
     del kept
-    for step in (8, 9, 10):  # anew, looked at once, and trusted
+    for step in range(8, 12):  # made anew, looked at once, and trusted
         looked.clear()
         give(*parameters, step=step)
         opt.step()
