@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import numbers
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,7 +190,7 @@ def read_run(directory: str | Path) -> Run:
 
 
 def find_runs(directory: str | Path) -> list[Path]:
-    """The folders that hold a run: this one and all below it, by name.
+    """The folders that hold a run: this one and all below it, by name; run 2 comes before run 10.
 
     Raises:
         NotADirectoryError: there is no such folder.
@@ -198,13 +199,19 @@ def find_runs(directory: str | Path) -> list[Path]:
     folder = Path(directory)
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is no folder")
-    found = sorted(path.parent for path in folder.rglob(FILE_NAME))
+    found = sorted((path.parent for path in folder.rglob(FILE_NAME)), key=_by_name)
     if not found:
         raise FileNotFoundError(
             f"{folder} holds no run: no {FILE_NAME} is in it or in a folder below. "
             "Log one by RunLog, or by trainer_callback or lightning_callback with directory=…"
         )
     return found
+
+
+def _by_name(folder: Path) -> list[list[str | int]]:
+    """Its place among others, each number in a name counting as one: what stands between numbers and they in turn."""
+    pieces = (enumerate(re.split(r"([0-9]+)", part)) for part in folder.parts)
+    return [[int(piece) if i % 2 else piece for i, piece in part] for part in pieces]
 
 
 def as_run(source: Run | str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Run:

@@ -29,9 +29,10 @@ def run(stride: int, seed: int, args: argparse.Namespace, device: torch.device) 
     torch.manual_seed(seed)
     model = byte_model.Bytes(args.width, args.layers).to(device)
     state.PROBE_STRIDE, state.MAX_PROBED = stride, 2**62
+    state.LEAST_STRIDE = min(stride, 16)
     optimizer = training.ours(model.parameters(), None, args.steps, max_lr=MAX_LR)
     loss = training.train(model, optimizer, seed, args, device)
-    watched = sum(held["probe_sum"].numel() for held in optimizer.state.values())
+    watched = sum(held["probe_start"].numel() for held in optimizer.state.values())
     return {"watched": watched, "rate": float(optimizer.param_groups[0]["auto_lr_rate"]), "loss": loss}
 
 

@@ -219,6 +219,12 @@ def test_runs_are_found_at_any_depth(tmp_path: Path) -> None:
     assert find_runs(tmp_path / "b") == [tmp_path / "b"]
 
 
+def test_runs_are_in_the_order_of_the_numbers_in_their_names(tmp_path: Path) -> None:
+    for name in ("run 10", "run 9", "run", "1", "run 9b", "x²", "٣"):
+        RunLog(tmp_path / name).close()
+    assert [run.name for run in find_runs(tmp_path)] == ["1", "run", "run 9", "run 9b", "run 10", "x²", "٣"]
+
+
 def test_histories_are_runs(tmp_path: Path) -> None:
     """Hugging Face's records, sequences with and without steps, a folder, and a run itself."""
     wanted = {"loss": {0: 3.0, 1: 2.0}}

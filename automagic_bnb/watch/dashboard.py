@@ -63,6 +63,7 @@ STYLE = """
 body { font-family: sans-serif; margin: 1em; color: #222; background: #fff; }
 h1 { font-size: 1.4em; overflow-wrap: anywhere; }
 .wide { overflow-x: auto; max-height: 60vh; margin-bottom: 1em; }
+@media (min-width: 700px) { .wide { max-height: 80vh; } }
 table { border-collapse: collapse; font-size: 0.9em; }
 th, td { padding: 0.25em 0.6em; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
 th { position: sticky; top: 0; background: #fff; }
@@ -107,7 +108,8 @@ function sort(head) {
   for (const other of head.parentNode.children) other.removeAttribute("aria-sort");
   head.setAttribute("aria-sort", up ? "ascending" : "descending");
   const key = row => row.children[column].dataset.value, number = text => text === "" ? Infinity : Number(text);
-  const body = table.tBodies[0], order = column ? (a, b) => number(a) - number(b) || 0 : (a, b) => a.localeCompare(b);
+  const byName = (a, b) => a.localeCompare(b, undefined, {numeric: true});
+  const body = table.tBodies[0], order = column ? (a, b) => number(a) - number(b) || 0 : byName;
   [...body.rows].sort((a, b) => (up ? 1 : -1) * order(key(a), key(b))).forEach(row => body.append(row));
 }
 table.addEventListener("click", event => {
