@@ -155,7 +155,8 @@ PROBE_FREE, PROBE_CLAIM, PROBE_TURN = 2**30, 2**28, 2**27
 """`probe_block`: no block of the span is watched yet; one is claimed by the block whose place in the span comes on top,
 in a step with an even number, or with an odd one, by a turn more."""
 MAX_PROBED = 2**20
-"""About how many elements of a group it watches at most; a tenth of them found no other rate (benchmarks/NOTES.md)."""
+"""About how many elements of a group it watches at most; a tenth of them found up to twice the rate and no higher
+loss (benchmarks/NOTES.md)."""
 NORM_WINDOW = 100
 """Gradient norms remembered by percentile_clipping, as in bitsandbytes."""
 PAGED_MIN_SIZE = 100_000

@@ -3,8 +3,8 @@
     python benchmarks/found_rate.py
 
 A small language model over bytes (byte_model.py) on Python's standard library, without a learning rate.
-`max_lr` is high, so that it is not what decides. `state.probe_stride` rests on this: from a hundred thousand weights on
-the rate no longer follows their number; with a few ten thousand the estimate, of which the highest is kept, is noisy.
+`max_lr` is high, so that it is not what decides. `state.probe_stride` rests on this: the fewer are watched the higher
+the rate, since the highest of noisy estimates is kept, by up to twice with a hundred thousand weights.
 """
 
 from __future__ import annotations
