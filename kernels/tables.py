@@ -273,7 +273,9 @@ class Bucket:
         self.rates = {key: (g, rate) for key, (g, rate) in rates.items() if g.get("auto_lr_rate") is rate}
         # The state, the tuple above and the list hold each; and auto_lr's search what it reads.
         holders = [3 + (name == "tensor_stats" and self.spec.switches.AUTO) for name in held]
-        self.places = st.StatePlaces([*itertools.chain.from_iterable(self.tensors)], self.states, holders * len(members))
+        self.places = st.StatePlaces(
+            [*itertools.chain.from_iterable(self.tensors)], self.states, holders * len(members)
+        )
         self.rate_places = Places([rate for _, rate in self.rates.values()])
         self.short = [row for row, m in enumerate(members) if m.theta.numel() <= q.BLOCK]
         self.aligned = self.spec.switches.ALIGN == 16 and all(m.theta_address % 16 == 0 for m in members)
