@@ -310,7 +310,7 @@ class FusedStep:
             kernels_on = frozenset(bucket.spec.device.type for bucket in plan.buckets)
             self._rates.begin(groups, held, one, kernels_on, found_inf=found_inf)
         stepped: set[int] = set()
-        while not self._launch(plan, options, grads, scaler, stepped):
+        while plan.buckets and not self._launch(plan, options, grads, scaler, stepped):
             plan, options, grads = self._made_anew(plan, one)
         return plan, plan.rest
 
