@@ -1,9 +1,11 @@
-"""What a LoRA's step costs the host: the time of a step whose kernels are not launched.
+"""What a LoRA's step costs the host: with its kernels launched on a GPU, or without a GPU not launched at all.
 
     python benchmarks/host_time.py
 
-Needs no GPU. The tensors are tiny, for their number is what counts: the parameters and states are looked over, the
-gradients' addresses gathered, the numbers of the step put together. What Triton takes for a launch is not in it.
+Without a GPU the tensors are tiny, for their number is what counts: the parameters and states are looked over, the
+gradients' addresses gathered, the numbers of the step put together; what a launch takes is not in it. On a GPU: wall
+and host time of a whole step, launched by Triton's own call and directly, of ours with a rate given and found and with
+`capturable=True`, and of torch's fused AdamW.
 """
 
 from __future__ import annotations
@@ -11,43 +13,80 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from collections.abc import Iterator
+from typing import Any
 
-os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: its kernels then take CPU tensors
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: its kernels then take CPU tensors
 
 import measure
-import torch
 from workloads import WORKLOADS, fill
 
 from automagic_bnb import Automagic8bit
 
 LIMIT = 512
-"""Elements to which every tensor is cut."""
+"""Elements to which every tensor is cut without a GPU."""
+FORMS: dict[str, dict[str, Any]] = {
+    "a rate given": {"lr": 1e-4},
+    "a rate found": {},
+    "capturable=True": {"lr": 1e-4, "capturable": True},
+}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Host time of a step whose kernels are not launched")
-    parser.add_argument("--workload", choices=[name for name, w in WORKLOADS.items() if w.lora], default="flux-lora")
-    parser.add_argument("--steps", type=int, default=400)
-    args = parser.parse_args()
-    from automagic_bnb.kernels import step
-
-    torch.set_num_threads(1)
-    workload, cpu = WORKLOADS[args.workload].shrunk(LIMIT), torch.device("cpu")
-    params = workload.make(torch.bfloat16, cpu)
-    fill(params)
-    optimizer = Automagic8bit(params, lr=1e-4, lora_rank_penalty=False, min_8bit_size=0, backend="triton")
-    type(step.step_kernel).run = lambda *_, **__: None
-    times = []
-    for _ in range(args.steps):
+def milliseconds(step: Any, params: list[torch.nn.Parameter], count: int) -> tuple[measure.Spread, measure.Spread]:
+    """Wall and host time of a step, the device idle before; the first quarter and tenth steps are left out."""
+    walls, hosts = [], []
+    for number in range(count):
         for p in params:  # another tensor object, as zero_grad leaves them
             assert p.grad is not None
             p.grad = p.grad.detach()
+        measure.synchronize(params[0].device)
         start = time.perf_counter()
-        optimizer.step()
-        times.append((time.perf_counter() - start) * 1e3)
-    spread = measure.Spread.of(times[args.steps // 4 :])
-    print(f"{spread.median:.3f} ms ({spread.p10:.3f}–{spread.p90:.3f}) for {workload.tensors} tensors")
-    print(measure.describe(measure.environment(cpu)))
+        step()
+        host = time.perf_counter()
+        measure.synchronize(params[0].device)
+        if number > count // 4 and number % 10:
+            hosts.append((host - start) * 1e3)
+            walls.append((time.perf_counter() - start) * 1e3)
+    return measure.Spread.of(walls), measure.Spread.of(hosts)
+
+
+def on_gpu(params: list[torch.nn.Parameter], count: int) -> Iterator[tuple[str, Any]]:
+    from automagic_bnb.kernels import launching
+
+    yield "torch AdamW, fused", milliseconds(torch.optim.AdamW(params, lr=1e-4, fused=True).step, params, count)
+    for direct in (False, True):
+        launching.DIRECT = direct
+        for name, options in FORMS.items():
+            opt = Automagic8bit(params, lora=True, **options)
+            how = "launched directly" if direct else "launched by Triton"
+            yield f"{name}, {how}", milliseconds(opt.step, params, count)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Host time of a LoRA's step")
+    parser.add_argument("--workload", choices=[name for name, w in WORKLOADS.items() if w.lora], default="flux-lora")
+    parser.add_argument("--steps", type=int, default=400)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    workload = WORKLOADS[args.workload]
+    workload = workload if device.type == "cuda" else workload.shrunk(LIMIT)
+    params = workload.make(torch.bfloat16, device)
+    fill(params)
+    if device.type == "cuda":
+        for name, (wall, host) in on_gpu(params, args.steps):
+            print(f"{name}: wall {wall.median:.3f} ms ({wall.p10:.3f}–{wall.p90:.3f}), host {host.median:.3f} ms")
+    else:
+        from automagic_bnb.kernels import step
+
+        options: dict[str, Any] = {"lr": 1e-4, "lora_rank_penalty": False, "min_8bit_size": 0, "backend": "triton"}
+        type(step.step_kernel).run = lambda *_, **__: None
+        wall, _ = milliseconds(Automagic8bit(params, **options).step, params, args.steps)
+        print(f"{wall.median:.3f} ms ({wall.p10:.3f}–{wall.p90:.3f}) for {workload.tensors} tensors")
+    print(measure.describe(measure.environment(device)))
     return 0
 
 

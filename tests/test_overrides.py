@@ -292,7 +292,8 @@ def test_an_override_of_several_is_each_ones_own(tools: Any) -> None:
 
 @pytest.mark.kernels
 def test_an_override_that_gets_its_options_later_is_seen(tools: Any) -> None:
-    p = tools.parameters((8, 16))
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # where the kernels are not interpreted they need a GPU
+    p = [torch.nn.Parameter(x.detach().to(device)) for x in tools.parameters((8, 16))]
     options: dict[str, Any] = {}
     override(p[0], **options)
     opt = Automagic8bit(p, lr=1e-3, backend="triton", min_8bit_size=0, weight_decay=0.0)
