@@ -221,6 +221,7 @@ class FusedStep:
             warn_once(STALE_GRAPH)
         self._plan = None
         self._plans_of_one.clear()
+        self.shards.forget()
         self._rates.forget_places()
 
     def settle(self) -> None:

@@ -69,6 +69,10 @@ class ShardLaunches:
         self._buckets: list[Bucket] = []
         self._key: list[Any] = []
 
+    def forget(self) -> None:
+        """Drop the buckets, and with them what they hold of states."""
+        self._buckets, self._key = [], []
+
     def step(self, dues: Sequence[Due]) -> list[Sums]:
         """Launch the main update of these parameters, whose gradients have been exchanged."""
         from automagic_bnb.kernels import step
