@@ -229,6 +229,8 @@ class Matrices:
         ranks = [_rank_class(m.theta) if takes(m, bucket.spec) else 0 for m in members]
         self.ranks = np.array(ranks, dtype=np.int64)
         """The RANK that each needs; 0 for those that are not the kernel's."""
+        self.left = bool((self.ranks == 0).any())
+        """Whether there are such."""
         self.unit = 128 // bucket.spec.switches.P.primitive_bitwidth
 
     def shrink(self, sources: list[dict[str, Any]]) -> None:
@@ -246,6 +248,8 @@ class Matrices:
 
     def tasks(self, sources: list[dict[str, Any]]) -> list[low_rank.RankTask]:
         """What is left to `low_rank.shrink_ranks`, once the states count the step."""
+        if not self.left:
+            return []
         stepped = (self.ranks == 0) & (self.bucket.steps[self.rows] > 0)
         left = [self.bucket.members[row] for row in self.rows[stepped]]
         found = (low_rank.rank_tasks(m.theta, m.state, sources[m.source], m.key, m.is_lora, m.rate) for m in left)
