@@ -106,34 +106,6 @@ def overlap(one: range, other: range) -> range:
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """Which elements of a parameter are stepped here, in flat indices of the whole."""
-
-    shape: tuple[int, ...]
-    start: int
-    """Of the window, a multiple of 256; and where it ends."""
-    stop: int
-    own_start: int
-    own_stop: int
-    stride: int
-    """auto_lr watches one of so many blocks; `span` is the first such span that is kept here."""
-    span: int
-
-    def before(self, kind: str) -> int:
-        """How many entries of a tensor of this kind (`state.Key.kind`) come before those that are kept here."""
-        tiling = Tiling.of(torch.empty(self.shape, device="meta"))
-        return {
-            "element": self.start,
-            "pair": self.start // 2,
-            "block": self.start // BLOCK,
-            "row": self.start // tiling.width,
-            "col": self.start // (tiling.strips * tiling.height * BLOCK) * tiling.strips * tiling.width,
-            "probe": self.span * BLOCK,
-            "span": self.span,
-        }.get(kind, 0)
-
-
-@dataclass(frozen=True)
 class Shard:
     """One process's part of a DTensor that is cut along its first dimension."""
 
@@ -163,16 +135,7 @@ class Shard:
 
     def stretch(self, stride: int) -> Stretch:
         """For the kernels; `stride` is auto_lr's."""
-        columns, own, window = self.layout.columns, self.own, self.window
-        return Stretch(
-            shape=self.layout.shape,
-            start=window.start * columns,
-            stop=window.stop * columns,
-            own_start=own.start * columns,
-            own_stop=own.stop * columns,
-            stride=stride,
-            span=self.spans(stride).start,
-        )
+        return Stretch(self, stride)
 
     @property
     def inside(self) -> slice:
@@ -255,7 +218,7 @@ class Shard:
                     first = min(max([first, *before]), spans.stop)
                 whole[first : spans.stop] = value[first - spans.start :]
             else:
-                size, each = self._piece(kind)
+                size, each = self.piece(kind)
                 begun, shift = self.layout.begun(self.rank, size), self.window.start * columns // size
                 whole[begun.start * each : begun.stop * each] = value[
                     (begun.start - shift) * each : (begun.stop - shift) * each
@@ -287,11 +250,11 @@ class Shard:
         if kind in ("probe", "span"):
             spans = self.spans(stride)
             return whole[spans.start : spans.stop]
-        size, each = self._piece(kind)
+        size, each = self.piece(kind)
         first, last = self.start // size, -(-self.window.stop * self.layout.columns // size)
         return whole[first * each : last * each]
 
-    def _piece(self, kind: str) -> tuple[int, int]:
+    def piece(self, kind: str) -> tuple[int, int]:
         """Of how many elements a piece of such a tensor tells, and how many of its entries are one."""
         tiling = self.layout.tiling
         return {
@@ -302,8 +265,53 @@ class Shard:
         }[kind]
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """Which elements of a parameter are stepped here, in flat indices of the whole; `stride` is auto_lr's."""
+
+    shard: Shard
+    stride: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole."""
+        return self.shard.layout.shape
+
+    @property
+    def start(self) -> int:
+        """Of the window, a multiple of 256."""
+        return self.shard.start
+
+    @property
+    def stop(self) -> int:
+        return self.shard.window.stop * self.shard.layout.columns
+
+    @property
+    def own_start(self) -> int:
+        return self.shard.own.start * self.shard.layout.columns
+
+    @property
+    def own_stop(self) -> int:
+        return self.shard.own.stop * self.shard.layout.columns
+
+    def before(self, kind: str) -> int:
+        """How many entries of a tensor of this kind (`state.Key.kind`) come before those that are kept here."""
+        if kind in WHOLE_KINDS:
+            return 0
+        if kind == "element":
+            return self.start
+        if kind in ("probe", "span"):
+            return self.shard.spans(self.stride).start * (BLOCK if kind == "probe" else 1)
+        size, each = self.shard.piece(kind)
+        return self.start // size * each * (self.shard.layout.tiling.width if kind == "col" else 1)
+
+
+WHOLE_KINDS = ("book", "stats", "norms")
+"""Of what each process keeps all."""
+
+
 def _is_cut(name: str) -> bool:
-    return name in st.KEYS and st.KEYS[name].kind not in ("book", "stats", "norms")
+    return name in st.KEYS and st.KEYS[name].kind not in WHOLE_KINDS
 
 
 def shard_of(p: Any) -> Shard | None:

@@ -77,11 +77,9 @@ class ShardLaunches:
         """Launch the main update of these parameters, whose gradients have been exchanged."""
         from automagic_bnb.kernels import step
 
-        numbers: dict[int, int] = {}
-        for due in dues:
-            numbers.setdefault(id(due.options), len(numbers))
-        sources = [next(due.options for due in dues if id(due.options) == key) for key in numbers]
-        self._make_current(dues, numbers, sources)
+        options = {id(due.options): due.options for due in dues}
+        sources = list(options.values())
+        self._make_current(dues, {key: number for number, key in enumerate(options)}, sources)
         by_parameter = {id(due.p): due for due in dues}
         left = []
         for bucket in self._buckets:

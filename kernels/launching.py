@@ -17,7 +17,7 @@ DIRECT = torch.version.hip is None
 
 
 class Compiled:
-    """What was compiled of kernels for one set of compile-time constants."""
+    """What was compiled of kernels for one set of compile-time constants, truth values apart."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[Any, ...], Any] = {}
@@ -27,7 +27,7 @@ class Compiled:
 
         Args:
             arguments: all of the kernel's, in its order: tensors, always of the same dtypes; floats; whole numbers that
-                it does not specialise on; and constants, always the same.
+                it does not specialise on; truth values; and other constants, always the same.
             options: of the compiler, always of the same names.
         """
         tensors = [x for x in arguments.values() if isinstance(x, Tensor)]
@@ -35,7 +35,8 @@ class Compiled:
             kernel[(programs,)](**arguments, **options)
             return
         # Of a tensor Triton's compiler knows, beside the dtype, whether its address is a multiple of 16.
-        key = (kernel, tensors[0].device, *options.values(), *[x.data_ptr() % 16 == 0 for x in tensors])
+        told = [x for x in arguments.values() if isinstance(x, bool)]
+        key = (kernel, tensors[0].device, *options.values(), *told, *[x.data_ptr() % 16 == 0 for x in tensors])
         if key in self._known:
             self._known[key][(programs, 1, 1)](*arguments.values())
             return

@@ -8,7 +8,6 @@ count, bias corrections, random keys and what is due in a step follow from the c
 from __future__ import annotations
 
 import functools
-import itertools
 from enum import IntEnum
 from typing import Any
 
@@ -197,7 +196,7 @@ def _search_kernel(count_ptr, errors_ptr, found_inf_ptr, error_ptr, last, FOUND_
     tl.store(error_ptr, tl.where(stays, -1.0, error))
 
 
-_searched = {checked: Compiled() for checked in (False, True)}
+_compiled = Compiled()
 
 
 @functools.cache
@@ -226,7 +225,7 @@ def count_search(count: Tensor, last: int | None, found_inf: Tensor | None) -> T
         "last": -1 if last is None else last,
         "FOUND_INF": checked,
     }
-    _searched[checked].launch(_search_kernel, 1, arguments, num_warps=1)
+    _compiled.launch(_search_kernel, 1, arguments, num_warps=1)
     return error
 
 
@@ -247,8 +246,6 @@ class Counts:
         self.tables = self._rank_tables(fixed, sources)
         self.fixed = upload(fixed, device)
         self.counts = upload(bucket.counted(), device)
-        self.compiled = {known: Compiled() for known in itertools.product((False, True), repeat=2)}
-        """By whether gradients are scaled, and whether they are looked at."""
         self.spare: Tensor | None = None
         """Pinned memory for the next capture, which must not ask for any."""
         self.captured: list[Tensor] = []
@@ -315,7 +312,7 @@ class Counts:
             "FOUND_INF": checked,
             "GRAD_SCALE": scaled,
         }
-        self.compiled[scaled, checked].launch(numbers_kernel, tensors, arguments, num_warps=1)
+        _compiled.launch(numbers_kernel, tensors, arguments, num_warps=1)
         return stepped, numbers, clips
 
     def _staging(self) -> Tensor:

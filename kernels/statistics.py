@@ -31,6 +31,8 @@ PARTS = tl.constexpr(4)
 SIGN_DECAY, SIGN_GAIN = tl.constexpr(estimate.SIGN_DECAY), tl.constexpr(1 - estimate.SIGN_DECAY)
 GROWTH = tl.constexpr(estimate.GROWTH)
 _CHUNK = tl.constexpr(1024)
+_compiled = Compiled()
+"""Of what belongs to no bucket."""
 
 
 @triton.jit
@@ -216,7 +218,7 @@ def _taken(pointers_ptr, weights_ptr, tensors):
     return tl.sum(s, 0), tl.sum(momentum, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tensors"])
 def _take_sums_kernel(pointers_ptr, weights_ptr, tensors, taken_ptr):
     s, momentum = _taken(pointers_ptr, weights_ptr, tensors)
     tl.store(taken_ptr, s)
@@ -226,13 +228,14 @@ def _take_sums_kernel(pointers_ptr, weights_ptr, tensors, taken_ptr):
 def take_sums(pointers: Tensor, weights: Tensor) -> Tensor:
     """`estimate.take_sums` over int64 addresses of `tensor_stats`; nothing waits."""
     taken = torch.empty(2, dtype=torch.float32, device=pointers.device)
-    _take_sums_kernel[(1,)](
-        pointers_ptr=pointers, weights_ptr=weights, tensors=pointers.numel(), taken_ptr=taken, num_warps=4
-    )
+    arguments = {
+        "pointers_ptr": pointers,
+        "weights_ptr": weights,
+        "tensors": pointers.numel(),
+        "taken_ptr": taken,
+    }
+    _compiled.launch(_take_sums_kernel, 1, arguments, num_warps=4)
     return taken
-
-
-_found = {counted: Compiled() for counted in (False, True)}
 
 
 @triton.jit(do_not_specialize=["tensors"])
@@ -290,4 +293,4 @@ def find_rate(
         "high": float(numbers.high),
         "COUNTED": counted,
     }
-    _found[counted].launch(_find_rate_kernel, 1, arguments, num_warps=4)
+    _compiled.launch(_find_rate_kernel, 1, arguments, num_warps=4)
