@@ -2,11 +2,13 @@
 
 Each call of a kernel binds its arguments, describes every one of them and looks for what was compiled for such: some
 70 µs of Python, as often as there are launches in a step. Whoever launches with the same constants again has that done
-once.
+once; and whoever launches with the very same tensors has the launches themselves repeated.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +22,13 @@ class Compiled:
     """What was compiled of kernels for one set of compile-time constants, truth values apart."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[Any, ...], Any] = {}
+        self._known: dict[tuple[Any, ...], Callable[..., None]] = {}
+        self._kinds: dict[Any, tuple[list[int], list[int]]] = {}
+        """By kernel, which of its arguments are tensors, and which truth values."""
+        self._tape: list[tuple[Callable[[], Any], dict[str, Any]]] | None = None
+        """While they are noted, the launches, each with what it works on."""
+        self._noted: tuple[Any, list[Any]] | None = None
+        """The key of a `repeat`, and its launches."""
 
     def launch(self, kernel: Any, programs: int, arguments: dict[str, Any], **options: Any) -> None:
         """`kernel[(programs,)](**arguments, **options)` on the current device.
@@ -30,17 +38,53 @@ class Compiled:
                 it does not specialise on; truth values; and other constants, always the same.
             options: of the compiler, always of the same names.
         """
-        tensors = [x for x in arguments.values() if isinstance(x, Tensor)]
-        if not (DIRECT and tensors[0].is_cuda):
-            kernel[(programs,)](**arguments, **options)
-            return
+        launched = self._launched(kernel, programs, arguments, options)
+        if self._tape is not None:
+            self._tape.append((launched, arguments))
+
+    def _launched(
+        self, kernel: Any, programs: int, arguments: dict[str, Any], options: dict[str, Any]
+    ) -> Callable[[], Any]:
+        """Launch; returns what does the same again."""
+        values, name = list(arguments.values()), kernel.fn  # of Triton's own objects the hash is slow
+        if name not in self._kinds:
+            tensors, told = ([i for i, x in enumerate(values) if isinstance(x, kind)] for kind in (Tensor, bool))
+            self._kinds[name] = tensors, told
+        tensors, told = self._kinds[name]
+        device = values[tensors[0]].device
+        if not DIRECT or device.type != "cuda":
+            by_triton = functools.partial(kernel[(programs,)], **arguments, **options)
+            by_triton()
+            return by_triton
+        for i in tensors:  # by its address, for which the launch then need not ask
+            values[i] = values[i].data_ptr()
         # Of a tensor Triton's compiler knows, beside the dtype, whether its address is a multiple of 16.
-        told = [x for x in arguments.values() if isinstance(x, bool)]
-        key = (kernel, tensors[0].device, *options.values(), *told, *[x.data_ptr() % 16 == 0 for x in tensors])
+        aligned = [values[i] % 16 == 0 for i in tensors]
+        key = (name, programs, device, *options.values(), *[values[i] for i in told], *aligned)
         if key in self._known:
-            self._known[key][(programs, 1, 1)](*arguments.values())
-            return
+            direct = functools.partial(self._known[key], *values)
+            direct()
+            return direct
         assert list(arguments) == kernel.arg_names, "arguments in the kernel's order"
-        compiled = kernel[(programs,)](**arguments, **options)
-        if compiled is not None:  # some hook of Triton's kept it from compiling
-            self._known[key] = compiled
+        by_triton = functools.partial(kernel[(programs,)], **arguments, **options)
+        compiled = by_triton()
+        if compiled is None:  # some hook of Triton's kept it from compiling
+            return by_triton
+        self._known[key] = compiled[(programs, 1, 1)]
+        return functools.partial(self._known[key], *values)
+
+    def repeat(self, key: Any, work: Callable[[], Any]) -> None:
+        """Do what does nothing but `launch`; as long as the key stays equal its launches alone are done again.
+
+        They are of the very tensors of the first time, which are kept: so is scratch memory that `work` asked for.
+        """
+        if self._noted is not None and self._noted[0] == key:
+            for launched, _ in self._noted[1]:
+                launched()
+            return
+        self._noted, self._tape = None, []
+        try:
+            work()
+            self._noted = key, self._tape
+        finally:
+            self._tape = None

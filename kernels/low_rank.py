@@ -239,6 +239,8 @@ class Matrices:
         Args:
             sources: the effective options by `Member.source`.
         """
+        if self.bucket.step % low_rank.LOW_RANK_EVERY:
+            return
         steps = self.bucket.steps[self.rows]
         due = (steps > 0) & (steps % low_rank.LOW_RANK_EVERY == 0)
         if due.any():

@@ -6,17 +6,19 @@ written once, and uploads each step one small row a tensor: the gradient's addre
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import triton.language as tl
+from automagic_bnb.kernels import row
 from automagic_bnb.kernels.launching import Compiled
 from torch import Tensor
 
@@ -68,6 +70,8 @@ _GRAD, _DTYPE = operator.attrgetter("grad"), operator.attrgetter("dtype")
 
 Gradients = list[Tensor | None]
 """Of the members of a bucket; None for those that have none."""
+Addresses = Sequence[int] | np.ndarray
+"""Of these gradients, int64; 0 for none."""
 SHARED_NUMBERS = (
     "betas",
     "eps",
@@ -80,9 +84,8 @@ SHARED_NUMBERS = (
 """Options that become arguments of a launch: tensors that differ in one go to different buckets."""
 
 
-def shared_numbers(options: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(options[name] for name in SHARED_NUMBERS)
-
+shared_numbers: Callable[[dict[str, Any]], tuple[Any, ...]] = operator.itemgetter(*SHARED_NUMBERS)
+"""Their values, in this order."""
 
 DTYPES = {
     torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.uint8: tl.uint8
@@ -232,16 +235,15 @@ class Member:
         return theta.data_ptr() - before * theta.element_size()
 
 
-@dataclass
 class Bucket:
     """Tensors updated by one launch."""
 
-    spec: Spec
-    members: list[Member] = field(default_factory=list)
+    stays = False
+    """Whether what a step says of its tensors always lies in the same place on the device."""
 
-    def build(self) -> None:
-        """Write the table; called once all members are in."""
-        members = self.members
+    def __init__(self, spec: Spec, members: list[Member]) -> None:
+        """Write the table."""
+        self.spec, self.members = spec, members
         table = np.zeros((len(members), len(Column)), dtype=np.int64)
         programs = 0
         owners = []
@@ -297,6 +299,8 @@ class Bucket:
         self.numbers = np.zeros((len(members), len(Number)), dtype=np.float32)
         self.steps = np.zeros(len(members), dtype=np.int64)
         """t of what the last launch updated, 0 of the others."""
+        self.step = 0
+        """The same of all, where all are at the same step; else 0."""
 
     def _variant(self, warm: bool, aligned: bool, scaled: bool) -> Variant:
         switches = self.spec.switches
@@ -374,6 +378,8 @@ class Bucket:
 
     def agrees(self, sources: list[dict[str, Any]]) -> bool:
         """Whether all members still have the launch's numbers in common."""
+        if len(self.sources) == 1:
+            return True
         first, *others = (shared_numbers(sources[i]) for i in self.sources)
         return all(numbers == first for numbers in others)
 
@@ -395,7 +401,7 @@ class Bucket:
         kept = [None if p.grad is None else st.checked_gradient(p).contiguous() for p in self.parameters]
         return kept if all(grad is None or grad.dtype is dtype for grad in kept) else None
 
-    def addresses(self, grads: Gradients, stepped: set[int]) -> np.ndarray:
+    def addresses(self, grads: Gradients, stepped: set[int]) -> Addresses:
         """Of the members' gradients, int64; 0 for none, and for parameters of these ids."""
         try:
             found = np.fromiter(map(Tensor.data_ptr, grads), np.int64, len(grads))  # type: ignore[arg-type]
@@ -405,7 +411,11 @@ class Bucket:
             found[[id(p) in stepped for p in self.parameters]] = 0
         return found
 
-    def upload_step(self, grads: np.ndarray, sources: list[dict[str, Any]]) -> tuple[Tensor, Tensor, bool]:
+    def are_aligned(self, grads: Addresses) -> bool:
+        """Whether θ and the gradients all lie at multiples of 16 bytes, in rows of such."""
+        return self.aligned and not (np.asarray(grads) & 15).any()
+
+    def upload_step(self, grads: Addresses, sources: list[dict[str, Any]]) -> tuple[Tensor, Tensor, bool]:
         """Upload each tensor's row of the step that comes.
 
         Args:
@@ -415,9 +425,11 @@ class Bucket:
         Returns:
             int64 [tensors] addresses and float32 [tensors, Number] on the device, and whether any mask still moves.
         """
+        grads = np.asarray(grads)
         stepped = grads != 0
         steps = self.counted() + stepped
         self.steps = np.where(stepped, steps, 0)
+        self.step = int(steps[0]) if (steps == steps[0]).all() else 0
         warm = self._fill_numbers(steps, sources)
         rows, row_bytes = len(steps), 4 * len(Number)
         staged = torch.empty(rows * (8 + row_bytes), dtype=torch.uint8, pin_memory=self.spec.device.type == "cuda")
@@ -448,13 +460,55 @@ class Bucket:
                 rows = np.arange(len(steps))[rows]
                 taken = {t: rows[of_source == t] for t in {*of_source.tolist()}}
             for t, chosen in taken.items():
-                s = scalars.step_scalars(options, max(t, 1), False, 0)
-                numbers[chosen] = _number_row(s, options, t)
-                warm |= s.learn_polarity
+                numbers[chosen], is_warm = number_row(options, t, False)
+                warm |= is_warm
             numbers[lora_rows, Number.KAPPA] = options["low_rank_emphasis"]
         keys = q.mix_in(self.keys, steps.astype(np.uint64))
         numbers[:, Number.KEY] = keys.astype(np.uint32).view(np.float32)
         return warm
+
+
+class Single(Bucket):
+    """A bucket of one tensor, as parameters that are stepped one at a time have it: a thousand of them a step.
+
+    Some twenty calls of numpy for a number each would take longer than all else, so this is plain Python. What a step
+    says goes with a launch (`row`) to where it was before, so that the launches behind it stay the same.
+    """
+
+    stays = True
+
+    def __init__(self, spec: Spec, members: list[Member]) -> None:
+        super().__init__(spec, members)
+        self._member, self._state = members[0], members[0].state
+        self._key = int(self.keys[0])
+        words = np.zeros(row.WORDS, dtype=np.int32)
+        self._words, self._numbers, self._address = words, words[: len(Number)].view(np.float32), words[-2:].view(np.int64)
+        self._keys = self._numbers.view(np.uint32)
+        self._row = torch.empty(row.WORDS, dtype=torch.int32, device=spec.device)
+        self._there = self._row[-2:].view(torch.int64), self._row[: len(Number)].view(torch.float32)
+
+    def addresses(self, grads: Gradients, stepped: set[int]) -> Addresses:
+        (grad,) = grads
+        return [0 if grad is None or id(self._member.p) in stepped else grad.data_ptr()]
+
+    def are_aligned(self, grads: Addresses) -> bool:
+        return self.aligned and grads[0] % 16 == 0
+
+    def upload_step(self, grads: Addresses, sources: list[dict[str, Any]]) -> tuple[Tensor, Tensor, bool]:
+        address = int(grads[0])
+        step = st.get_uncounted(self._state, "step")
+        self.step = t = step + 1 if address else step
+        self.steps[0] = t if address else 0
+        numbers, warm = number_row(sources[self._member.source], t, self._member.is_lora)
+        self._numbers[:] = numbers
+        self._keys[Number.KEY] = q.mix_in(self._key, t)
+        self._address[0] = address
+        row.write(self._row, self._words.tolist())
+        return *self._there, warm
+
+    def count(self) -> None:
+        if step := int(self.steps[0]):
+            st.set_uncounted(self._state, "step", step)
 
 
 def upload(host: np.ndarray, device: torch.device) -> Tensor:
@@ -463,7 +517,34 @@ def upload(host: np.ndarray, device: torch.device) -> Tensor:
     return (staged.pin_memory() if device.type == "cuda" else staged).to(device, non_blocking=True)
 
 
-def _number_row(s: scalars.Scalars, options: dict[str, Any], t: int) -> list[float]:
+_ABSENT = object()
+_ROW_OPTIONS = (
+    *("lr", "base_lr", "initial_lr", "auto_lr", "auto_lr_peak", "min_lr", "max_lr", "max_momentum", "betas"),
+    *("warmup_steps", "low_rank_emphasis", "weight_decay", "percentile_clipping"),
+)
+"""What `scalars.step_scalars` reads, and `_row`."""
+_PLAIN = {float, int, bool, tuple, type(None), object}
+
+
+def number_row(options: dict[str, Any], t: int, is_lora: bool) -> tuple[tuple[float, ...], bool]:
+    """A tensor's row of `Number` at step t (0: none yet), but for its KEY; and whether its mask still moves.
+
+    Thousands of tensors have the same, so it is worked out once for the same numbers.
+    """
+    values = tuple(map(options.get, _ROW_OPTIONS, itertools.repeat(_ABSENT)))
+    if _PLAIN.issuperset(map(type, values)):
+        return _known_row(values, t, is_lora)
+    return _row(options, t, is_lora)  # a tensor changes where it is
+
+
+@functools.lru_cache(maxsize=1024)
+def _known_row(values: tuple[Any, ...], t: int, is_lora: bool) -> tuple[tuple[float, ...], bool]:
+    present = {name: value for name, value in zip(_ROW_OPTIONS, values, strict=True) if value is not _ABSENT}
+    return _row(present, t, is_lora)
+
+
+def _row(options: dict[str, Any], t: int, is_lora: bool) -> tuple[tuple[float, ...], bool]:
+    s = scalars.step_scalars(options, max(t, 1), is_lora, 0)
     row = [0.0] * len(Number)
     row[Number.RATE] = s.rate
     row[Number.LOW], row[Number.HIGH] = s.low, -config.MAX_LR_RATIO if s.high is None else s.high
@@ -474,7 +555,7 @@ def _number_row(s: scalars.Scalars, options: dict[str, Any], t: int) -> list[flo
     row[Number.TURN] = t % 2
     row[Number.NORM_SLOT] = (max(t, 1) - 1) % st.NORM_WINDOW
     row[Number.PERCENTILE] = options["percentile_clipping"]
-    return row
+    return tuple(row), s.learn_polarity
 
 
 def fill_buckets(members: Iterable[tuple[Member, torch.dtype, dict[str, Any]]]) -> list[Bucket]:
@@ -482,13 +563,12 @@ def fill_buckets(members: Iterable[tuple[Member, torch.dtype, dict[str, Any]]]) 
 
     The largest comes first: while the device works on it, the host prepares the others. Paged ones keep their order.
     """
-    buckets: dict[Spec, Bucket] = {}
+    found: dict[Spec, list[Member]] = {}
     paged_bytes = 0
     for member, grad_dtype, options in members:
         size = sum(x.nbytes for x in member.state.values() if is_paged(x))
         spec = spec_of(member, grad_dtype, options, paged_bytes // PAGED_PART if size else -1)
         paged_bytes += size
-        buckets.setdefault(spec, Bucket(spec)).members.append(member)
-    for bucket in buckets.values():
-        bucket.build()
-    return sorted(buckets.values(), key=lambda bucket: (bucket.spec.paged, -bucket.elements))
+        found.setdefault(spec, []).append(member)
+    buckets = [(Bucket if len(alike) > 1 else Single)(spec, alike) for spec, alike in found.items()]
+    return sorted(buckets, key=lambda bucket: (bucket.spec.paged, -bucket.elements))
