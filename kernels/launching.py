@@ -18,6 +18,16 @@ DIRECT = torch.version.hip is None
 """Whether what was compiled is launched by itself; AMD's way has not been tried."""
 
 
+def is_direct(device: torch.device) -> bool:
+    """Whether it is on this device; the interpreter compiles nothing."""
+    return DIRECT and device.type == "cuda"
+
+
+Again = tuple[Callable[..., Any], list[Any]]
+"""What launches a kernel for the same constants on the same device, and the arguments that it was launched with: of
+tensors, the addresses."""
+
+
 class Compiled:
     """What was compiled of kernels for one set of compile-time constants, truth values apart."""
 
@@ -25,53 +35,50 @@ class Compiled:
         self._known: dict[tuple[Any, ...], Callable[..., None]] = {}
         self._kinds: dict[Any, tuple[list[int], list[int]]] = {}
         """By kernel, which of its arguments are tensors, and which truth values."""
-        self._tape: list[tuple[Callable[[], Any], dict[str, Any]]] | None = None
+        self._tape: list[tuple[Again, dict[str, Any]]] | None = None
         """While they are noted, the launches, each with what it works on."""
         self._noted: tuple[Any, list[Any]] | None = None
         """The key of a `repeat`, and its launches."""
 
-    def launch(self, kernel: Any, programs: int, arguments: dict[str, Any], **options: Any) -> None:
-        """`kernel[(programs,)](**arguments, **options)` on the current device.
+    def launch(self, kernel: Any, programs: int, arguments: dict[str, Any], **options: Any) -> Again:
+        """`kernel[(programs,)](**arguments, **options)` on the current device; returns what does it again.
 
         Args:
             arguments: all of the kernel's, in its order: tensors, always of the same dtypes; floats; whole numbers that
                 it does not specialise on; truth values; and other constants, always the same.
             options: of the compiler, always of the same names.
         """
-        launched = self._launched(kernel, programs, arguments, options)
+        again = self._launch(kernel, programs, arguments, options)
         if self._tape is not None:
-            self._tape.append((launched, arguments))
+            self._tape.append((again, arguments))
+        return again
 
-    def _launched(
-        self, kernel: Any, programs: int, arguments: dict[str, Any], options: dict[str, Any]
-    ) -> Callable[[], Any]:
-        """Launch; returns what does the same again."""
+    def _launch(self, kernel: Any, programs: int, arguments: dict[str, Any], options: dict[str, Any]) -> Again:
         values, name = list(arguments.values()), kernel.fn  # of Triton's own objects the hash is slow
         if name not in self._kinds:
             tensors, told = ([i for i, x in enumerate(values) if isinstance(x, kind)] for kind in (Tensor, bool))
             self._kinds[name] = tensors, told
         tensors, told = self._kinds[name]
         device = values[tensors[0]].device
-        if not DIRECT or device.type != "cuda":
-            by_triton = functools.partial(kernel[(programs,)], **arguments, **options)
-            by_triton()
-            return by_triton
-        for i in tensors:  # by its address, for which the launch then need not ask
+        if not is_direct(device):
+            by_triton = functools.partial(kernel[(programs,)], **options)
+            by_triton(*values)
+            return by_triton, values
+        for i in tensors:  # the launch then need not ask for it
             values[i] = values[i].data_ptr()
         # Of a tensor Triton's compiler knows, beside the dtype, whether its address is a multiple of 16.
         aligned = [values[i] % 16 == 0 for i in tensors]
         key = (name, programs, device, *options.values(), *[values[i] for i in told], *aligned)
         if key in self._known:
-            direct = functools.partial(self._known[key], *values)
-            direct()
-            return direct
+            self._known[key](*values)
+            return self._known[key], values
         assert list(arguments) == kernel.arg_names, "arguments in the kernel's order"
-        by_triton = functools.partial(kernel[(programs,)], **arguments, **options)
-        compiled = by_triton()
+        by_triton = functools.partial(kernel[(programs,)], **options)
+        compiled = by_triton(**arguments)
         if compiled is None:  # some hook of Triton's kept it from compiling
-            return by_triton
+            return by_triton, list(arguments.values())
         self._known[key] = compiled[(programs, 1, 1)]
-        return functools.partial(self._known[key], *values)
+        return self._known[key], values
 
     def repeat(self, key: Any, work: Callable[[], Any]) -> None:
         """Do what does nothing but `launch`; as long as the key stays equal its launches alone are done again.
@@ -79,8 +86,8 @@ class Compiled:
         They are of the very tensors of the first time, which are kept: so is scratch memory that `work` asked for.
         """
         if self._noted is not None and self._noted[0] == key:
-            for launched, _ in self._noted[1]:
-                launched()
+            for (launch, values), _ in self._noted[1]:
+                launch(*values)
             return
         self._noted, self._tape = None, []
         try:

@@ -7,19 +7,21 @@ times.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from automagic_bnb.kernels.launching import Compiled
-from torch import Tensor
 
 WORDS = 18
-"""`tables.Number` and the gradient's address, int32."""
-_ALL = [f"w{i}" for i in range(WORDS)]
+_NAMES = [f"w{i}" for i in range(WORDS)]
 
 
-@triton.jit(do_not_specialize=_ALL)
+@triton.jit(do_not_specialize=_NAMES)
 def row_kernel(row_ptr, w0, w1, w2, w3, w4, w5, w6, w7, w8, w9, w10, w11, w12, w13, w14, w15, w16, w17):
-    """Write int32 [WORDS]."""
+    """int32 [WORDS] out."""
     tl.store(row_ptr, w0)
     tl.store(row_ptr + 1, w1)
     tl.store(row_ptr + 2, w2)
@@ -43,6 +45,22 @@ def row_kernel(row_ptr, w0, w1, w2, w3, w4, w5, w6, w7, w8, w9, w10, w11, w12, w
 _compiled = Compiled()
 
 
-def write(there: Tensor, words: list[int]) -> None:
-    """Write `words`, signed, into int32 [WORDS] on a device; nothing waits."""
-    _compiled.launch(row_kernel, 1, {"row_ptr": there, **dict(zip(_ALL, words, strict=True))}, num_warps=1)
+class Row:
+    """Memory on a device for `WORDS` words, `there`, int32."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.there = torch.empty(WORDS, dtype=torch.int32, device=device)
+        self._again: Callable[..., Any] | None = None
+
+    def write(self, words: Sequence[int]) -> None:
+        """Put these signed words there, by a launch on the current device; nothing waits."""
+        if self._again is None:
+            arguments = {"row_ptr": self.there, **dict(zip(_NAMES, words, strict=True))}
+            self._again, (self._place, *_) = _compiled.launch(row_kernel, 1, arguments, num_warps=1)
+        else:
+            self._again(self._place, *words)
+
+
+def signed(word: int) -> int:
+    """The int32 with the bits of this uint32."""
+    return (word ^ 0x80000000) - 0x80000000

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import triton.language as tl
-from automagic_bnb.kernels import row
 from automagic_bnb.kernels.launching import Compiled
+from automagic_bnb.kernels.row import WORDS, Row, signed
 from torch import Tensor
 
 from automagic_bnb import config, reference, scalars
@@ -65,6 +65,9 @@ class Number(IntEnum):
     SPARE1 = 14  # rows of 64 bytes
     SPARE2 = 15
 
+
+_KEY = int(Number.KEY)
+assert len(Number) + 2 == WORDS, "a tensor's numbers and its gradient's address"
 
 _GRAD, _DTYPE = operator.attrgetter("grad"), operator.attrgetter("dtype")
 
@@ -341,9 +344,15 @@ class Bucket:
             row[Column.PROBE_SHIFT] = st.stride_held(st.block_count(theta), len(state["probe_block"])).bit_length() - 1
         return row
 
-    def has_sizes(self) -> bool:
-        """Whether the parameters are still as large as the table says."""
-        return list(map(Tensor.numel, self._held_parameters())) == self.sizes
+    def fits(self, sources: list[dict[str, Any]]) -> bool:
+        """Whether the parameters are still as large as the table says, and all have the launch's numbers in common."""
+        return list(map(Tensor.numel, self._held_parameters())) == self.sizes and self._agree(sources)
+
+    def _agree(self, sources: list[dict[str, Any]]) -> bool:
+        if len(self.sources) == 1:
+            return True
+        first, *others = (shared_numbers(sources[i]) for i in self.sources)
+        return all(numbers == first for numbers in others)
 
     def is_in_place(self) -> bool:
         """Whether parameters, the tensors in their states and the rates found still lie where the table says."""
@@ -354,8 +363,11 @@ class Bucket:
             if not self._holds_same_tensors():
                 return False
             self.changes = changes
-        same_rates = all(group.get("auto_lr_rate") is rate for group, rate in self.rates.values())
-        return same_rates and self.rate_places.are_current() and self.places.are_current()
+        return self.places.are_current() and (not self.rates or self._has_rates())
+
+    def _has_rates(self) -> bool:
+        same = all(group.get("auto_lr_rate") is rate for group, rate in self.rates.values())
+        return same and self.rate_places.are_current()
 
     def _held_parameters(self) -> list[Tensor]:
         return list(map(st.local_tensor, self.parameters)) if self.sharded else self.parameters
@@ -375,13 +387,6 @@ class Bucket:
         """The steps taken so far, int64, as the states have them."""
         steps = map(st.get_uncounted, self.states, itertools.repeat("step"))
         return np.fromiter(steps, np.int64, len(self.states))
-
-    def agrees(self, sources: list[dict[str, Any]]) -> bool:
-        """Whether all members still have the launch's numbers in common."""
-        if len(self.sources) == 1:
-            return True
-        first, *others = (shared_numbers(sources[i]) for i in self.sources)
-        return all(numbers == first for numbers in others)
 
     def gradients(self) -> Gradients | None:
         """Each member's gradient, contiguous.
@@ -460,8 +465,9 @@ class Bucket:
                 rows = np.arange(len(steps))[rows]
                 taken = {t: rows[of_source == t] for t in {*of_source.tolist()}}
             for t, chosen in taken.items():
-                numbers[chosen], is_warm = number_row(options, t, False)
-                warm |= is_warm
+                row = number_row(options, t, False)
+                numbers[chosen] = row.numbers
+                warm |= row.is_warm
             numbers[lora_rows, Number.KAPPA] = options["low_rank_emphasis"]
         keys = q.mix_in(self.keys, steps.astype(np.uint64))
         numbers[:, Number.KEY] = keys.astype(np.uint32).view(np.float32)
@@ -472,20 +478,22 @@ class Single(Bucket):
     """A bucket of one tensor, as parameters that are stepped one at a time have it: a thousand of them a step.
 
     Some twenty calls of numpy for a number each would take longer than all else, so this is plain Python. What a step
-    says goes with a launch (`row`) to where it was before, so that the launches behind it stay the same.
+    says is written to where it was before, so that the launches behind it stay the same.
     """
 
     stays = True
 
     def __init__(self, spec: Spec, members: list[Member]) -> None:
         super().__init__(spec, members)
-        self._member, self._state = members[0], members[0].state
-        self._key = int(self.keys[0])
-        words = np.zeros(row.WORDS, dtype=np.int32)
-        self._words, self._numbers, self._address = words, words[: len(Number)].view(np.float32), words[-2:].view(np.int64)
-        self._keys = self._numbers.view(np.uint32)
-        self._row = torch.empty(row.WORDS, dtype=torch.int32, device=spec.device)
-        self._there = self._row[-2:].view(torch.int64), self._row[: len(Number)].view(torch.float32)
+        (self._member,), (self._state,), (self._key,) = members, self.states, self.keys.tolist()
+        self._row = Row(spec.device)
+        self._there = self._row.there[-2:].view(torch.int64), self._row.there[:-2].view(torch.float32)
+
+    def gradients(self) -> Gradients | None:
+        grad = self._member.p.grad
+        if grad is None or grad.dtype is not self.spec.grad_dtype or self.sharded or not grad.is_contiguous():
+            return super().gradients()
+        return [grad]
 
     def addresses(self, grads: Gradients, stepped: set[int]) -> Addresses:
         (grad,) = grads
@@ -496,25 +504,33 @@ class Single(Bucket):
 
     def upload_step(self, grads: Addresses, sources: list[dict[str, Any]]) -> tuple[Tensor, Tensor, bool]:
         address = int(grads[0])
-        step = st.get_uncounted(self._state, "step")
-        self.step = t = step + 1 if address else step
+        self.step = t = st.get_uncounted(self._state, "step") + (address != 0)
         self.steps[0] = t if address else 0
-        numbers, warm = number_row(sources[self._member.source], t, self._member.is_lora)
-        self._numbers[:] = numbers
-        self._keys[Number.KEY] = q.mix_in(self._key, t)
-        self._address[0] = address
-        row.write(self._row, self._words.tolist())
-        return *self._there, warm
+        row = number_row(sources[self._member.source], t, self._member.is_lora)
+        words = [*row.words, signed(address & 0xFFFFFFFF), address >> 32]
+        words[_KEY] = signed(q.mix_in(self._key, t))
+        self._row.write(words)
+        return *self._there, row.is_warm
 
     def count(self) -> None:
-        if step := int(self.steps[0]):
-            st.set_uncounted(self._state, "step", step)
+        if self.steps[0]:
+            st.set_uncounted(self._state, "step", self.step)
 
 
 def upload(host: np.ndarray, device: torch.device) -> Tensor:
     """A copy on the device, for which nothing waits."""
     staged = torch.from_numpy(host)
     return (staged.pin_memory() if device.type == "cuda" else staged).to(device, non_blocking=True)
+
+
+class NumberRow(NamedTuple):
+    """A tensor's row of `Number`, but for its KEY."""
+
+    numbers: tuple[float, ...]
+    words: tuple[int, ...]
+    """Their bits as float32."""
+    is_warm: bool
+    """Whether its mask still moves."""
 
 
 _ABSENT = object()
@@ -526,10 +542,11 @@ _ROW_OPTIONS = (
 _PLAIN = {float, int, bool, tuple, type(None), object}
 
 
-def number_row(options: dict[str, Any], t: int, is_lora: bool) -> tuple[tuple[float, ...], bool]:
-    """A tensor's row of `Number` at step t (0: none yet), but for its KEY; and whether its mask still moves.
+def number_row(options: dict[str, Any], t: int, is_lora: bool) -> NumberRow:
+    """The row of step t, 0: none yet. Thousands of tensors have the same, so it is worked out once.
 
-    Thousands of tensors have the same, so it is worked out once for the same numbers.
+    Args:
+        options: of the tensor, as for `scalars.step_scalars`.
     """
     values = tuple(map(options.get, _ROW_OPTIONS, itertools.repeat(_ABSENT)))
     if _PLAIN.issuperset(map(type, values)):
@@ -538,12 +555,12 @@ def number_row(options: dict[str, Any], t: int, is_lora: bool) -> tuple[tuple[fl
 
 
 @functools.lru_cache(maxsize=1024)
-def _known_row(values: tuple[Any, ...], t: int, is_lora: bool) -> tuple[tuple[float, ...], bool]:
+def _known_row(values: tuple[Any, ...], t: int, is_lora: bool) -> NumberRow:
     present = {name: value for name, value in zip(_ROW_OPTIONS, values, strict=True) if value is not _ABSENT}
     return _row(present, t, is_lora)
 
 
-def _row(options: dict[str, Any], t: int, is_lora: bool) -> tuple[tuple[float, ...], bool]:
+def _row(options: dict[str, Any], t: int, is_lora: bool) -> NumberRow:
     s = scalars.step_scalars(options, max(t, 1), is_lora, 0)
     row = [0.0] * len(Number)
     row[Number.RATE] = s.rate
@@ -555,7 +572,8 @@ def _row(options: dict[str, Any], t: int, is_lora: bool) -> tuple[tuple[float, .
     row[Number.TURN] = t % 2
     row[Number.NORM_SLOT] = (max(t, 1) - 1) % st.NORM_WINDOW
     row[Number.PERCENTILE] = options["percentile_clipping"]
-    return tuple(row), s.learn_polarity
+    words = np.array(row, dtype=np.float32).view(np.int32)
+    return NumberRow(tuple(row), tuple(words.tolist()), s.learn_polarity)
 
 
 def fill_buckets(members: Iterable[tuple[Member, torch.dtype, dict[str, Any]]]) -> list[Bucket]:

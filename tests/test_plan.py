@@ -201,7 +201,7 @@ def test_a_launch_that_fails_is_no_step(alike: int, monkeypatch: pytest.MonkeyPa
     opt.step()
     before = tools.snapshot(opt)
     with monkeypatch.context() as patched:
-        patched.setattr(*((row, "write") if alike == 1 else (step.bnb, "code_book")), out_of_memory)
+        patched.setattr(*((row.Row, "write") if alike == 1 else (step.bnb, "code_book")), out_of_memory)
         with pytest.raises(torch.OutOfMemoryError):
             opt.step()
     assert not tools.differences(before, tools.snapshot(opt))
