@@ -13,6 +13,7 @@ import numpy as np
 import triton
 import triton.language as tl
 from automagic_bnb.kernels import codec
+from automagic_bnb.kernels.launching import Compiled
 from automagic_bnb.kernels.tables import Bucket, Member, Spec, upload
 from torch import Tensor
 
@@ -231,6 +232,8 @@ class Matrices:
         """The RANK that each needs; 0 for those that are not the kernel's."""
         self.left = bool((self.ranks == 0).any())
         """Whether there are such."""
+        self._compiled: dict[tuple[int, bool], Compiled] = {}
+        """By RANK and whether they are aligned."""
         self.unit = 128 // bucket.spec.switches.P.primitive_bitwidth
 
     def shrink(self, sources: list[dict[str, Any]]) -> None:
@@ -274,15 +277,16 @@ class Matrices:
         """Launch step 9 over a table on the device, int64 [matrices, Column], all of the same RANK."""
         spec = self.bucket.spec
         span, warps = _TILES[rank]
-        low_rank_kernel[(len(table),)](
-            table_ptr=table,
-            P=spec.switches.P,
-            UNIT=self.unit if aligned else 1,
-            RANK=rank,
-            SPAN=span,
-            STOCHASTIC=spec.switches.STOCHASTIC,
-            num_warps=warps,
-        )
+        arguments = {
+            "table_ptr": table,
+            "P": spec.switches.P,
+            "UNIT": self.unit if aligned else 1,
+            "RANK": rank,
+            "SPAN": span,
+            "STOCHASTIC": spec.switches.STOCHASTIC,
+        }
+        compiled = self._compiled.setdefault((rank, aligned), Compiled())
+        compiled.launch(low_rank_kernel, len(table), arguments, num_warps=warps)
 
 
 def _rank_class(theta: Tensor) -> int:
