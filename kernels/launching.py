@@ -8,6 +8,7 @@ once; and whoever launches with the very same tensors has the launches themselve
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -35,10 +36,6 @@ class Compiled:
         self._known: dict[tuple[Any, ...], Callable[..., None]] = {}
         self._kinds: dict[Any, tuple[list[int], list[int]]] = {}
         """By kernel, which of its arguments are tensors, and which truth values."""
-        self._tape: list[tuple[Again, dict[str, Any]]] | None = None
-        """While they are noted, the launches, each with what it works on."""
-        self._noted: tuple[Any, list[Any]] | None = None
-        """The key of a `repeat`, and its launches."""
 
     def launch(self, kernel: Any, programs: int, arguments: dict[str, Any], **options: Any) -> Again:
         """`kernel[(programs,)](**arguments, **options)` on the current device; returns what does it again.
@@ -49,8 +46,8 @@ class Compiled:
             options: of the compiler, always of the same names.
         """
         again = self._launch(kernel, programs, arguments, options)
-        if self._tape is not None:
-            self._tape.append((again, arguments))
+        if _noting.tape is not None:
+            _noting.tape.append((again, arguments))
         return again
 
     def _launch(self, kernel: Any, programs: int, arguments: dict[str, Any], options: dict[str, Any]) -> Again:
@@ -80,18 +77,34 @@ class Compiled:
         self._known[key] = compiled[(programs, 1, 1)]
         return self._known[key], values
 
-    def repeat(self, key: Any, work: Callable[[], Any]) -> None:
-        """Do what does nothing but `launch`; as long as the key stays equal its launches alone are done again.
 
-        They are of the very tensors of the first time, which are kept: so is scratch memory that `work` asked for.
+class _Noting(threading.local):
+    tape: list[tuple[Again, dict[str, Any]]] | None = None
+
+
+_noting = _Noting()
+"""Where this thread's launches are noted, each with what it works on."""
+
+
+class Repeated:
+    """Launches on the very same tensors, time after time."""
+
+    def __init__(self) -> None:
+        self._noted: tuple[Any, list[Any]] | None = None
+        """The key, and the launches."""
+
+    def do(self, key: Any, work: Callable[[], Any]) -> None:
+        """Do what does nothing but `Compiled.launch`; as long as the key stays equal its launches alone are done again.
+
+        They are of the tensors of the first time, which are kept: so is scratch memory that `work` asked for.
         """
         if self._noted is not None and self._noted[0] == key:
             for (launch, values), _ in self._noted[1]:
                 launch(*values)
             return
-        self._noted, self._tape = None, []
+        self._noted, _noting.tape = None, []
         try:
             work()
-            self._noted = key, self._tape
+            self._noted = key, _noting.tape
         finally:
-            self._tape = None
+            _noting.tape = None

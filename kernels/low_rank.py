@@ -6,6 +6,7 @@ method, and A - S A written back. Rotations of a round act on disjoint pairs of 
 
 from __future__ import annotations
 
+import functools
 from enum import IntEnum
 from typing import Any
 
@@ -232,8 +233,6 @@ class Matrices:
         """The RANK that each needs; 0 for those that are not the kernel's."""
         self.left = bool((self.ranks == 0).any())
         """Whether there are such."""
-        self._compiled: dict[tuple[int, bool], Compiled] = {}
-        """By RANK and whether they are aligned."""
         self.unit = 128 // bucket.spec.switches.P.primitive_bitwidth
 
     def shrink(self, sources: list[dict[str, Any]]) -> None:
@@ -285,8 +284,14 @@ class Matrices:
             "SPAN": span,
             "STOCHASTIC": spec.switches.STOCHASTIC,
         }
-        compiled = self._compiled.setdefault((rank, aligned), Compiled())
+        compiled = _compiled(*list(arguments.values())[1:])
         compiled.launch(low_rank_kernel, len(table), arguments, num_warps=warps)
+
+
+@functools.cache
+def _compiled(*constants: Any) -> Compiled:
+    """Of these; all matrices with the same have it."""
+    return Compiled()
 
 
 def _rank_class(theta: Tensor) -> int:

@@ -381,10 +381,10 @@ def launch(
         addresses, numbers, factors = counts.begin(grads, sources, grad_scale, found_inf)
         warm, scales = counts.is_warm(sources), factors if grad_scale is not None else None
     shared = shared_numbers(sources[bucket.members[0].source])
-    variant = bucket.variants[warm, bucket.are_aligned(grads), scales is not None]
+    variant = bucket.variant(warm, bucket.are_aligned(grads), scales is not None)
     launch_all = functools.partial(_launch, bucket, addresses, numbers, shared, variant, scales, clips)
-    if bucket.stays and counts is None and not variant.switches.PART:
-        variant.compiled.repeat(shared, launch_all)
+    if bucket.repeated is not None and counts is None and not variant.switches.PART:
+        bucket.repeated.do((variant.switches, shared), launch_all)
         return None
     return launch_all()
 
@@ -398,7 +398,7 @@ def _launch(
     scales: Tensor | None,
     clips: Tensor | None,
 ) -> Tensor | None:
-    """The launches of one step, and nothing else that has to be done anew in the next: see `Compiled.repeat`."""
+    """The launches of one step, and nothing else that has to be done anew in the next: see `Repeated`."""
     device, switches = bucket.spec.device, variant.switches
     betas, eps, clip_threshold, frequency, edge_penalty, edge_threshold, detail = shared
     if clips is None and switches.SCALED:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import triton.language as tl
-from automagic_bnb.kernels.launching import Compiled
+from automagic_bnb.kernels.launching import Compiled, Repeated
 from automagic_bnb.kernels.row import WORDS, Row, signed
 from torch import Tensor
 
@@ -154,6 +154,11 @@ class Variant:
     compiled: Compiled
 
 
+@functools.cache
+def variant_of(switches: Switches) -> Variant:
+    return Variant(switches, Switches._make(map(tl.constexpr, switches)), Compiled())
+
+
 @dataclass(frozen=True)
 class Spec:
     """What the tensors of a bucket have in common."""
@@ -241,8 +246,8 @@ class Member:
 class Bucket:
     """Tensors updated by one launch."""
 
-    stays = False
-    """Whether what a step says of its tensors always lies in the same place on the device."""
+    repeated: Repeated | None = None
+    """Its launches, where what a step says of its tensors always lies in the same place on the device."""
 
     def __init__(self, spec: Spec, members: list[Member]) -> None:
         """Write the table."""
@@ -284,9 +289,7 @@ class Bucket:
         self.rate_places = Places([rate for _, rate in self.rates.values()])
         self.short = [row for row, m in enumerate(members) if m.theta.numel() <= q.BLOCK]
         self.aligned = self.spec.switches.ALIGN == 16 and all(m.theta_address % 16 == 0 for m in members)
-        launches = itertools.product((False, True), repeat=3)
-        self.variants = {launch: self._variant(*launch) for launch in launches}
-        """By whether some mask moves, all is aligned and gradients are multiplied."""
+        self._variants: dict[tuple[bool, bool, bool], Variant] = {}
         self.lora = np.array([m.is_lora for m in members])
         self.sources: dict[int, tuple[Any, np.ndarray]] = {}
         """Of each source of options the rows, and which of them are of LoRA matrices."""
@@ -305,11 +308,17 @@ class Bucket:
         self.step = 0
         """The same of all, where all are at the same step; else 0."""
 
-    def _variant(self, warm: bool, aligned: bool, scaled: bool) -> Variant:
-        switches = self.spec.switches
-        scaled |= switches.SCALED
-        switches = switches._replace(WARM=warm and switches.MASK > 0, ALIGN=16 if aligned else 2, SCALED=scaled)
-        return Variant(switches, Switches._make(map(tl.constexpr, switches)), Compiled())
+    def variant(self, warm: bool, aligned: bool, scaled: bool) -> Variant:
+        """What is launched where some mask moves, all is aligned and gradients are multiplied."""
+        launch = warm, aligned, scaled
+        if launch not in self._variants:
+            switches = self.spec.switches
+            self._variants[launch] = variant_of(
+                switches._replace(
+                    WARM=warm and switches.MASK > 0, ALIGN=16 if aligned else 2, SCALED=scaled or switches.SCALED
+                )
+            )
+        return self._variants[launch]
 
     def _programs(self, member: Member) -> int:
         whole, stretch, switches = member.whole, member.stretch, self.spec.switches
@@ -481,12 +490,10 @@ class Single(Bucket):
     says is written to where it was before, so that the launches behind it stay the same.
     """
 
-    stays = True
-
     def __init__(self, spec: Spec, members: list[Member]) -> None:
         super().__init__(spec, members)
         (self._member,), (self._state,), (self._key,) = members, self.states, self.keys.tolist()
-        self._row = Row(spec.device)
+        self._row, self.repeated = Row(spec.device), Repeated()
         self._there = self._row.there[-2:].view(torch.int64), self._row.there[:-2].view(torch.float32)
 
     def gradients(self) -> Gradients | None:

@@ -44,6 +44,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     monkeypatch.setattr(launching, "is_direct", lambda device: True)
     for module in (row, statistics):  # what is compiled here is for no other test
         monkeypatch.setattr(module, "_compiled", launching.Compiled())
+    monkeypatch.setattr(tables, "variant_of", tables.variant_of.__wrapped__)
     return found
 
 
@@ -134,7 +135,7 @@ def test_an_option_changed_between_two_calls_counts_at_once(change: dict[str, An
 
 def test_launches_are_repeated_until_something_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     """And what was begun in vain is not."""
-    compiled, work = launching.Compiled(), []
+    compiled, repeated, work = launching.Compiled(), launching.Repeated(), []
     there = row.Row(DEVICE)
     words = dict(zip(row._NAMES, range(row.WORDS), strict=True))
 
@@ -145,14 +146,14 @@ def test_launches_are_repeated_until_something_changes(monkeypatch: pytest.Monke
             raise torch.OutOfMemoryError
 
     with pytest.raises(torch.OutOfMemoryError):
-        compiled.repeat("key", launch)
+        repeated.do("key", launch)
     for number in range(3):
         there.there.zero_()
-        compiled.repeat("key", launch)
+        repeated.do("key", launch)
         assert there.there.tolist() == list(range(row.WORDS)), "the launch was not repeated"
         assert len(work) == 2, number
     words["w0"] = 7
-    compiled.repeat("another key", launch)
+    repeated.do("another key", launch)
     assert len(work) == 3
     assert there.there[0] == 7
 
