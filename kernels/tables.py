@@ -496,6 +496,9 @@ class Single(Bucket):
         self._row, self.repeated = Row(spec.device), Repeated()
         self._there = self._row.there[-2:].view(torch.int64), self._row.there[:-2].view(torch.float32)
 
+    def fits(self, sources: list[dict[str, Any]]) -> bool:
+        return super().fits(sources) if self.sharded else self._member.p.numel() == self.elements
+
     def gradients(self) -> Gradients | None:
         grad = self._member.p.grad
         if grad is None or grad.dtype is not self.spec.grad_dtype or self.sharded or not grad.is_contiguous():
