@@ -24,8 +24,8 @@ tables = pytest.importorskip("automagic_bnb.kernels.tables", reason="the kernels
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy: 1 / 0 in masked lanes
 
 MOST_CALLS = 85
-"""Of Python functions in one call, launches apart. Hooks of a backward pass make a thousand such calls, and functions tell
-on any machine what each costs: there are 63, with a rate found 73, in some 20 µs; there were 168, in 157 µs."""
+"""Of Python functions in one call, launches apart. Hooks of a backward pass make a thousand such calls, and functions
+tell on any machine what each costs: there are 63, with a rate found 73, in 22 µs; there were 168, in 154 µs."""
 
 
 # --- what it costs ----------------------------------------------------------------------------------------------------
