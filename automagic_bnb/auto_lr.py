@@ -272,14 +272,26 @@ def rate_tensor(group: Group, device: torch.device) -> Tensor:
     return group["auto_lr_rate"]
 
 
+Seek = tuple[int, bool, float | None]
+
+
+def _seek(group: Group) -> Seek:
+    """Which group it is, whether a rate is found in it (or for a parameter whose override says so), the rate given."""
+    return id(group), group["auto_lr"] or "auto_lr_rate" in group, group.get("auto_lr_given")
+
+
 class RateFinder:
     """The searches of an optimizer, brought up to date whenever a step begins."""
 
     def __init__(self) -> None:
         self._held: list[Any] = []
         """What replays of captured graphs rest on."""
-        self._known: list[tuple[int, bool, float | None]] = []
+        self._known: list[Seek] = []
         self._searches: list[Search] = []
+        self._by_group: dict[int, tuple[list[Group], list[Seek], Search | None]] = {}
+        """By a group's id: its search, if any, the groups of it, or the group alone, and what these were seeking."""
+        self._count = 0
+        """Of all groups, when they were last asked."""
         self._copies: dict[tuple[int, torch.device], tuple[Group, Tensor]] = {}
         """By a group's id and a device: the group, and its d there, where it does not live there."""
 
@@ -328,9 +340,7 @@ class RateFinder:
             kernels_on: the types of devices that work on the sums in Triton, by their addresses.
             found_inf: on the device, with `capturable`; where it is not 0, no step begins after all.
         """
-        for search in self._of(groups):
-            if one is not None and not any(one[0] is group for group in search.groups):
-                continue
+        for search in self._of(groups) if one is None else self._of_one(groups, one[0]):
             if search.begins(None if one is None else one[1]):
                 started = search.has_started()
                 if started or search.leader["capturable"]:
@@ -340,9 +350,17 @@ class RateFinder:
                     if any(group is one for one in search.groups):
                         copy.copy_(group["auto_lr_rate"], non_blocking=copy.device.type == "cuda")
 
+    def _of_one(self, groups: list[Group], group: Group) -> list[Search]:
+        """The search that a group takes part in, if any. The others are not asked: each parameter may have a group."""
+        for _ in range(2):
+            together, seeks, search = self._by_group.get(id(group), ([group], [], None))
+            if len(groups) == self._count and [_seek(g) for g in together] == seeks:
+                break
+            self._of(groups)
+        return [] if search is None else [search]
+
     def _of(self, groups: list[Group]) -> list[Search]:
-        # A group may also search for the sake of single parameters, whose overrides say so.
-        seeks = [(id(g), g["auto_lr"] or "auto_lr_rate" in g, g.get("auto_lr_given")) for g in groups if g["params"]]
+        seeks = [_seek(group) for group in groups if group["params"]]
         if seeks != self._known:
             self._known = seeks
             self.settle()
@@ -350,6 +368,11 @@ class RateFinder:
             held = {id(group) for group in filled}
             self._copies = {key: copy for key, copy in self._copies.items() if key[0] in held}
             self._searches = searches([group for group, seek in zip(filled, seeks, strict=True) if seek[1]])
+            self._by_group = {id(group): ([group], [_seek(group)], None) for group in filled}
+            for search in self._searches:
+                known = search.groups, [_seek(group) for group in search.groups], search
+                self._by_group |= {id(group): known for group in search.groups}
+        self._count = len(groups)
         return self._searches
 
     @classmethod

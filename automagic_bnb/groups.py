@@ -12,7 +12,6 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from operator import is_
 from typing import Any, ClassVar
 
 import torch
@@ -140,8 +139,8 @@ class ParameterGroups(bnb.Optimizer2State):
         self._lr = lr if isinstance(lr, Tensor) else None
         self._own_seed = next(own_seeds)
         self._facts: dict[Tensor, Facts] = {}
-        self._owners: tuple[list[Group], dict[Tensor, Group]] = ([], {})
-        """The groups, and by parameter the one that it is in."""
+        self._owners: tuple[int, dict[Tensor, tuple[int, Group]]] = (0, {})
+        """How many groups there are, and by parameter the number of the one that it is in, and this."""
         self._unsaid = []
         self._overrides: dict[Tensor, dict[str, Any]] = {}
         """Options of single parameters that `requantize` was given; they stand over `GlobalOptimManager`'s."""
@@ -355,11 +354,12 @@ class ParameterGroups(bnb.Optimizer2State):
         Raises:
             KeyError: it is in none.
         """
-        groups, owners = self._owners
-        owner = owners.get(p)
-        if owner is None or len(groups) != len(self.param_groups) or not all(map(is_, groups, self.param_groups)):
-            owners = {q: group for group in self.param_groups for q in group["params"]}
-            self._owners, owner = (list(self.param_groups), owners), owners.get(p)
+        count, owners = self._owners
+        number, owner = owners.get(p, (0, None))
+        if owner is None or count != len(self.param_groups) or self.param_groups[number] is not owner:
+            owners = {q: (i, group) for i, group in enumerate(self.param_groups) for q in group["params"]}
+            self._owners = len(self.param_groups), owners
+            number, owner = owners.get(p, (0, None))
         if owner is None:
             raise KeyError(f"a tensor of shape {tuple(p.shape)} is no parameter of this optimizer")
         return owner
@@ -490,7 +490,7 @@ class ParameterGroups(bnb.Optimizer2State):
         if facts is None:
             return
         self.non_castable_tensor_keys = set(st.KEYS)
-        self.name2qmap, self.initialized, self._owners = {}, False, ([], {})
+        self.name2qmap, self.initialized, self._owners = {}, False, (0, {})
         bnb.restore_managers(self)
         self.state = defaultdict(st.WatchedState, st.watched(self.state))
         parameters = [p for group in self.param_groups for p in group["params"]]

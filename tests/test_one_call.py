@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Callable
@@ -84,6 +85,23 @@ def test_one_call_is_few_calls(tensors: int, lr: float | None, launches: list[tu
     assert not any(isinstance(value, torch.Tensor) for values in others for value in values), "addresses are cheaper"
 
 
+@pytest.mark.parametrize("lr", [1e-3, None], ids=["rate given", "rate found"])
+def test_other_groups_cost_nothing(lr: float | None, launches: list[tuple[Any, ...]]) -> None:
+    """Layerwise training may give each parameter a group of its own."""
+    counts = []
+    for groups in (3, 40):
+        p = [parameter(8, 16, seed=i) for i in range(groups)]
+        opt = build([{"params": [x]} for x in p], "triton", lr=lr)
+        give(*p)
+        calls = 0
+        for _ in range(4):
+            for x, group in zip(p, opt.param_groups, strict=True):
+                with torch.no_grad():
+                    calls = python_calls(functools.partial(opt.step_parameter, x, group))
+        counts.append(calls)
+    assert counts[0] == counts[1]
+
+
 # --- what changes between two calls -----------------------------------------------------------------------------------
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -131,6 +149,24 @@ def test_an_option_changed_between_two_calls_counts_at_once(change: dict[str, An
     together = trained(False, {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in change.items()})
     assert not tools.differences(tools.snapshot(together), tools.snapshot(alone))
     assert tools.differences(tools.snapshot(alone), tools.snapshot(trained(True, None))), "it changed nothing"
+
+
+def test_a_rate_that_is_to_be_found_from_now_on_is(tools: Any) -> None:
+    """In one of two groups, whichever is stepped first; the other keeps its own."""
+    results = []
+    for order in (1, -1):
+        p = [parameter(16, 24), parameter(16, 24, seed=1)]
+        opt = build([{"params": [x]} for x in p], "triton", seed=0)
+        for number in range(6):
+            if number == 2:
+                opt.param_groups[1].update(auto_lr=True, auto_lr_given=None)
+            give(*p, step=number)
+            for i in (0, 1)[::order]:
+                opt.step_parameter(p[i], opt.param_groups[i])
+        assert opt.param_groups[1]["auto_lr_count"] == 3  # the first step that searches has nothing to estimate from
+        assert "auto_lr_rate" not in opt.param_groups[0]
+        results.append(tools.snapshot(opt))
+    assert not tools.differences(*results)
 
 
 def test_launches_are_repeated_until_something_changes(monkeypatch: pytest.MonkeyPatch) -> None:
