@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from automagic_bnb import auto_lr, bnb, config, low_rank, paged, sharded
+from automagic_bnb import auto_lr, bnb, config, direction, low_rank, paged, sharded
 from automagic_bnb import state as st
 from automagic_bnb.groups import ParameterGroups
 from automagic_bnb.notices import warn_once
@@ -260,7 +260,8 @@ class FusedStep:
         """Let what cannot be stepped fail before anything has moved: overrides, gradients, states that do not fit."""
         for group, p in parameters:
             if p.grad is not None:
-                self.optimizer.effective_options(group, p)
+                options = self.optimizer.effective_options(group, p)
+                direction.check(p, options, self.optimizer.facts_of(p).counts_as_lora(options))
                 st.checked_gradient(p)
                 shape = sharded.stepped(p).shape
                 st.check_shape(self.optimizer.state.get(p, {}), st.local_tensor(p), shape)

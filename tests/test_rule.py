@@ -204,6 +204,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     )
     | {"frequency_penalty": 0.0},
     "lora": {"lora": True, "rank_penalty_strength": 0.3, "low_rank_emphasis": 1.7},
+    "lora, turned": {"lora": True, "lora_direction": "orthogonal", "rank_penalty_strength": 0.3},
     "percentile clipping": {"percentile_clipping": 40},
     "min_lr above the rate": {"min_lr": 1.1e-2, "max_lr": 1.2e-2},
     "max_lr not set": {"max_lr": None},
@@ -282,6 +283,7 @@ WRONG_OPTIONS: list[tuple[str, dict[str, Any], set[str]]] = [
     ("lora", {"rank_penalty_strength": 0.301}, {"theta"}),
     ("lora", {"lora_rank_penalty": False}, {"theta"}),
     ("lora", {"lora": False}, {"m", "theta"}),
+    ("lora, turned", {"lora_direction": None}, {"theta"}),
     ("clamped to min_lr and max_lr", {"min_lr": 9.51e-3}, {"theta"}),
     ("clamped to min_lr and max_lr", {"max_lr": 1.101e-2}, {"theta"}),
     ("schedule over initial_lr", {"max_lr": 8.41e-3}, {"theta"}),
