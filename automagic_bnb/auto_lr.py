@@ -9,7 +9,7 @@ parameter is, and copies of it go to the others.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -275,10 +275,12 @@ def rate_tensor(group: Group, device: torch.device) -> Tensor:
 class RateFinder:
     """The searches of an optimizer, brought up to date whenever a step begins."""
 
-    def __init__(self) -> None:
+    def __init__(self, share: Callable[[Group, Tensor], float]) -> None:
+        """share: what the distance of a parameter of this group counts."""
+        self._share = share
         self._held: list[Any] = []
         """What replays of captured graphs rest on."""
-        self._known: list[tuple[int, bool, float | None]] = []
+        self._known: list[tuple[Any, ...]] = []
         self._searches: list[Search] = []
         self._copies: dict[tuple[int, torch.device], tuple[Group, Tensor]] = {}
         """By a group's id and a device: the group, and its d there, where it does not live there."""
@@ -342,7 +344,11 @@ class RateFinder:
 
     def _of(self, groups: list[Group]) -> list[Search]:
         # A group may also search for the sake of single parameters, whose overrides say so.
-        seeks = [(id(g), g["auto_lr"] or "auto_lr_rate" in g, g.get("auto_lr_given")) for g in groups if g["params"]]
+        seeks = [
+            (id(g), g["auto_lr"] or "auto_lr_rate" in g, g.get("auto_lr_given"), g["lora_direction"])
+            for g in groups
+            if g["params"]
+        ]
         if seeks != self._known:
             self._known = seeks
             self.settle()
@@ -352,9 +358,8 @@ class RateFinder:
             self._searches = searches([group for group, seek in zip(filled, seeks, strict=True) if seek[1]])
         return self._searches
 
-    @classmethod
     def _estimate(
-        cls, search: Search, states: States, kernels_on: frozenset[str], started: bool, found_inf: Tensor | None
+        self, search: Search, states: States, kernels_on: frozenset[str], started: bool, found_inf: Tensor | None
     ) -> None:
         """Count the step that begins, and move d."""
         d, sums = search.leader["auto_lr_rate"], search.leader["auto_lr_sums"]
@@ -362,7 +367,7 @@ class RateFinder:
         if search.places is None or search.places.key != key or not search.places.known.are_current():
             if capturing():
                 raise RuntimeError("capturable=True: take a step outside of the CUDA graph before each capture")
-            search.places = cls._find_places(search, states, key)
+            search.places = self._find_places(search, states, key)
         here = search.places.here
         counts_there = isinstance(here.stats, Tensor) and search.leader["capturable"]
         if not counts_there:
@@ -382,11 +387,10 @@ class RateFinder:
         else:
             estimate.find_rate(d, sums, here.stats, here.weights, search.numbers())
 
-    @staticmethod
-    def _find_places(search: Search, states: States, key: Any) -> Places:
+    def _find_places(self, search: Search, states: States, key: Any) -> Places:
         home, kernels_on = search.leader["auto_lr_rate"].device, key[-1]
         held = [
-            (states[p]["tensor_stats"], 1 / ratio)
+            (states[p]["tensor_stats"], self._share(group, p) / ratio)
             for group, ratio in zip(search.groups, search.ratios, strict=True)
             for p in group["params"]
             if p in states and "probe_block" in states[p]

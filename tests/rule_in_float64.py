@@ -207,11 +207,13 @@ class RuleInFloat64:
             n = n / 2 if activity < 0.1 else n
         return n, u
 
+    def _is_turned(self) -> bool:
+        o = self.options
+        return bool(o["lora_direction"] and o["lora"] and len(self.shape) == 2 and min(self.shape) <= 256)
+
     def _turned(self, n: np.ndarray) -> np.ndarray:
         """`lora_direction`: singular values through Muon's polynomial and Newton-Schulz's, the rms as it was."""
-        o = self.options
-        directed = o["lora_direction"] and o["lora"] and len(self.shape) == 2 and min(self.shape) <= 256
-        if not directed or not n.any():
+        if not self._is_turned() or not n.any():
             return n
         left, values, right = np.linalg.svd(n.reshape(self.shape), full_matrices=False)
         x = values / np.sqrt((values**2).sum())
@@ -256,7 +258,7 @@ class RuleInFloat64:
         if span in self.watched:
             if self.watched[span][0] == b:
                 distances = u * (self.watched[span][1] - self.theta[at])
-                self.distance += distances.sum()
+                self.distance += distances.sum() * (0.5 if self._is_turned() else 1)
                 self.scatter += np.abs(distances).sum()
                 self.momentum += max(np.abs(m).sum(), 0.1 * (g != 0).sum())
         elif span in claimed:
