@@ -225,11 +225,12 @@ def describe(task: Task) -> str:
 
 def markdown(comparison: Comparison) -> str:
     parts = ["# What is learned: every optimizer at its own best rate", (__doc__ or "").split("\n\n")[-1].strip()]
-    for split, meaning in (("judge", "judge"), ("choose", "choose defaults")):
+    for split, meaning in (("judge", "judge"), ("choose", "choose defaults"), ("more", "came later")):
         chosen = comparison.of(split)
         if chosen:
             parts += [f"## The tasks that {meaning}", summary(comparison, chosen)]
-        if loras := [task for task in chosen if task.kind == "lora"]:
+        loras = [task for task in chosen if task.kind == "lora"]
+        if loras and loras != chosen:
             parts += ["LoRA's alone:", summary(comparison, loras)]
     for task in comparison.tasks:
         parts += [f"### {task.name} ({task.split})", describe(task), by_task(comparison, task)]
