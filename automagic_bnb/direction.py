@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from automagic_bnb.low_rank import LOW_RANK_MAX, short_side_first
+from automagic_bnb.low_rank import LOW_RANK_MAX, gram, short_side_first
 from automagic_bnb.state import local_tensor
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -41,13 +41,24 @@ def check(p: Tensor, options: dict[str, Any], is_lora: bool) -> None:
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """U Vᵀ of each of float32 [batch, a, b], times what keeps its root mean square."""
-    x, tall = short_side_first(matrices)
-    square = x.square().sum(dim=(1, 2), keepdim=True)
-    x = x / square.clamp_min(LEAST).sqrt()
+    """U Vᵀ of each of float32 [batch, a, b], times what keeps its root mean square; contiguous.
+
+    Each step of the iteration multiplies the matrix by a polynomial of its Gram matrix, which is small, and all of
+    these commute: so they are worked out on it, in double precision since it squares.
+    """
+    wide, tall = short_side_first(matrices)
+    grams = gram(matrices)
+    square = _trace(grams)
+    grams = grams / square.clamp_min(LEAST)
+    unit = torch.eye(len(grams[0]), dtype=grams.dtype, device=grams.device)
+    turn = unit.expand_as(grams)
     for a, b, c in ITERATION:
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    size = x.square().sum(dim=(1, 2), keepdim=True)
-    x = x * (square / size.clamp_min(LEAST)).sqrt()
-    return torch.where(square > LEAST, x.mT if tall else x, matrices)
+        step = a * unit + b * grams + c * (grams @ grams)
+        grams, turn = step @ grams @ step, step @ turn
+    turn = turn * _trace(grams).clamp_min(LEAST).rsqrt()
+    turned = turn.to(wide.dtype) @ wide
+    return torch.where(square > LEAST, turned.mT if tall else turned, matrices).contiguous()
+
+
+def _trace(grams: Tensor) -> Tensor:
+    return grams.diagonal(dim1=1, dim2=2).sum(1).view(-1, 1, 1)

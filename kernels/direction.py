@@ -71,8 +71,8 @@ def _gram(n_ptr, short, long, TALL: tl.constexpr, RANK: tl.constexpr, SPAN: tl.c
 def _turn(gram, RANK: tl.constexpr):
     """T of N's Gram matrix, float32 [RANK, RANK] and symmetric: T N is N made orthogonal, as large as N.
 
-    The iteration of `direction.orthogonal` on the short side alone: each of its steps multiplies N by a polynomial of
-    the Gram matrix, and all of these commute.
+    The iteration of `direction.orthogonal`, in float32: what rounding leaves of a singular value below 1e-3 of the
+    largest is far from 1, but it stays small, which is what counts in a step.
     """
     own = tl.arange(0, RANK)[:, None] == tl.arange(0, RANK)[None, :]
     unit = tl.where(own, 1.0, 0.0)
