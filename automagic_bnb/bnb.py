@@ -114,7 +114,8 @@ def overridden_ids() -> tuple[int, ...]:
     """The ids of all tensors with an override: differs when one gets its first option."""
     if not BITSANDBYTES_AVAILABLE:
         return ()
-    return tuple(key for key, options in GlobalOptimManager.get_instance().pid2config.items() if options)
+    held = GlobalOptimManager.get_instance().pid2config
+    return tuple([key for key, options in held.items() if options]) if held else ()
 
 
 def adopt_module_overrides(parameters: set[int]) -> None:

@@ -99,6 +99,9 @@ class Scaler:
         return self.found_inf is not None and bool(self.found_inf)
 
 
+NO_SCALER = Scaler(None, None)
+
+
 def takes(p: Tensor, backend: str | None) -> bool:
     """Whether the kernels update this (local) parameter.
 
@@ -146,6 +149,12 @@ class Plan:
     """Of each bucket, what step 9 works on."""
     counts: list[Counts | None] = field(default_factory=list)
     """Of each bucket, its steps where they are counted on the device."""
+    kernels_on: frozenset[str] = frozenset()
+    """The types of devices that the buckets are on."""
+    is_paged: bool = False
+    """Whether some bucket's states have to be fetched."""
+    is_left: bool = False
+    """Whether step 9 of some matrix is not the kernel's."""
     idle: list[Tensor] = field(default_factory=list)
     """Parameters that had no gradient when the plan was made."""
     rest: list[tuple[dict[str, Any], Tensor]] = field(default_factory=list)
@@ -159,32 +168,31 @@ class Plan:
     def is_current(self, optimizer: ParameterGroups, options: list[dict[str, Any]]) -> bool:
         """Whether all still stands that the plan rests on, but for addresses: `Bucket.is_in_place`."""
         return (
-            self._has_groups(optimizer.param_groups)
+            (self.groups is None or self._has_groups(self.groups, optimizer.param_groups))
             and self._has_states(optimizer.state)
             and self.overrides == bnb.overridden_ids()
-            and all(s.signature == signature(o) for s, o in zip(self.sources, options, strict=True))
-            and not any(p.grad is not None for p in self.idle)
-            and not any(self._would_take(p, optimizer.config.backend) for _, p in self.rest)
-            and all(bucket.agrees(options) and bucket.has_sizes() for bucket in self.buckets)
+            and [source.signature for source in self.sources] == list(map(signature, options))
+            and not (self.idle and any(p.grad is not None for p in self.idle))
+            and not (self.rest and any(self._would_take(p, optimizer.config.backend) for _, p in self.rest))
+            and all([bucket.fits(options) for bucket in self.buckets])  # noqa: C419 (a generator takes longer)
         )
 
     @staticmethod
     def _would_take(p: Tensor, backend: str | None) -> bool:
         return sharded.shard_of(p) is None and takes(st.local_tensor(p), backend)
 
-    def _has_groups(self, groups: list[dict[str, Any]]) -> bool:
-        if self.groups is None:
-            return True
-        return len(groups) == len(self.groups) and all(
+    @staticmethod
+    def _has_groups(held: list[tuple[dict[str, Any], list[Tensor]]], groups: list[dict[str, Any]]) -> bool:
+        return len(groups) == len(held) and all(
             group is known and len(group["params"]) == len(parameters) and all(map(is_, group["params"], parameters))
-            for group, (known, parameters) in zip(groups, self.groups, strict=True)
+            for group, (known, parameters) in zip(groups, held, strict=True)
         )
 
     def _has_states(self, held: Mapping[Tensor, st.State]) -> bool:
         """Whether each parameter's state is still the same dictionary; what is in it is for the buckets to see."""
         if self.groups is None:
-            buckets = self.buckets
-            return all(held.get(p) is state for b in buckets for p, state in zip(b.parameters, b.states, strict=True))
+            same = [all(map(is_, map(held.get, bucket.parameters), bucket.states)) for bucket in self.buckets]
+            return all(same)
         # Not one by one: a tensor's hash is a call of Python code.
         return (
             self.states is not None
@@ -207,6 +215,8 @@ class FusedStep:
         self.optimizer: ParameterGroups = weakref.proxy(optimizer)
         """No owner of it: an optimizer that is dropped frees its states at once."""
         self._rates = auto_lr.RateFinder(partial(_distance_share, self.optimizer))
+        self._kernels: Any = None
+        """The module `kernels.step`, once there are buckets; to import it in each step takes a microsecond."""
         self._plan: Plan | None = None
         self._plans_of_one: dict[Tensor, Plan] = {}
         self.shards = ShardLaunches()
@@ -275,14 +285,17 @@ class FusedStep:
             return False
         if self._plan is not None and any(self._plan.counts):
             self.forget()
-        if p not in self._plans_of_one and len(self._plans_of_one) >= len(self.optimizer._facts):
+        known = self._plans_of_one.get(p)
+        if known is None and len(self._plans_of_one) >= len(self.optimizer._facts):
             self.settle()
             self._plans_of_one.clear()  # some are of parameters that are no longer here
-        plan = self._plans_of_one.get(p)
-        if plan is not None and any(source.group is not group for source in plan.sources):
+        plan = known
+        if plan is not None and plan.sources and plan.sources[0].group is not group:
             self._retire(plan)
             plan = None
-        self._plans_of_one[p], rest = self._run(plan, (group, p), Scaler(None, None))
+        plan, rest = self._run(plan, (group, p), NO_SCALER)
+        if plan is not known:
+            self._plans_of_one[p] = plan
         return not rest
 
     def _everything(self) -> list[tuple[dict[str, Any], Tensor]]:
@@ -300,18 +313,19 @@ class FusedStep:
                 grads = self._gradients(plan)
         if plan is None or grads is None:
             plan, options, grads = self._made_anew(plan, one)
-        self._check(plan.rest)
-        left = any(p.grad is not None for _, p in plan.rest)
+        left = False
+        if plan.rest:
+            self._check(plan.rest)
+            left = any(p.grad is not None for _, p in plan.rest)
         if capturing():
             self._check_captured(plan, left)
         if left and scaler.found():
             return plan, []
         # A step without gradients is none: trainers whose backward pass steps call it all the same.
-        if left or any(g is not None for of_bucket in grads for g in of_bucket):
+        if left or any(map(_has_some, grads)):
             found_inf = None if left else scaler.found_inf
             groups, held = self.optimizer.param_groups, self.optimizer.state
-            kernels_on = frozenset(bucket.spec.device.type for bucket in plan.buckets)
-            self._rates.begin(groups, held, one, kernels_on, found_inf=found_inf)
+            self._rates.begin(groups, held, one, plan.kernels_on, found_inf=found_inf)
         stepped: set[int] = set()
         while plan.buckets and not self._launch(plan, options, grads, scaler, stepped):
             plan, options, grads = self._made_anew(plan, one)
@@ -367,13 +381,10 @@ class FusedStep:
         Returns:
             False where that is so; a plan made anew then takes the rest.
         """
-        from automagic_bnb.kernels import step
-
         updates = zip(plan.buckets, plan.matrices, plan.counts, grads, strict=True)
-        due = [update for update in updates if any(g is not None for g in update[-1])]
-        ahead = iter([bucket for bucket, *_ in due if bucket.fetched])
+        due, done = [update for update in updates if _has_some(update[-1])], 0
+        ahead = iter([bucket for bucket, *_ in due if bucket.fetched] if plan.is_paged else ())
         self._prefetch(next(ahead, None))
-        launched: list[tuple[Bucket, Matrices]] = []
         try:
             for bucket, matrices, counts, of_bucket in due:
                 if not bucket.is_in_place():
@@ -383,21 +394,23 @@ class FusedStep:
                 addresses = bucket.addresses(of_bucket, stepped)
                 with on_device(bucket.spec.device):
                     if counts is None:
-                        step.launch(bucket, addresses, options)
-                        launched.append((bucket, matrices))
+                        self._kernels.launch(bucket, addresses, options)
+                        done += 1
                         matrices.shrink(options)
                     else:
-                        step.launch(bucket, addresses, options, counts, *scaler.on(bucket.spec.device))
-                        launched.append((bucket, matrices))
+                        self._kernels.launch(bucket, addresses, options, counts, *scaler.on(bucket.spec.device))
+                        done += 1
                         counts.shrink()
         finally:
-            called = [pair for pair in launched if not pair[0].spec.counts]
-            for bucket, _ in called:  # while the device works
-                bucket.count()
-        low_rank.shrink_ranks([task for _, matrices in called for task in matrices.tasks(options)])
-        if len(launched) == len(due):
+            for bucket, _, counts, _ in due[:done]:  # while the device works
+                if counts is None:
+                    bucket.count()
+        if plan.is_left:
+            called = [matrices for _, matrices, counts, _ in due[:done] if counts is None]
+            low_rank.shrink_ranks([task for matrices in called for task in matrices.tasks(options)])
+        if done == len(due):
             return True
-        stepped.update(id(p) for bucket, _ in launched for p in bucket.parameters)
+        stepped.update(id(p) for bucket, *_ in due[:done] for p in bucket.parameters)
         return False
 
     def _prefetch(self, bucket: Bucket | None) -> None:
@@ -412,10 +425,12 @@ class FusedStep:
 
     def _options(self, plan: Plan) -> list[dict[str, Any]]:
         """The effective options of each source, as they are now."""
+        options = []
         for source in plan.sources:
-            config.complete_betas(source.group)
-        effective = self.optimizer.effective_options
-        return [s.group if s.p is None else effective(s.group, s.p) for s in plan.sources]
+            group, p = source.group, source.p
+            config.complete_betas(group)
+            options.append(group if p is None else self.optimizer.effective_options(group, p))
+        return options
 
     def _make_plan(self, parameters: list[tuple[dict[str, Any], Tensor]]) -> Plan:
         optimizer = self.optimizer
@@ -436,12 +451,16 @@ class FusedStep:
                 member = self._member(group, p, own_sources[key], options)
                 members.append((member, st.checked_gradient(p).dtype, options))
         if members:
-            from automagic_bnb.kernels import tables
+            from automagic_bnb.kernels import step, tables
             from automagic_bnb.kernels.low_rank import Matrices
             from automagic_bnb.kernels.numbers import Counts
 
+            self._kernels = step
             plan.buckets = tables.fill_buckets(members)
+            plan.kernels_on = frozenset(bucket.spec.device.type for bucket in plan.buckets)
+            plan.is_paged = any(bucket.fetched for bucket in plan.buckets)
             plan.matrices = [Matrices(bucket) for bucket in plan.buckets]
+            plan.is_left = any(matrices.left for matrices in plan.matrices)
             sources = self._options(plan)
             plan.counts = [
                 Counts(bucket, matrices, sources) if bucket.spec.counts else None
@@ -484,6 +503,15 @@ def _distance_share(optimizer: ParameterGroups, group: dict[str, Any], p: Tensor
     return estimate.TURNED_SHARE if turned else 1.0
 
 
+def _has_some(grads: Gradients) -> bool:
+    return grads[0] is not None or any(grad is not None for grad in grads)
+
+
+_HERE = nullcontext()
+
+
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current CUDA device, whatever its arguments are on."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return _HERE

@@ -356,12 +356,13 @@ class ParameterGroups(bnb.Optimizer2State):
             KeyError: it is in none.
         """
         groups, owners = self._owners
-        if p not in owners or len(groups) != len(self.param_groups) or not all(map(is_, groups, self.param_groups)):
+        owner = owners.get(p)
+        if owner is None or len(groups) != len(self.param_groups) or not all(map(is_, groups, self.param_groups)):
             owners = {q: group for group in self.param_groups for q in group["params"]}
-            self._owners = (list(self.param_groups), owners)
-        if p not in owners:
+            self._owners, owner = (list(self.param_groups), owners), owners.get(p)
+        if owner is None:
             raise KeyError(f"a tensor of shape {tuple(p.shape)} is no parameter of this optimizer")
-        return owners[p]
+        return owner
 
     def facts_of(self, p: Tensor) -> Facts:
         if p not in self._facts:  # a wrapper has put another tensor into the group

@@ -174,7 +174,6 @@ class Automagic(ParameterGroups):
         if self._step_log is not None:
             self._step_log.stepped(self._steps_taken, self.get_metrics)
 
-    @torch.no_grad()
     def step_parameter(self, p: Tensor, group: Group, i: int | None = None) -> None:
         """Update one parameter, for a backward pass that steps as gradients arrive; equals `step()` over all.
 
@@ -185,7 +184,11 @@ class Automagic(ParameterGroups):
         Raises:
             KeyError: the parameter is in no group.
         """
-        self._step_parameter(p, group)
+        if torch.is_grad_enabled():  # it is not in a backward pass, where this is called a thousand times
+            with torch.no_grad():
+                self._step_parameter(p, group)
+        else:
+            self._step_parameter(p, group)
 
     @uncompiled
     @st.unseen

@@ -101,7 +101,7 @@ class ShardLaunches:
             (id(due.p), id(due.state), due.edge.grad.dtype, place, signatures[place])
             for due, place in zip(dues, places, strict=True)
         ]
-        fits = self._key == key and all(b.agrees(sources) and b.has_sizes() and b.is_in_place() for b in self._buckets)
+        fits = self._key == key and all(b.fits(sources) and b.is_in_place() for b in self._buckets)
         if not fits:
             members = [
                 (_member(due, place), due.edge.grad.dtype, due.options) for due, place in zip(dues, places, strict=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from typing import Any
 
 from automagic_bnb import config
@@ -13,9 +15,9 @@ READ_ANEW = (
 )
 """Numbers that are arguments of a launch or stand in its tables: schedulers change them, and no plan rests on them."""
 STRUCTURAL = tuple(name for name in config.GROUP_OPTIONS if name not in READ_ANEW)
+_switches: Callable[[dict[str, Any]], tuple[Any, ...]] = operator.itemgetter(*STRUCTURAL)
 
 
 def signature(options: dict[str, Any]) -> tuple[Any, ...]:
     """What a plan rests on of the options: the switches, and of two numbers whether they switch something on."""
-    switches = tuple(options[name] for name in STRUCTURAL)
-    return *switches, options["frequency_penalty"] > 0, options["percentile_clipping"] < 100
+    return *_switches(options), options["frequency_penalty"] > 0, options["percentile_clipping"] < 100

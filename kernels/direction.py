@@ -7,6 +7,7 @@ Where it has a say, a step is three launches: `step_kernel` moves the states and
 
 from __future__ import annotations
 
+import functools
 from enum import IntEnum
 
 import numpy as np
@@ -208,7 +209,6 @@ class Turns:
             for rank in np.unique(ranks[ranks <= low_rank.MAX_RANK])
         }
         """By RANK, int64 [matrices, Matrix]."""
-        self.compiled = {rank: Compiled() for rank in self.tables}
         self.left: dict[tuple[int, ...], list[int]] = {}
         """Of matrices with a longer short side the offsets, by their shapes."""
         for _, offset, *shape in table[ranks > low_rank.MAX_RANK].tolist():
@@ -225,7 +225,7 @@ class Turns:
                 "RANK": rank,
                 "SPAN": span,
             }
-            self.compiled[rank].launch(turn_kernel, len(table), arguments, num_warps=warps)
+            _compiled(rank).launch(turn_kernel, len(table), arguments, num_warps=warps)
         for shape, offsets in self.left.items():
             found = [directions[offset : offset + shape[0] * shape[1]].view(shape) for offset in offsets]
             torch._foreach_copy_(found, list(direction.orthogonal(torch.stack(found)).unbind()))
@@ -239,6 +239,12 @@ class Turns:
             "S": variant.constants,
         }
         variant.compiled.launch(move_kernel, self.bucket.programs, arguments, num_warps=1)
+
+
+@functools.cache
+def _compiled(rank: int) -> Compiled:
+    """All matrices of a RANK have the same."""
+    return Compiled()
 
 
 def turns_of(bucket: Bucket) -> Turns:

@@ -6,6 +6,7 @@ method, and A - S A written back. Rotations of a round act on disjoint pairs of 
 
 from __future__ import annotations
 
+import functools
 from enum import IntEnum
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import triton
 import triton.language as tl
 from automagic_bnb.kernels import codec
+from automagic_bnb.kernels.launching import Compiled
 from automagic_bnb.kernels.tables import Bucket, Member, Spec, upload
 from torch import Tensor
 
@@ -239,6 +241,8 @@ class Matrices:
         Args:
             sources: the effective options by `Member.source`.
         """
+        if self.bucket.step % low_rank.LOW_RANK_EVERY:
+            return
         steps = self.bucket.steps[self.rows]
         due = (steps > 0) & (steps % low_rank.LOW_RANK_EVERY == 0)
         if due.any():
@@ -272,15 +276,22 @@ class Matrices:
         """Launch step 9 over a table on the device, int64 [matrices, Column], all of the same RANK."""
         spec = self.bucket.spec
         span, warps = TILES[rank]
-        low_rank_kernel[(len(table),)](
-            table_ptr=table,
-            P=spec.switches.P,
-            UNIT=self.unit if aligned else 1,
-            RANK=rank,
-            SPAN=span,
-            STOCHASTIC=spec.switches.STOCHASTIC,
-            num_warps=warps,
-        )
+        arguments = {
+            "table_ptr": table,
+            "P": spec.switches.P,
+            "UNIT": self.unit if aligned else 1,
+            "RANK": rank,
+            "SPAN": span,
+            "STOCHASTIC": spec.switches.STOCHASTIC,
+        }
+        compiled = _compiled(*list(arguments.values())[1:])
+        compiled.launch(low_rank_kernel, len(table), arguments, num_warps=warps)
+
+
+@functools.cache
+def _compiled(*constants: Any) -> Compiled:
+    """Of these; all matrices with the same have it."""
+    return Compiled()
 
 
 def rank_class(theta: Tensor) -> int:

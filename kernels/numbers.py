@@ -291,7 +291,7 @@ class Counts:
         """
         device, tensors = self.bucket.spec.device, len(grads)
         host = self._staging()
-        host[:tensors] = torch.from_numpy(grads)
+        host[:tensors] = torch.from_numpy(np.asarray(grads))
         rows = np.array([source_row(options, device) for options in sources], dtype=np.int64)
         host[tensors:] = torch.from_numpy(rows.reshape(-1))
         uploaded = host.to(device, non_blocking=True)

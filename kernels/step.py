@@ -7,9 +7,9 @@ squares and its largest Laplacian; only then are elements looked at one by one.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -19,10 +19,12 @@ from automagic_bnb.kernels.one_block import address, row_ptr
 from automagic_bnb.kernels.tables import (
     BLOCK_STATISTICS,
     BLOCKS_PER_PROGRAM,
+    Addresses,
     Bucket,
     Column,
     Number,
     Switches,
+    Variant,
     shared_numbers,
 )
 from torch import Tensor
@@ -337,7 +339,7 @@ def _compiler_options(device: torch.device, switches: Switches) -> dict[str, Any
 
 def launch(
     bucket: Bucket,
-    grads: np.ndarray,
+    grads: Addresses,
     sources: list[dict[str, Any]],
     counts: Counts | None = None,
     grad_scale: Tensor | None = None,
@@ -347,7 +349,7 @@ def launch(
     """One step of a bucket: few launches and one upload, nothing waited for.
 
     Args:
-        grads: int64, the address of each member's gradient, 0 for none; contiguous, in the bucket's gradient dtype.
+        grads: the address of each member's gradient, 0 for none; contiguous, in the bucket's gradient dtype.
         sources: the effective options by `Member.source`.
         counts: where steps are counted on the device.
         grad_scale, found_inf: torch's GradScaler's, for which there must be `counts`.
@@ -356,7 +358,6 @@ def launch(
     Returns:
         Of parts of tensors float32 [tensors, PARTS], what `step_kernel` leaves of each; else None.
     """
-    device = bucket.spec.device
     scales = None
     if counts is None:
         addresses, numbers, warm = bucket.upload_step(grads, sources)
@@ -364,9 +365,28 @@ def launch(
         addresses, numbers, factors = counts.begin(grads, sources, grad_scale, found_inf)
         warm, scales = counts.is_warm(sources), factors if grad_scale is not None else None
     shared = shared_numbers(sources[bucket.members[0].source])
+    variant = bucket.variant(warm, bucket.are_aligned(grads), scales is not None)
+    launch_all = functools.partial(_launch, bucket, addresses, numbers, shared, variant, scales, clips)
+    # Where there are directions not all are launches, and room for them is not to be kept.
+    repeats = not (variant.switches.PART or variant.switches.DIRECTED)
+    if bucket.repeated is not None and counts is None and repeats:
+        bucket.repeated.do((variant.switches, shared), launch_all)
+        return None
+    return launch_all()
+
+
+def _launch(
+    bucket: Bucket,
+    addresses: Tensor,
+    numbers: Tensor,
+    shared: tuple[Any, ...],
+    variant: Variant,
+    scales: Tensor | None,
+    clips: Tensor | None,
+) -> Tensor | None:
+    """The launches of one step, and nothing else that has to be done anew in the next: see `Repeated`."""
+    device, switches = bucket.spec.device, variant.switches
     betas, eps, clip_threshold, frequency, edge_penalty, edge_threshold, detail = shared
-    variant = bucket.variants[warm, bucket.aligned and not (grads & 15).any(), scales is not None]
-    switches = variant.switches
     if clips is None and switches.SCALED:
         clips = scales
         if bucket.spec.switches.SCALED:
@@ -375,9 +395,7 @@ def launch(
     summed = switches.WARM or switches.AUTO
     parts = statistics.PARTS.value * bucket.programs if summed else 0
     partials = torch.empty(parts, dtype=torch.float32, device=device)
-    directions = (
-        torch.empty(bucket.direction_elements, dtype=torch.float32, device=device) if switches.DIRECTED else None
-    )
+    directions = torch.empty(bucket.direction_elements, dtype=torch.float32, device=device)
     arguments = {
         "table_ptr": bucket.table,
         "numbers_ptr": numbers,
@@ -401,12 +419,12 @@ def launch(
         "edge_penalty": float(edge_penalty),
         "edge_threshold": float(edge_threshold),
         "detail": float(detail),
-        "directions_ptr": partials if directions is None else directions,
+        "directions_ptr": directions,
         "S": variant.constants,
     }
     options = _compiler_options(device, switches)
     variant.compiled.launch(step_kernel, bucket.programs, arguments, num_warps=1, **options)
-    if directions is not None:
+    if switches.DIRECTED:
         direction.turns_of(bucket).move(addresses, numbers, directions, arguments["clips_ptr"], variant)
     if switches.PART:
         return statistics.shares(bucket, partials, variant) if summed else None

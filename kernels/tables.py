@@ -6,18 +6,20 @@ written once, and uploads each step one small row a tensor: the gradient's addre
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import triton.language as tl
-from automagic_bnb.kernels.launching import Compiled
+from automagic_bnb.kernels.launching import Compiled, Repeated
+from automagic_bnb.kernels.row import WORDS, Row, signed
 from torch import Tensor
 
 from automagic_bnb import config, direction, reference, scalars
@@ -64,10 +66,15 @@ class Number(IntEnum):
     SPARE2 = 15
 
 
+_KEY = int(Number.KEY)
+assert len(Number) + 2 == WORDS, "a tensor's numbers and its gradient's address"
+
 _GRAD, _DTYPE = operator.attrgetter("grad"), operator.attrgetter("dtype")
 
 Gradients = list[Tensor | None]
 """Of the members of a bucket; None for those that have none."""
+Addresses = Sequence[int] | np.ndarray
+"""Of these gradients, int64; 0 for none."""
 SHARED_NUMBERS = (
     "betas",
     "eps",
@@ -80,9 +87,8 @@ SHARED_NUMBERS = (
 """Options that become arguments of a launch: tensors that differ in one go to different buckets."""
 
 
-def shared_numbers(options: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(options[name] for name in SHARED_NUMBERS)
-
+shared_numbers: Callable[[dict[str, Any]], tuple[Any, ...]] = operator.itemgetter(*SHARED_NUMBERS)
+"""Their values, in this order."""
 
 DTYPES = {
     torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.uint8: tl.uint8
@@ -148,6 +154,11 @@ class Variant:
     switches: Switches
     constants: Switches
     compiled: Compiled
+
+
+@functools.cache
+def variant_of(switches: Switches) -> Variant:
+    return Variant(switches, Switches._make(map(tl.constexpr, switches)), Compiled())
 
 
 @dataclass(frozen=True)
@@ -235,18 +246,17 @@ class Member:
         return theta.data_ptr() - before * theta.element_size()
 
 
-@dataclass
 class Bucket:
     """Tensors updated by one launch."""
 
-    spec: Spec
-    members: list[Member] = field(default_factory=list)
+    repeated: Repeated | None = None
+    """Its launches, where what a step says of its tensors always lies in the same place on the device."""
     turns: Any = None
     """`kernels.direction.Turns`, once there are."""
 
-    def build(self) -> None:
-        """Write the table; called once all members are in."""
-        members = self.members
+    def __init__(self, spec: Spec, members: list[Member]) -> None:
+        """Write the table."""
+        self.spec, self.members = spec, members
         table = np.zeros((len(members), len(Column)), dtype=np.int64)
         programs = 0
         owners = []
@@ -289,9 +299,7 @@ class Bucket:
         self.rate_places = Places([rate for _, rate in self.rates.values()])
         self.short = [row for row, m in enumerate(members) if m.theta.numel() <= q.BLOCK]
         self.aligned = self.spec.switches.ALIGN == 16 and all(m.theta_address % 16 == 0 for m in members)
-        launches = itertools.product((False, True), repeat=3)
-        self.variants = {launch: self._variant(*launch) for launch in launches}
-        """By whether some mask moves, all is aligned and gradients are multiplied."""
+        self._variants: dict[tuple[bool, bool, bool], Variant] = {}
         self.lora = np.array([m.is_lora for m in members])
         self.sources: dict[int, tuple[Any, np.ndarray]] = {}
         """Of each source of options the rows, and which of them are of LoRA matrices."""
@@ -307,12 +315,20 @@ class Bucket:
         self.numbers = np.zeros((len(members), len(Number)), dtype=np.float32)
         self.steps = np.zeros(len(members), dtype=np.int64)
         """t of what the last launch updated, 0 of the others."""
+        self.step = 0
+        """The same of all, where all are at the same step; else 0."""
 
-    def _variant(self, warm: bool, aligned: bool, scaled: bool) -> Variant:
-        switches = self.spec.switches
-        scaled |= switches.SCALED
-        switches = switches._replace(WARM=warm and switches.MASK > 0, ALIGN=16 if aligned else 2, SCALED=scaled)
-        return Variant(switches, Switches._make(map(tl.constexpr, switches)), Compiled())
+    def variant(self, warm: bool, aligned: bool, scaled: bool) -> Variant:
+        """What is launched where some mask moves, all is aligned and gradients are multiplied."""
+        launch = warm, aligned, scaled
+        if launch not in self._variants:
+            switches = self.spec.switches
+            self._variants[launch] = variant_of(
+                switches._replace(
+                    WARM=warm and switches.MASK > 0, ALIGN=16 if aligned else 2, SCALED=scaled or switches.SCALED
+                )
+            )
+        return self._variants[launch]
 
     def _programs(self, member: Member) -> int:
         whole, stretch, switches = member.whole, member.stretch, self.spec.switches
@@ -347,9 +363,15 @@ class Bucket:
             row[Column.PROBE_SHIFT] = st.stride_held(st.block_count(theta), len(state["probe_block"])).bit_length() - 1
         return row
 
-    def has_sizes(self) -> bool:
-        """Whether the parameters are still as large as the table says."""
-        return list(map(Tensor.numel, self._held_parameters())) == self.sizes
+    def fits(self, sources: list[dict[str, Any]]) -> bool:
+        """Whether the parameters are still as large as the table says, and all have the launch's numbers in common."""
+        return list(map(Tensor.numel, self._held_parameters())) == self.sizes and self._agree(sources)
+
+    def _agree(self, sources: list[dict[str, Any]]) -> bool:
+        if len(self.sources) == 1:
+            return True
+        first, *others = (shared_numbers(sources[i]) for i in self.sources)
+        return all(numbers == first for numbers in others)
 
     def is_in_place(self) -> bool:
         """Whether parameters, the tensors in their states and the rates found still lie where the table says."""
@@ -360,8 +382,11 @@ class Bucket:
             if not self._holds_same_tensors():
                 return False
             self.changes = changes
-        same_rates = all(group.get("auto_lr_rate") is rate for group, rate in self.rates.values())
-        return same_rates and self.rate_places.are_current() and self.places.are_current()
+        return self.places.are_current() and (not self.rates or self._has_rates())
+
+    def _has_rates(self) -> bool:
+        same = all(group.get("auto_lr_rate") is rate for group, rate in self.rates.values())
+        return same and self.rate_places.are_current()
 
     def _held_parameters(self) -> list[Tensor]:
         return list(map(st.local_tensor, self.parameters)) if self.sharded else self.parameters
@@ -382,11 +407,6 @@ class Bucket:
         steps = map(st.get_uncounted, self.states, itertools.repeat("step"))
         return np.fromiter(steps, np.int64, len(self.states))
 
-    def agrees(self, sources: list[dict[str, Any]]) -> bool:
-        """Whether all members still have the launch's numbers in common."""
-        first, *others = (shared_numbers(sources[i]) for i in self.sources)
-        return all(numbers == first for numbers in others)
-
     def gradients(self) -> Gradients | None:
         """Each member's gradient, contiguous.
 
@@ -405,7 +425,7 @@ class Bucket:
         kept = [None if p.grad is None else st.checked_gradient(p).contiguous() for p in self.parameters]
         return kept if all(grad is None or grad.dtype is dtype for grad in kept) else None
 
-    def addresses(self, grads: Gradients, stepped: set[int]) -> np.ndarray:
+    def addresses(self, grads: Gradients, stepped: set[int]) -> Addresses:
         """Of the members' gradients, int64; 0 for none, and for parameters of these ids."""
         try:
             found = np.fromiter(map(Tensor.data_ptr, grads), np.int64, len(grads))  # type: ignore[arg-type]
@@ -415,7 +435,11 @@ class Bucket:
             found[[id(p) in stepped for p in self.parameters]] = 0
         return found
 
-    def upload_step(self, grads: np.ndarray, sources: list[dict[str, Any]]) -> tuple[Tensor, Tensor, bool]:
+    def are_aligned(self, grads: Addresses) -> bool:
+        """Whether θ and the gradients all lie at multiples of 16 bytes, in rows of such."""
+        return self.aligned and not (np.asarray(grads) & 15).any()
+
+    def upload_step(self, grads: Addresses, sources: list[dict[str, Any]]) -> tuple[Tensor, Tensor, bool]:
         """Upload each tensor's row of the step that comes.
 
         Args:
@@ -425,9 +449,11 @@ class Bucket:
         Returns:
             int64 [tensors] addresses and float32 [tensors, Number] on the device, and whether any mask still moves.
         """
+        grads = np.asarray(grads)
         stepped = grads != 0
         steps = self.counted() + stepped
         self.steps = np.where(stepped, steps, 0)
+        self.step = int(steps[0]) if (steps == steps[0]).all() else 0
         warm = self._fill_numbers(steps, sources)
         rows, row_bytes = len(steps), 4 * len(Number)
         staged = torch.empty(rows * (8 + row_bytes), dtype=torch.uint8, pin_memory=self.spec.device.type == "cuda")
@@ -458,13 +484,57 @@ class Bucket:
                 rows = np.arange(len(steps))[rows]
                 taken = {t: rows[of_source == t] for t in {*of_source.tolist()}}
             for t, chosen in taken.items():
-                s = scalars.step_scalars(options, max(t, 1), False, 0)
-                numbers[chosen] = _number_row(s, options, t)
-                warm |= s.learn_polarity
+                row = number_row(options, t, False)
+                numbers[chosen] = row.numbers
+                warm |= row.is_warm
             numbers[lora_rows, Number.KAPPA] = options["low_rank_emphasis"]
         keys = q.mix_in(self.keys, steps.astype(np.uint64))
         numbers[:, Number.KEY] = keys.astype(np.uint32).view(np.float32)
         return warm
+
+
+class Single(Bucket):
+    """A bucket of one tensor, as parameters that are stepped one at a time have it: a thousand of them a step.
+
+    Some twenty calls of numpy for a number each would take longer than all else, so this is plain Python. What a step
+    says is written to where it was before, so that the launches behind it stay the same.
+    """
+
+    def __init__(self, spec: Spec, members: list[Member]) -> None:
+        super().__init__(spec, members)
+        (self._member,), (self._state,), (self._key,) = members, self.states, self.keys.tolist()
+        self._row, self.repeated = Row(spec.device), Repeated()
+        self._there = self._row.there[-2:].view(torch.int64), self._row.there[:-2].view(torch.float32)
+
+    def fits(self, sources: list[dict[str, Any]]) -> bool:
+        return super().fits(sources) if self.sharded else self._member.p.numel() == self.elements
+
+    def gradients(self) -> Gradients | None:
+        grad = self._member.p.grad
+        if grad is None or grad.dtype is not self.spec.grad_dtype or self.sharded or not grad.is_contiguous():
+            return super().gradients()
+        return [grad]
+
+    def addresses(self, grads: Gradients, stepped: set[int]) -> Addresses:
+        (grad,) = grads
+        return [0 if grad is None or id(self._member.p) in stepped else grad.data_ptr()]
+
+    def are_aligned(self, grads: Addresses) -> bool:
+        return self.aligned and grads[0] % 16 == 0
+
+    def upload_step(self, grads: Addresses, sources: list[dict[str, Any]]) -> tuple[Tensor, Tensor, bool]:
+        address = int(grads[0])
+        self.step = t = st.get_uncounted(self._state, "step") + (address != 0)
+        self.steps[0] = t if address else 0
+        row = number_row(sources[self._member.source], t, self._member.is_lora)
+        words = [*row.words, signed(address & 0xFFFFFFFF), address >> 32]
+        words[_KEY] = signed(q.mix_in(self._key, t))
+        self._row.write(words)
+        return *self._there, row.is_warm
+
+    def count(self) -> None:
+        if self.steps[0]:
+            st.set_uncounted(self._state, "step", self.step)
 
 
 def upload(host: np.ndarray, device: torch.device) -> Tensor:
@@ -473,7 +543,45 @@ def upload(host: np.ndarray, device: torch.device) -> Tensor:
     return (staged.pin_memory() if device.type == "cuda" else staged).to(device, non_blocking=True)
 
 
-def _number_row(s: scalars.Scalars, options: dict[str, Any], t: int) -> list[float]:
+class NumberRow(NamedTuple):
+    """A tensor's row of `Number`, but for its KEY."""
+
+    numbers: tuple[float, ...]
+    words: tuple[int, ...]
+    """Their bits as float32."""
+    is_warm: bool
+    """Whether its mask still moves."""
+
+
+_ABSENT = object()
+_ROW_OPTIONS = (
+    *("lr", "base_lr", "initial_lr", "auto_lr", "auto_lr_peak", "min_lr", "max_lr", "max_momentum", "betas"),
+    *("warmup_steps", "low_rank_emphasis", "weight_decay", "percentile_clipping"),
+)
+"""What `scalars.step_scalars` reads, and `_row`."""
+_PLAIN = {float, int, bool, tuple, type(None), object}
+
+
+def number_row(options: dict[str, Any], t: int, is_lora: bool) -> NumberRow:
+    """The row of step t, 0: none yet. Thousands of tensors have the same, so it is worked out once.
+
+    Args:
+        options: of the tensor, as for `scalars.step_scalars`.
+    """
+    values = tuple(map(options.get, _ROW_OPTIONS, itertools.repeat(_ABSENT)))
+    if _PLAIN.issuperset(map(type, values)):
+        return _known_row(values, t, is_lora)
+    return _row(options, t, is_lora)  # a tensor changes where it is
+
+
+@functools.lru_cache(maxsize=1024)
+def _known_row(values: tuple[Any, ...], t: int, is_lora: bool) -> NumberRow:
+    present = {name: value for name, value in zip(_ROW_OPTIONS, values, strict=True) if value is not _ABSENT}
+    return _row(present, t, is_lora)
+
+
+def _row(options: dict[str, Any], t: int, is_lora: bool) -> NumberRow:
+    s = scalars.step_scalars(options, max(t, 1), is_lora, 0)
     row = [0.0] * len(Number)
     row[Number.RATE] = s.rate
     row[Number.LOW], row[Number.HIGH] = s.low, -config.MAX_LR_RATIO if s.high is None else s.high
@@ -484,7 +592,8 @@ def _number_row(s: scalars.Scalars, options: dict[str, Any], t: int) -> list[flo
     row[Number.TURN] = t % 2
     row[Number.NORM_SLOT] = (max(t, 1) - 1) % st.NORM_WINDOW
     row[Number.PERCENTILE] = options["percentile_clipping"]
-    return row
+    words = np.array(row, dtype=np.float32).view(np.int32)
+    return NumberRow(tuple(row), tuple(words.tolist()), s.learn_polarity)
 
 
 def fill_buckets(members: Iterable[tuple[Member, torch.dtype, dict[str, Any]]]) -> list[Bucket]:
@@ -492,13 +601,12 @@ def fill_buckets(members: Iterable[tuple[Member, torch.dtype, dict[str, Any]]]) 
 
     The largest comes first: while the device works on it, the host prepares the others. Paged ones keep their order.
     """
-    buckets: dict[Spec, Bucket] = {}
+    found: dict[Spec, list[Member]] = {}
     paged_bytes = 0
     for member, grad_dtype, options in members:
         size = sum(x.nbytes for x in member.state.values() if is_paged(x))
         spec = spec_of(member, grad_dtype, options, paged_bytes // PAGED_PART if size else -1)
         paged_bytes += size
-        buckets.setdefault(spec, Bucket(spec)).members.append(member)
-    for bucket in buckets.values():
-        bucket.build()
-    return sorted(buckets.values(), key=lambda bucket: (bucket.spec.paged, -bucket.elements))
+        found.setdefault(spec, []).append(member)
+    buckets = [(Bucket if len(alike) > 1 else Single)(spec, alike) for spec, alike in found.items()]
+    return sorted(buckets, key=lambda bucket: (bucket.spec.paged, -bucket.elements))

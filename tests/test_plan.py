@@ -186,20 +186,22 @@ def test_a_step_that_fails_moves_nothing(
     assert not tools.differences(before, tools.snapshot(opt))
 
 
-def test_a_launch_that_fails_is_no_step(monkeypatch: pytest.MonkeyPatch, tools: Any) -> None:
+@pytest.mark.parametrize("alike", [1, 2], ids=["tensors by themselves", "tensors together"])
+def test_a_launch_that_fails_is_no_step(alike: int, monkeypatch: pytest.MonkeyPatch, tools: Any) -> None:
     """As where the device has no memory left for the launch's own needs."""
-    from automagic_bnb.kernels import step
+    from automagic_bnb.kernels import row, step
 
     def out_of_memory(*_: Any) -> None:
         raise torch.OutOfMemoryError
 
-    p = [parameter(8, 16), parameter(300, seed=1)]
+    p = [parameter(8, 16), parameter(300, seed=1)] * alike
+    p = [parameter(*x.shape, seed=i) for i, x in enumerate(p)]
     opt = build(p, "triton")
     give(*p)
     opt.step()
     before = tools.snapshot(opt)
     with monkeypatch.context() as patched:
-        patched.setattr(step.bnb, "code_book", out_of_memory)
+        patched.setattr(*((row.Row, "write") if alike == 1 else (step.bnb, "code_book")), out_of_memory)
         with pytest.raises(torch.OutOfMemoryError):
             opt.step()
     assert not tools.differences(before, tools.snapshot(opt))
