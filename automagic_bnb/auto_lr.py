@@ -9,7 +9,7 @@ parameter is, and copies of it go to the others.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -272,18 +272,22 @@ def rate_tensor(group: Group, device: torch.device) -> Tensor:
     return group["auto_lr_rate"]
 
 
-Seek = tuple[int, bool, float | None]
+Seek = tuple[Any, ...]
 
 
 def _seek(group: Group) -> Seek:
-    """Which group it is, whether a rate is found in it (or for a parameter whose override says so), the rate given."""
-    return id(group), group["auto_lr"] or "auto_lr_rate" in group, group.get("auto_lr_given")
+    """What searches follow from: which group it is, whether a rate is found in it (or for a parameter whose override
+    says so), the rate given, and what distances in it count."""
+    finds = group["auto_lr"] or "auto_lr_rate" in group
+    return id(group), finds, group.get("auto_lr_given"), group["lora_direction"]
 
 
 class RateFinder:
     """The searches of an optimizer, brought up to date whenever a step begins."""
 
-    def __init__(self) -> None:
+    def __init__(self, share: Callable[[Group, Tensor], float]) -> None:
+        """share: what the distance of a parameter of this group counts."""
+        self._share = share
         self._held: list[Any] = []
         """What replays of captured graphs rest on."""
         self._known: list[Seek] = []
@@ -375,9 +379,8 @@ class RateFinder:
         self._count = len(groups)
         return self._searches
 
-    @classmethod
     def _estimate(
-        cls, search: Search, states: States, kernels_on: frozenset[str], started: bool, found_inf: Tensor | None
+        self, search: Search, states: States, kernels_on: frozenset[str], started: bool, found_inf: Tensor | None
     ) -> None:
         """Count the step that begins, and move d."""
         d, sums = search.leader["auto_lr_rate"], search.leader["auto_lr_sums"]
@@ -385,7 +388,7 @@ class RateFinder:
         if search.places is None or search.places.key != key or not search.places.known.are_current():
             if capturing():
                 raise RuntimeError("capturable=True: take a step outside of the CUDA graph before each capture")
-            search.places = cls._find_places(search, states, key)
+            search.places = self._find_places(search, states, key)
         here = search.places.here
         counts_there = isinstance(here.stats, Tensor) and search.leader["capturable"]
         if not counts_there:
@@ -405,11 +408,10 @@ class RateFinder:
         else:
             estimate.find_rate(d, sums, here.stats, here.weights, search.numbers())
 
-    @staticmethod
-    def _find_places(search: Search, states: States, key: Any) -> Places:
+    def _find_places(self, search: Search, states: States, key: Any) -> Places:
         home, kernels_on = search.leader["auto_lr_rate"].device, key[-1]
         held = [
-            (states[p]["tensor_stats"], 1 / ratio)
+            (states[p]["tensor_stats"], self._share(group, p) / ratio)
             for group, ratio in zip(search.groups, search.ratios, strict=True)
             for p in group["params"]
             if p in states and "probe_block" in states[p]

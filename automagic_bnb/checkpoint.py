@@ -39,8 +39,9 @@ PART_OF_0_2_0 = (
 WRAPPERS = frozenset(["module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
 """Parts of a parameter's name that say how a model is wrapped, not which parameter it is."""
 
-NONE_ALLOWED = frozenset(["max_lr", "auto_lr_steps", "lora", "seed"])
-"""Options that a group may have as None; of the others it has what None stood for."""
+_OR_NONE = {name for name in config.GROUP_OPTIONS if config.RULES[name].legal.endswith(", or None")}
+NONE_ALLOWED = frozenset(_OR_NONE - {"lr", "auto_lr"})
+"""Options that a group may have as None; of these two it has what None stood for."""
 RATES = frozenset(["lr", "base_lr", "initial_lr", "auto_lr_rate", "auto_lr_given", "auto_lr_peak", "effective_lr"])
 """Numbers of a group that a schedule or a search has left there, each >= 0."""
 

@@ -280,6 +280,8 @@ class AutomagicConfig:
     lora_rank_penalty: bool = _opt(True, _BOOL)
     rank_penalty_strength: float = _opt(0.01, _FACTOR)
     low_rank_emphasis: float = _opt(1.2, _FACTOR)
+    # "orthogonal": LoRA's matrices move along their momentum made orthogonal; None: along the momentum.
+    lora_direction: str | None = _opt(None, _or_none(_choice_rule("orthogonal", scope="parameter")))
     # Switches of the remaining parts.
     torque: bool = _opt(True, _BOOL)
     came: bool = _opt(True, _BOOL)

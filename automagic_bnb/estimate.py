@@ -38,6 +38,10 @@ ERRORS = 3.5
 LEAST_MOMENTUM = 0.1
 """Of an element's |m|, in M. Of noise it is 0.18 in the mean; where it is less, the gradients have become small beside
 their own past: what has converged is not to be sent on its way again by a distance that was right before."""
+TURNED_SHARE = 0.5
+"""What s counts of a matrix that `lora_direction` turns: it goes as far along every direction that the momentum knows,
+of which u has most along a few, and its best rates are no higher. Chosen on the tasks that choose (benchmarks/quality).
+"""
 GROWTH = 1.1
 """d grows by at most this in a step: one noisy estimate cannot overshoot."""
 

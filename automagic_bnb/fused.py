@@ -12,13 +12,14 @@ import weakref
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from automagic_bnb import auto_lr, bnb, config, low_rank, paged, sharded
+from automagic_bnb import auto_lr, bnb, config, direction, estimate, low_rank, paged, sharded
 from automagic_bnb import state as st
 from automagic_bnb.groups import ParameterGroups
 from automagic_bnb.notices import warn_once
@@ -213,7 +214,7 @@ class FusedStep:
     def __init__(self, optimizer: ParameterGroups) -> None:
         self.optimizer: ParameterGroups = weakref.proxy(optimizer)
         """No owner of it: an optimizer that is dropped frees its states at once."""
-        self._rates = auto_lr.RateFinder()
+        self._rates = auto_lr.RateFinder(partial(_distance_share, self.optimizer))
         self._kernels: Any = None
         """The module `kernels.step`, once there are buckets; to import it in each step takes a microsecond."""
         self._plan: Plan | None = None
@@ -270,7 +271,8 @@ class FusedStep:
         """Let what cannot be stepped fail before anything has moved: overrides, gradients, states that do not fit."""
         for group, p in parameters:
             if p.grad is not None:
-                self.optimizer.effective_options(group, p)
+                options = self.optimizer.effective_options(group, p)
+                direction.check(p, options, self.optimizer.facts_of(p).counts_as_lora(options))
                 st.checked_gradient(p)
                 shape = sharded.stepped(p).shape
                 st.check_shape(self.optimizer.state.get(p, {}), st.local_tensor(p), shape)
@@ -493,6 +495,12 @@ class FusedStep:
                 return None
             found.append(gradients)
         return found
+
+
+def _distance_share(optimizer: ParameterGroups, group: dict[str, Any], p: Tensor) -> float:
+    options = optimizer.effective_options(group, p)
+    turned = direction.is_directed(p, options, optimizer.facts_of(p).counts_as_lora(options))
+    return estimate.TURNED_SHARE if turned else 1.0
 
 
 def _has_some(grads: Gradients) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.torch_version import TorchVersion
 
-from automagic_bnb import bnb, config, idle, sharded
+from automagic_bnb import bnb, config, direction, idle, sharded
 from automagic_bnb import quantization as q
 from automagic_bnb import state as st
 from automagic_bnb.notices import warn_once
@@ -455,6 +455,7 @@ class ParameterGroups(bnb.Optimizer2State):
 
     def prepared_state(self, group: Group, p: Tensor, options: dict[str, Any]) -> st.State:
         """The state of one parameter, with all that these options need."""
+        direction.check(p, options, self.facts_of(p).counts_as_lora(options))
         state, sized = self.state[p], local_tensor(p) if "shard" in self.state[p] else p
         if not st.is_complete(state, p, options):
             self.init_state(group, p)

@@ -122,9 +122,9 @@ NOT_AWARE = Reason(
     of_options=lambda o: not o["spatial_awareness"],
 )  # fmt: skip
 NO_LORA_PARTS = Reason(
-    " with torque=False and lora_rank_penalty=False, without which LoRA is treated as all else is",
+    " with torque=False, lora_rank_penalty=False and no lora_direction, without which LoRA is treated as all else is",
     "leave one of them out",
-    of_options=lambda o: not (o["torque"] or o["lora_rank_penalty"]),
+    of_options=lambda o: not (o["torque"] or o["lora_rank_penalty"] or o["lora_direction"]),
 )
 NO_LORA = Reason(
     ", as no parameter can be told to be LoRA's",
@@ -259,6 +259,7 @@ TABLE: dict[str, Line] = {
     "lora_rank_penalty": Line((NO_STRENGTH, NO_LORA, NO_THIN_MATRIX)),
     "rank_penalty_strength": Line((NO_RANK_PENALTY, NO_LORA, NO_THIN_MATRIX), (0,)),
     "low_rank_emphasis": Line((NO_TORQUE, NO_LORA), (1,)),
+    "lora_direction": Line((NO_LORA, NO_THIN_MATRIX)),
     "torque": ALWAYS,
     "came": ALWAYS,
     "cautious": ALWAYS,

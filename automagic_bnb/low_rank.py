@@ -23,7 +23,7 @@ LOW_RANK_ELEMENTS = 2**21
 """Elements that step 9 works on at once: bounds its memory."""
 
 
-def _short_side_first(matrices: Tensor) -> tuple[Tensor, bool]:
+def short_side_first(matrices: Tensor) -> tuple[Tensor, bool]:
     tall = matrices.shape[-2] > matrices.shape[-1]
     return (matrices.mT if tall else matrices), tall
 
@@ -34,7 +34,7 @@ def gram(matrices: Tensor) -> Tensor:
     Double precision: squaring halves the digits, and a float32 Gram matrix would lose singular values below 3e-4 of the
     largest.
     """
-    wide, _ = _short_side_first(matrices)
+    wide, _ = short_side_first(matrices)
     wide = wide.double()
     return wide @ wide.mT
 
@@ -61,7 +61,7 @@ def shrinkage(grams: Tensor, thresholds: Tensor) -> Tensor:
 
 def lowered(matrices: Tensor, shrink: Tensor) -> Tensor:
     """A - S A for matrices [batch, a, b] and S of `shrinkage`; same dtype, and exactly A where S is 0."""
-    wide, tall = _short_side_first(matrices)
+    wide, tall = short_side_first(matrices)
     changes = (shrink != 0).any(dim=2).any(dim=1)[:, None, None]
     result = torch.where(changes, wide - (shrink.to(wide.dtype) @ wide), wide)
     return result.mT if tall else result

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from automagic_bnb import config
+from automagic_bnb import config, direction
 from automagic_bnb import quantization as q
 from automagic_bnb import state as st
 from automagic_bnb.scalars import Scalars
@@ -204,16 +204,18 @@ def update_parameter(
         r_hat = moments.residual((u - m).square(), s, options["eps"][1])
         n = n / r_hat.clamp_min(MIN_RESIDUAL).sqrt()
 
+    # 6. Background, before 5 for the sake of what comes between them: both end in a factor of the block.
+    if options["background_regularization"]:
+        n = torch.where(activity < BACKGROUND_ACTIVITY, n * BACKGROUND_FACTOR, n)
+    if direction.is_directed(p, options, s.is_lora):
+        n = blocks.cut(direction.orthogonal(blocks.join(n).view(1, *p.shape)))
+
     # 5. Cautious.
     if options["cautious"]:
         agrees = ((n > 0) & (g > 0)) | ((n < 0) & (g < 0))
         # Of the elements that have a gradient: in a block of which one row is in use, the others say nothing.
         share = agrees.float().sum(1, keepdim=True) / (g != 0).sum(1, keepdim=True).clamp_min(1)
         n = n * agrees / share.clamp_min(MIN_CAUTIOUS_SHARE)
-
-    # 6. Background.
-    if options["background_regularization"]:
-        n = torch.where(activity < BACKGROUND_ACTIVITY, n * BACKGROUND_FACTOR, n)
 
     # 7. Learning-rate mask.
     k = update_mask(g, u, keep, state, blocks, options, s, q.uniform(bits))

@@ -24,6 +24,7 @@ class Scalars:
     rate: float  # lr, or ρ = lr / base where auto_lr supplies d
     low: float  # bounds of an element's rate; they hold where the mean rate lies between them
     high: float | None  # None: MAX_LR_RATIO times the mean rate
+    is_lora: bool
     kappa: float
     adapt_mask: bool  # k moves
     learn_polarity: bool  # σ moves and π is recorded
@@ -92,6 +93,7 @@ def step_scalars(options: dict[str, Any], t: int, is_lora: bool, key: int) -> Sc
         # The schedule scales the bounds, too: so it scales every element alike.
         low=options["min_lr"] * relative,
         high=None if options["max_lr"] is None else options["max_lr"] * relative,
+        is_lora=is_lora,
         kappa=options["low_rank_emphasis"] if is_lora else 1.0,
         adapt_mask=warm and t >= 2,
         learn_polarity=warm,

@@ -73,7 +73,7 @@ def rank_penalty(workload: Workload, device: torch.device, count: int) -> Iterat
     assert opt._fused._plan is not None
     due = [m for m in opt._fused._plan.matrices if len(m.rows)]
     rank = int(max(m.ranks.max() for m in due))
-    chosen = low_rank._TILES[rank]
+    chosen = low_rank.TILES[rank]
 
     def shrink() -> None:
         for matrices in due:
@@ -81,13 +81,13 @@ def rank_penalty(workload: Workload, device: torch.device, count: int) -> Iterat
             matrices.shrink(opt.param_groups)
 
     for span, warps in tqdm(TILES, desc=workload.name):
-        low_rank._TILES[rank] = (span, warps)
+        low_rank.TILES[rank] = (span, warps)
         try:
             ms = f"{median_ms(shrink, device, count):.2f}"
         except Exception as e:  # more registers or shared memory than there are
             ms = measure.reason(e)
         yield [f"span {span}, {warps} warps{' *' if (span, warps) == chosen else ''}", ms]
-    low_rank._TILES[rank] = chosen
+    low_rank.TILES[rank] = chosen
 
 
 def main() -> int:

@@ -121,6 +121,7 @@ _ALL = [
     _ours("automagic8bit-blockwise", **BLOCKWISE),
     _ours("automagic8bit-blockwise-after-warmup", frozen_mask=True, **BLOCKWISE),
     _ours("automagic8bit-lean", **LEAN),
+    _ours("automagic8bit-orthogonal", lora_direction="orthogonal"),
     _ours("automagic-32bit", optim_bits=32),
     _ours("automagic8bit-torch-backend", backend="torch"),
     Peer(BASELINE, _bnb("AdamW8bit")),

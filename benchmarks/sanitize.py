@@ -30,6 +30,8 @@ RUNS: list[tuple[torch.dtype, dict[str, Any]]] = [
     (torch.bfloat16, {"optim_bits": 8, "factored": True, "mask_bits": 4, "mean_bits": 16, "warmup_steps": 5}),
     (torch.bfloat16, {"optim_bits": 8, "factored": True, "mask_bits": 0, "came": False, "auto_lr": True}),
     (torch.bfloat16, {"optim_bits": 8, "factored": True, "min_8bit_size": 10**9}),
+    (torch.bfloat16, {"optim_bits": 8, "factored": True, "lora_direction": "orthogonal", "percentile_clipping": 50}),
+    (torch.bfloat16, {"optim_bits": 32, "lora_direction": "orthogonal", "master": "ecc8", "auto_lr": True}),
 ]
 STEPS = 11
 """With the low-rank step, the tenth, and one after it."""

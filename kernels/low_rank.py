@@ -49,7 +49,7 @@ _MAX_SWEEPS = tl.constexpr(40)
 
 
 @triton.jit
-def _places(start, short, long, TALL: tl.constexpr, RANK: tl.constexpr, SPAN: tl.constexpr):
+def places(start, short, long, TALL: tl.constexpr, RANK: tl.constexpr, SPAN: tl.constexpr):
     """Flat indices of SPAN places along the long side, and which are inside: [SPAN, RANK] if tall, [RANK, SPAN] if not.
 
     Either way neighbours in the last dimension are neighbours in memory.
@@ -67,7 +67,7 @@ def _places(start, short, long, TALL: tl.constexpr, RANK: tl.constexpr, SPAN: tl
 @triton.jit
 def _load(theta_ptr, start, short, long, TALL: tl.constexpr, RANK: tl.constexpr, SPAN: tl.constexpr):
     """SPAN places along the long side, float64, zeros behind the end."""
-    place, inside = _places(start, short, long, TALL, RANK, SPAN)
+    place, inside = places(start, short, long, TALL, RANK, SPAN)
     return tl.load(theta_ptr + place, mask=inside, other=0.0).to(tl.float64)
 
 
@@ -151,7 +151,7 @@ def _subtract(
     """A ← A - S A, S float32 [RANK, RANK] and symmetric."""
     start = short - short
     while start < long:
-        place, inside = _places(start, short, long, TALL, RANK, SPAN)
+        place, inside = places(start, short, long, TALL, RANK, SPAN)
         a = tl.load(theta_ptr + place, mask=inside, other=0.0).to(tl.float32)
         if TALL:
             removed = tl.dot(a, shrink, input_precision="ieee")
@@ -207,7 +207,7 @@ def low_rank_kernel(
                 _subtract(theta_ptr, shrink, key, short, long, P, False, RANK, SPAN, STOCHASTIC)
 
 
-_TILES = {16: (64, 4), 32: (64, 4), 64: (32, 8)}
+TILES = {16: (64, 4), 32: (64, 4), 64: (32, 8)}
 """By RANK: SPAN and the number of warps. Others differ by 10 % at most (benchmarks/NOTES.md); 64 is not measured."""
 
 
@@ -228,7 +228,7 @@ class Matrices:
         self.table = np.array([_entry(m) for m in members], dtype=np.int64).reshape(-1, len(Column))
         self.keys = np.array([q.mix_in(m.key, q.RANK_STREAM) for m in members], np.uint64)
         self.sources = np.array([m.source for m in members], dtype=np.int64)
-        ranks = [_rank_class(m.theta) if takes(m, bucket.spec) else 0 for m in members]
+        ranks = [rank_class(m.theta) if takes(m, bucket.spec) else 0 for m in members]
         self.ranks = np.array(ranks, dtype=np.int64)
         """The RANK that each needs; 0 for those that are not the kernel's."""
         self.left = bool((self.ranks == 0).any())
@@ -275,7 +275,7 @@ class Matrices:
     def start(self, rank: int, table: Tensor, aligned: bool) -> None:
         """Launch step 9 over a table on the device, int64 [matrices, Column], all of the same RANK."""
         spec = self.bucket.spec
-        span, warps = _TILES[rank]
+        span, warps = TILES[rank]
         arguments = {
             "table_ptr": table,
             "P": spec.switches.P,
@@ -294,7 +294,7 @@ def _compiled(*constants: Any) -> Compiled:
     return Compiled()
 
 
-def _rank_class(theta: Tensor) -> int:
+def rank_class(theta: Tensor) -> int:
     return max(16, triton.next_power_of_2(min(theta.shape)))
 
 

@@ -36,6 +36,7 @@ PROBE_START, PROBE_BLOCK = _C["PROBE_START"], _C["PROBE_BLOCK"]
 PROBE_FREE, PROBE_CLAIM = tl.constexpr(st.PROBE_FREE), tl.constexpr(st.PROBE_CLAIM)
 PROBE_TURN = tl.constexpr(st.PROBE_TURN)
 V_ROW, R_ROW = _C["EXP_AVG_SQ_ROW"], _C["EXP_AVG_RES_ROW"]
+STATS, RATE, DIRECTION = _C["TENSOR_STATS"], _C["RATE"], _C["DIRECTION"]
 _LANES = {name: tl.constexpr(lane) for lane, name in enumerate(BLOCK_STATISTICS)}
 ABSMAX1, ABSMAX2, ABSMAX3 = _LANES["absmax1"], _LANES["absmax2"], _LANES["absmax3"]
 TORQUE, EDGE_HISTORY, SPATIAL_VARIANCE = _LANES["torque"], _LANES["edge_history"], _LANES["spatial_variance"]
@@ -45,6 +46,11 @@ _N = {number.name: tl.constexpr(int(number)) for number in Number}
 N_RATE, N_LOW, N_HIGH, N_DECAY, N_KAPPA = _N["RATE"], _N["LOW"], _N["HIGH"], _N["WEIGHT_DECAY"], _N["KAPPA"]
 N_CORRECTION1, N_CORRECTION2, N_CORRECTION3 = _N["CORRECTION1"], _N["CORRECTION2"], _N["CORRECTION3"]
 N_ADAPT, N_LEARN = _N["ADAPT_MASK"], _N["LEARN_POLARITY"]
+_NUMBERS = tl.constexpr(len(Number))
+
+LEAST_FACTOR = tl.constexpr(2 ** (reference.K_MIN / reference.OCTAVE))
+BEYOND_FACTOR = tl.constexpr(2 ** ((reference.K_MAX + 1) / reference.OCTAVE))
+"""An element's rate over that at k = 0 is at least the one and below the other."""
 
 
 class Rule(NamedTuple):
@@ -66,6 +72,7 @@ class Rule(NamedTuple):
     detail: Any
     book1_ptr: Any
     book2_ptr: Any
+    directions_ptr: Any  # where n is left, with `lora_direction`
     # What it makes of that, for each tensor.
     cells: Any  # four rows of `codec.held_cells`
     key: Any  # uint32, of the random bits
@@ -117,6 +124,27 @@ def _keep(statistics_ptr, STATISTIC: tl.constexpr, value, touched):
 def row_ptr(entry_ptr, column: tl.constexpr, block, S):
     """Where the row means of a block begin."""
     return address(entry_ptr, column, S.MEANS, 2) + block.to(tl.int64) * (BLOCK // S.WIDTH)
+
+
+@triton.jit
+def numbers_of(entry_ptr, numbers_ptr, S):
+    """A tensor's numbers, float32 [32], one a thread, its RATE over W and times d, its bounds as they hold; and whether
+    min_lr or max_lr may be reached, int32."""
+    threads = tl.arange(0, 32)
+    mean = tl.load(numbers_ptr + N_RATE)
+    if S.AUTO:
+        mean = mean * tl.load(address(entry_ptr, RATE, tl.float32, 4))
+    unit = mean * codec.reciprocal(tl.load(address(entry_ptr, STATS, tl.float32, 4)))
+    low, high = tl.load(numbers_ptr + N_LOW), tl.load(numbers_ptr + N_HIGH)
+    low = tl.where(low <= mean, low, 0.0)  # a bound is for single elements, and never moves the mean
+    high = tl.where(high < 0, -high * mean, high)
+    high = tl.where(high >= mean, high, float("inf"))
+    # else they are out of reach
+    bounded = (unit * LEAST_FACTOR < low) | (unit * BEYOND_FACTOR > high)
+    numbers = tl.load(numbers_ptr + threads, mask=threads < _NUMBERS, other=0.0)
+    numbers = tl.where(threads == N_RATE, unit, numbers)
+    numbers = tl.where(threads == N_LOW, low, tl.where(threads == N_HIGH, high, numbers))
+    return numbers, bounded.to(tl.int32)
 
 
 @triton.jit
@@ -204,9 +232,9 @@ def update(
             _write_moment(pointers.r, statistics_ptr, ABSMAX3, r, at, bits, rule.cells, touched, V, False)
 
     # 5. Cautious, 6. background: both end in a factor of the block.
-    active = _count(g != 0)
-    if S.CAUTIOUS:
-        n, share = _cautious(n, g, active)
+    active = count(g != 0)
+    if S.CAUTIOUS and not S.DIRECTED:
+        n, share = cautious(n, g, active)
         weight = weight * codec.reciprocal(share)
     if S.BACKGROUND:
         weight = tl.where(activity < BACKGROUND_ACTIVITY, weight * BACKGROUND_FACTOR, weight)
@@ -220,17 +248,23 @@ def update(
     g_own, counted = g, active
     if S.PART:
         g_own = tl.where(at.owned, g, 0.0)
-        counted = _count(g_own != 0)
-    rates, mask_sum = _rates(numbers, unit, k, g_own, rule.bounded, S.MASK, S.WARM)
+        counted = count(g_own != 0)
+    each_rate, mask_sum = rates(numbers, unit, k, g_own, rule.bounded, S.MASK, S.WARM)
 
     # 8. Update.
-    theta = codec.join_master(loaded.theta, loaded.low) if S.ECC else codec.widen(loaded.theta)
+    theta = u
+    if S.AUTO or not S.DIRECTED:
+        theta = codec.join_master(loaded.theta, loaded.low) if S.ECC else codec.widen(loaded.theta)
     numerator, denominator = 0.0, 0.0
     if S.AUTO:
         numerator, denominator = _watch(entry_ptr, rule, at, active, g, u, m, theta, S)
-    decay = lanes.over_block(lanes.of_lane(numbers, N_DECAY))
-    theta = theta - rates * (n * lanes.over_block(weight) + decay * theta)
-    _write_weights(theta, pointers, loaded, at, bits, S, CAREFUL)
+    if S.DIRECTED:  # `direction.move_kernel` does the rest
+        n_ptr = rule.directions_ptr + tl.load(entry_ptr + DIRECTION) + start
+        tl.store(n_ptr + tl.arange(0, BLOCK), n * lanes.over_block(weight), mask=at.valid)
+    else:
+        decay = lanes.over_block(lanes.of_lane(numbers, N_DECAY))
+        theta = theta - each_rate * (n * lanes.over_block(weight) + decay * theta)
+        write_weights(theta, pointers, loaded, at, bits, S, CAREFUL)
     return counted, mask_sum, numerator, denominator, v_seen, r_seen
 
 
@@ -331,19 +365,19 @@ def _move_rows(entry_ptr, COLUMN: tl.constexpr, seen, used, at, beta, gain, key,
 
 
 @triton.jit
-def _count(which):
+def count(which):
     """How many of bool [256] are true, int32; whole numbers are summed over a warp in one instruction."""
     return tl.sum(tl.sum(tl.reshape(which.to(tl.float32), (BLOCK // 8, 8)), 1).to(tl.int32), 0)
 
 
 @triton.jit
-def _cautious(n, g, active):
+def cautious(n, g, active):
     """Step 5: n where it and the gradient agree, 0 elsewhere; and by what that is to be divided, its share of `active`,
     the number of elements with a gradient."""
     # Signs, not the product: that of n with a denormal gradient is 0.
     same = (n.to(tl.int32, bitcast=True) ^ g.to(tl.int32, bitcast=True)) >= 0
     agrees = same & (n != 0) & (g != 0)
-    share = _count(agrees).to(tl.float32) * codec.reciprocal(tl.maximum(active, 1).to(tl.float32))
+    share = count(agrees).to(tl.float32) * codec.reciprocal(tl.maximum(active, 1).to(tl.float32))
     return tl.where(agrees, n, 0.0), tl.maximum(share, MIN_CAUTIOUS_SHARE)
 
 
@@ -389,7 +423,7 @@ def _move_mask(entry_ptr, numbers, rule, at, pointers, loaded, k, g, u, energy, 
 
 
 @triton.jit
-def _rates(numbers, unit, k, g, bounded, MASK: tl.constexpr, WARM: tl.constexpr):
+def rates(numbers, unit, k, g, bounded, MASK: tl.constexpr, WARM: tl.constexpr):
     """Each element's rate, [256], and in warm-up Σ 2^(k/16) over those with a gradient, else 0; k is as `_move_mask`
     returns it.
 
@@ -422,7 +456,7 @@ def _octaves(k, shift, MASK: tl.constexpr):
 
 
 @triton.jit
-def _write_weights(theta, pointers, loaded, at, bits, S, CAREFUL: tl.constexpr):
+def write_weights(theta, pointers, loaded, at, bits, S, CAREFUL: tl.constexpr):
     """Round θ into its dtype and store it, with ECC 8 more bits beside it; what was skipped keeps its bits."""
     if S.ECC:
         rounded, low = codec.split_master(theta, bits, S.STOCHASTIC)

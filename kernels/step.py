@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from automagic_bnb.kernels import codec, one_block, statistics, stencil, tiles
+from automagic_bnb.kernels import codec, direction, one_block, statistics, stencil, tiles
 from automagic_bnb.kernels.numbers import Counts
 from automagic_bnb.kernels.one_block import address, row_ptr
 from automagic_bnb.kernels.tables import (
@@ -41,18 +41,13 @@ K, K_PAIRS = _C["LR_MASK"], _C["LR_MASK4"]
 V_ROW, V_COL = _C["EXP_AVG_SQ_ROW"], _C["EXP_AVG_SQ_COL"]
 R_ROW, R_COL = _C["EXP_AVG_RES_ROW"], _C["EXP_AVG_RES_COL"]
 SIZE, ROWS, COLS, STRIPS, FIRST_PROGRAM = _C["SIZE"], _C["ROWS"], _C["COLS"], _C["STRIPS"], _C["FIRST_PROGRAM"]
-STATS, RATE, RESIDUAL, SKIPS = _C["TENSOR_STATS"], _C["RATE"], _C["MASTER_RESIDUAL"], _C["SKIPS"]
+RESIDUAL, SKIPS = _C["MASTER_RESIDUAL"], _C["SKIPS"]
 START, STOP, OWN_START, OWN_STOP = _C["START"], _C["STOP"], _C["OWN_START"], _C["OWN_STOP"]
 FIRST_STATISTIC, STATISTICS = _C[BLOCK_STATISTICS[0].upper()], tl.constexpr(len(BLOCK_STATISTICS))
 
 _NUMBERS = tl.constexpr(len(Number))
-N_RATE, N_LOW, N_HIGH, N_KEY, N_TURN = (
-    tl.constexpr(int(number)) for number in (Number.RATE, Number.LOW, Number.HIGH, Number.KEY, Number.TURN)
-)
+N_KEY, N_TURN = tl.constexpr(int(Number.KEY)), tl.constexpr(int(Number.TURN))
 
-LEAST_FACTOR = tl.constexpr(2 ** (reference.K_MIN / reference.OCTAVE))
-BEYOND_FACTOR = tl.constexpr(2 ** ((reference.K_MAX + 1) / reference.OCTAVE))
-"""An element's rate over that at k = 0 is at least the one and below the other."""
 BLOCKS = tl.constexpr(BLOCKS_PER_PROGRAM)
 PARTS = statistics.PARTS
 FAR = tl.constexpr(2**31 - 8)  # beyond every place in a program, and a multiple of 8
@@ -140,7 +135,9 @@ def _blocks(
             mask_raw = 0
         else:
             mask_raw = tl.load(k_ptr + place, mask=valid, other=0, volatile=EARLY)
-        theta_raw = tl.load(theta_ptr + place, mask=owned, other=0, volatile=EARLY)
+        theta_raw = g_raw
+        if S.AUTO or not S.DIRECTED:
+            theta_raw = tl.load(theta_ptr + place, mask=owned, other=0, volatile=EARLY)
         low_raw = theta_raw
         if S.ECC:
             low_raw = tl.load(low_ptr + place, mask=valid, other=0, volatile=EARLY)
@@ -261,9 +258,9 @@ def _tile(entry_ptr, numbers, local, size, grad_address, clip, rule, S):
 def step_kernel(
     table_ptr, numbers_ptr, grads_ptr, owners_ptr, partials_ptr, book1_ptr, book2_ptr, cells_ptr, clips_ptr,
     beta1, beta2, beta3, gain1, gain2, gain3, eps1, eps2, clip_threshold, frequency, edge_penalty, edge_threshold,
-    detail, S,
+    detail, directions_ptr, S,
 ):  # fmt: skip
-    """Update every tensor of a bucket.
+    """Update every tensor of a bucket; with `lora_direction` all but its weights.
 
     Args:
         table_ptr: int64 [tensors, Column], addresses and sizes.
@@ -274,6 +271,7 @@ def step_kernel(
         gain1: 1 - beta1, and so on; in float32 1 - 0.999 would be off by 1.3e-5 of it.
         partials_ptr: float32 [programs, PARTS] out: of the program's blocks the number of elements with a gradient,
             the sum of 2^(k/16) over these, and auto_lr's two sums.
+        directions_ptr: float32 [`Bucket.direction_elements`] out, n of each element (DIRECTED).
         S: `tables.Switches`, a compile-time constant each.
     """
     program = tl.program_id(0)
@@ -292,30 +290,16 @@ def step_kernel(
         clip = (1.0, 1.0)
         if S.SCALED:
             clip = (tl.load(clips_ptr + 2 * row), tl.load(clips_ptr + 2 * row + 1))
-        threads = tl.arange(0, 32)
         cells = (
             codec.held_cells(cells_ptr), codec.held_cells(cells_ptr + 32), codec.held_cells(cells_ptr + 64),
             codec.held_cells(cells_ptr + 96),
         )  # fmt: skip
-        mean = tl.load(numbers_ptr + N_RATE)
-        if S.AUTO:
-            mean = mean * tl.load(address(entry_ptr, RATE, tl.float32, 4))
-        unit = mean * codec.reciprocal(tl.load(address(entry_ptr, STATS, tl.float32, 4)))
-        low, high = tl.load(numbers_ptr + N_LOW), tl.load(numbers_ptr + N_HIGH)
-        low = tl.where(low <= mean, low, 0.0)  # a bound is for single elements, and never moves the mean
-        high = tl.where(high < 0, -high * mean, high)
-        high = tl.where(high >= mean, high, float("inf"))
-        # else min_lr and max_lr are out of reach
-        bounded = (unit * LEAST_FACTOR < low) | (unit * BEYOND_FACTOR > high)
+        numbers, bounded = one_block.numbers_of(entry_ptr, numbers_ptr, S)
         key = tl.load(numbers_ptr + N_KEY).to(tl.uint32, bitcast=True)
-        numbers = tl.load(numbers_ptr + threads, mask=threads < _NUMBERS, other=0.0)
-        numbers = tl.where(threads == N_RATE, unit, numbers)
-        numbers = tl.where(threads == N_LOW, low, tl.where(threads == N_HIGH, high, numbers))
         turn = tl.load(numbers_ptr + N_TURN).to(tl.int32)
         rule = one_block.Rule(
             beta1, beta2, beta3, gain1, gain2, gain3, eps1, eps2, clip_threshold, frequency, edge_penalty,
-            edge_threshold, detail, book1_ptr, book2_ptr, cells, key, bounded.to(tl.int32),
-            turn,
+            edge_threshold, detail, book1_ptr, book2_ptr, directions_ptr, cells, key, bounded, turn,
         )  # fmt: skip
         if S.WIDTH:
             active, mask_sum, numerator, denominator = _tile(
@@ -362,7 +346,7 @@ def launch(
     found_inf: Tensor | None = None,
     clips: Tensor | None = None,
 ) -> Tensor | None:
-    """One step of a bucket: at most five launches and one upload, nothing waited for.
+    """One step of a bucket: few launches and one upload, nothing waited for.
 
     Args:
         grads: the address of each member's gradient, 0 for none; contiguous, in the bucket's gradient dtype.
@@ -383,7 +367,9 @@ def launch(
     shared = shared_numbers(sources[bucket.members[0].source])
     variant = bucket.variant(warm, bucket.are_aligned(grads), scales is not None)
     launch_all = functools.partial(_launch, bucket, addresses, numbers, shared, variant, scales, clips)
-    if bucket.repeated is not None and counts is None and not variant.switches.PART:
+    # Where there are directions not all are launches, and room for them is not to be kept.
+    repeats = not (variant.switches.PART or variant.switches.DIRECTED)
+    if bucket.repeated is not None and counts is None and repeats:
         bucket.repeated.do((variant.switches, shared), launch_all)
         return None
     return launch_all()
@@ -409,6 +395,7 @@ def _launch(
     summed = switches.WARM or switches.AUTO
     parts = statistics.PARTS.value * bucket.programs if summed else 0
     partials = torch.empty(parts, dtype=torch.float32, device=device)
+    directions = torch.empty(bucket.direction_elements, dtype=torch.float32, device=device)
     arguments = {
         "table_ptr": bucket.table,
         "numbers_ptr": numbers,
@@ -432,10 +419,13 @@ def _launch(
         "edge_penalty": float(edge_penalty),
         "edge_threshold": float(edge_threshold),
         "detail": float(detail),
+        "directions_ptr": directions,
         "S": variant.constants,
     }
     options = _compiler_options(device, switches)
     variant.compiled.launch(step_kernel, bucket.programs, arguments, num_warps=1, **options)
+    if switches.DIRECTED:
+        direction.turns_of(bucket).move(addresses, numbers, directions, arguments["clips_ptr"], variant)
     if switches.PART:
         return statistics.shares(bucket, partials, variant) if summed else None
     if summed:

@@ -22,7 +22,7 @@ from automagic_bnb.kernels.launching import Compiled, Repeated
 from automagic_bnb.kernels.row import WORDS, Row, signed
 from torch import Tensor
 
-from automagic_bnb import config, reference, scalars
+from automagic_bnb import config, direction, reference, scalars
 from automagic_bnb import quantization as q
 from automagic_bnb import state as st
 from automagic_bnb.addresses import Places
@@ -36,9 +36,9 @@ BLOCK_STATISTICS = [name for name, key in KEYS.items() if key.kind == "block"]
 each thread of a warp holds one of them, by its place here."""
 STATE_COLUMNS = [name for name, key in KEYS.items() if key.kind not in ("block", "book")] + BLOCK_STATISTICS
 """The tensors of a state of which the table has the addresses; the code books are the launch's."""
-SIZES = ["RATE", "SKIPS", "SIZE", "ROWS", "COLS", "STRIPS", "FIRST_PROGRAM", "PROGRAMS", "PROBE_SHIFT"]
+SIZES = ["RATE", "SKIPS", "SIZE", "ROWS", "COLS", "STRIPS", "FIRST_PROGRAM", "PROGRAMS", "PROBE_SHIFT", "DIRECTION"]
 """The last columns: where auto_lr's d is, where skipped elements are counted, and what is no address. auto_lr watches
-one of 2^PROBE_SHIFT blocks."""
+one of 2^PROBE_SHIFT blocks; DIRECTION is where n is left, in elements, with `lora_direction`."""
 STRETCH = ["START", "STOP", "OWN_START", "OWN_STOP"]
 """Of a tensor that others hold a part of: `sharded.Stretch`. Its addresses are where the whole would begin."""
 Column: Any = IntEnum("Column", ["THETA", *map(str.upper, STATE_COLUMNS), *SIZES, *STRETCH], start=0)
@@ -136,6 +136,8 @@ class Switches(NamedTuple):
     ECC: bool
     """8 more bits of θ are in the state."""
     STOCHASTIC: bool
+    DIRECTED: bool
+    """`lora_direction` turns n before the weights move."""
     PART: bool
     """Of each tensor a stretch is stepped."""
     ALIGN: int
@@ -200,6 +202,7 @@ def spec_of(member: Member, grad_dtype: torch.dtype, options: dict[str, Any], pa
         SCALED=options["percentile_clipping"] < 100,
         ECC=st.keeps_residual(theta, options),
         STOCHASTIC=st.rounds_stochastically(theta, options),
+        DIRECTED=direction.is_directed(theta, options, member.is_lora),
         PART=member.stretch is not None,
         ALIGN=16 if theta.numel() % 8 == 0 else 2,
         WARM=False,
@@ -248,6 +251,8 @@ class Bucket:
 
     repeated: Repeated | None = None
     """Its launches, where what a step says of its tensors always lies in the same place on the device."""
+    turns: Any = None
+    """`kernels.direction.Turns`, once there are."""
 
     def __init__(self, spec: Spec, members: list[Member]) -> None:
         """Write the table."""
@@ -262,9 +267,14 @@ class Bucket:
             programs += count
             owners.append(count)
         self.programs, self.elements = programs, sum(m.theta.numel() for m in members)
+        self.direction_elements = 0
+        if self.spec.switches.DIRECTED:  # whole blocks each
+            sizes = np.array([st.block_count(m.theta) * q.BLOCK for m in members])
+            table[:, Column.DIRECTION], self.direction_elements = np.cumsum(sizes) - sizes, int(sizes.sum())
         if self.spec.switches.PART:  # skipped elements are a share for others to add
             self.skips = torch.zeros(len(members), dtype=torch.float32, device=self.spec.device)
             table[:, Column.SKIPS] = self.skips.data_ptr() + 4 * np.arange(len(members))
+        self.directions: list[int] = table[:, Column.DIRECTION].tolist()
         self.table = upload(table, self.spec.device)
         self.owners = upload(np.repeat(np.arange(len(members), dtype=np.int32), owners), self.spec.device)
         self.parameters = [m.p for m in members]

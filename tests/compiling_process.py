@@ -43,6 +43,7 @@ SWITCHES = tables.Switches(
     SCALED=False,
     ECC=False,
     STOCHASTIC=True,
+    DIRECTED=False,
     PART=False,
     ALIGN=16,
     WARM=False,
@@ -63,6 +64,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "small, whole": {"M": tl.float32, "CODES": False, "WARM": True},
     "lean": {**FACTORED, "MASK": 0, "CAME": False},
+    "directed": {"DIRECTED": True, "WARM": True, "AUTO": True},
     "part": {"PART": True, "WARM": True, "AUTO": True},
     "part, factored": {**FACTORED, "PART": True, "MASK": 4, "SCALED": True, "ECC": True},
 }  # fmt: skip

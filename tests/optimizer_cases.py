@@ -40,6 +40,7 @@ ANOTHER_VALUE = {
     "lora_rank_penalty": False,
     "rank_penalty_strength": 0.5,
     "low_rank_emphasis": 0.1,
+    "lora_direction": "orthogonal",
     "torque": False,
     "came": False,
     "cautious": False,

@@ -33,6 +33,7 @@ DEFAULTS = {
     "lora_rank_penalty": True,
     "rank_penalty_strength": 0.01,
     "low_rank_emphasis": 1.2,
+    "lora_direction": None,
     "torque": True,
     "came": True,
     "cautious": True,
@@ -135,8 +136,10 @@ class RuleInFloat64:
         filtered = self._spatial_filter(g, kept)
         self.distance = self.scatter = self.momentum = 0.0
         claimed, self.claimed = self.claimed, {}
-        for b, at in enumerate(self.slices):
-            self._block(b, at, g[at], filtered[at], kept[at], claimed)
+        parts = [self._moved_moments(b, at, filtered[at], kept[at]) for b, at in enumerate(self.slices)]
+        n = self._turned(np.concatenate([part[0] for part in parts]))
+        for (b, at), (_, u) in zip(enumerate(self.slices), parts, strict=True):
+            self._move(b, at, g[at], u, n[at], kept[at], claimed)
         self.v.finish_step(kept)
         self.r.finish_step(kept)
         if self.mask and 2 <= self.t <= self.options["warmup_steps"] and (g != 0).any():
@@ -177,12 +180,12 @@ class RuleInFloat64:
             filtered[at] *= np.clip(1 - o["edge_penalty"] * self.h[b] * e, 0.1, 1)
         return filtered
 
-    def _block(self, b: int, at: slice, g, filtered, kept, claimed) -> None:
-        """Steps 2 to 8 for one block."""
+    def _moved_moments(self, b: int, at: slice, filtered, kept) -> tuple[np.ndarray, np.ndarray]:
+        """Steps 2 to 4 and 6 for one block: n and u."""
         o, t = self.options, self.t
         beta1 = o["betas"][0]
         v_hat = self.v.estimate(at, filtered**2, kept, t)
-        u = np.divide(filtered, np.sqrt(v_hat), out=np.zeros_like(g), where=kept)
+        u = np.divide(filtered, np.sqrt(v_hat), out=np.zeros_like(filtered), where=kept)
         activity = (u**2).mean()
         u = u * min(1.0, o["clip_threshold"] / np.sqrt(activity)) if activity > 0 else u
 
@@ -199,15 +202,35 @@ class RuleInFloat64:
         if o["came"]:
             r_hat = self.r.estimate(at, (u - m) ** 2, kept, t)
             n = n / np.sqrt(np.maximum(r_hat, 0.01))
+        if o["background_regularization"]:
+            self._near(activity - 0.1)
+            n = n / 2 if activity < 0.1 else n
+        return n, u
+
+    def _is_turned(self) -> bool:
+        o = self.options
+        return bool(o["lora_direction"] and o["lora"] and len(self.shape) == 2 and min(self.shape) <= 256)
+
+    def _turned(self, n: np.ndarray) -> np.ndarray:
+        """`lora_direction`: singular values through Muon's polynomial and Newton-Schulz's, the rms as it was."""
+        if not self._is_turned() or not n.any():
+            return n
+        left, values, right = np.linalg.svd(n.reshape(self.shape), full_matrices=False)
+        x = values / np.sqrt((values**2).sum())
+        for i in range(8):
+            x = 3.4445 * x - 4.775 * x**3 + 2.0315 * x**5 if i < 5 else 1.5 * x - 0.5 * x**3
+        turned = (left * x) @ right
+        return (turned * np.sqrt((n**2).sum() / (turned**2).sum())).reshape(-1)
+
+    def _move(self, b: int, at: slice, g, u, n, kept, claimed) -> None:
+        """Steps 5, 7 and 8 for one block."""
+        o = self.options
         if o["cautious"]:
             self._near(n[(g != 0) & (n != 0)])
             phi = (n * np.sign(g) > 0).astype(float)
             n = n * phi / max(phi.sum() / max((g != 0).sum(), 1), 0.25)
-        if o["background_regularization"]:
-            self._near(activity - 0.1)
-            n = n / 2 if activity < 0.1 else n
         rate = self._element_rates(b, at, g, u)
-        self._watch(b, at, g, u, m, claimed)
+        self._watch(b, at, g, u, self.m[at], claimed)
         moved = self.theta[at] - rate * (n + o["weight_decay"] * self.theta[at])
         self.theta[at] = np.where(kept, moved, self.theta[at])
 
@@ -235,7 +258,7 @@ class RuleInFloat64:
         if span in self.watched:
             if self.watched[span][0] == b:
                 distances = u * (self.watched[span][1] - self.theta[at])
-                self.distance += distances.sum()
+                self.distance += distances.sum() * (0.5 if self._is_turned() else 1)
                 self.scatter += np.abs(distances).sum()
                 self.momentum += max(np.abs(m).sum(), 0.1 * (g != 0).sum())
         elif span in claimed:

@@ -26,6 +26,7 @@ CASES: dict[str, dict[str, Any]] = {
     "given": {"lr": 1e-2},
     "found": {"lr": None},
     "found, scheduled": {"lr": 1.0, "auto_lr": True},
+    "turned": {"lr": 1e-2, "lora_direction": "orthogonal"},
     "clipped, factored": {"lr": 1e-2, "percentile_clipping": 50, "factored": True},
 }
 

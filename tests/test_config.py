@@ -51,6 +51,7 @@ DEFAULTS = {
     "lora_rank_penalty": True,
     "rank_penalty_strength": 0.01,
     "low_rank_emphasis": 1.2,
+    "lora_direction": None,
     "torque": True,
     "came": True,
     "cautious": True,

@@ -114,6 +114,10 @@ CASES = [
     Case("rank_penalty_strength", idle.NO_THIN_MATRIX, 0.1, {}, "large LoRA", mended_parameters="LoRA"),
     Case("low_rank_emphasis", idle.NO_TORQUE, 2.0, {"torque": False}, "LoRA", mended={"torque": True}),
     Case("low_rank_emphasis", idle.NO_LORA, 2.0, mended={"lora": True}),
+    Case("lora_direction", idle.NO_LORA, "orthogonal", mended_parameters="LoRA"),
+    Case(
+        "lora_direction", idle.NO_THIN_MATRIX, "orthogonal", {}, "large LoRA", mended_parameters="LoRA",
+    ),
     Case("stochastic_rounding", idle.TO_NEAREST, True, {"master": "none"}, "bfloat16", {"master": "stochastic"}),
     Case("stochastic_rounding", idle.NOT_ROUNDED, True, mended_parameters="bfloat16"),
     Case("master", idle.NO_BFLOAT16, "ecc8", mended_parameters="bfloat16"),

@@ -75,6 +75,7 @@ class Held(NamedTuple):
     stats: Any  # float32, `state.STATS`
     probe_block: Any  # int32 [probes]
     probe_start: Any  # float32 [probes * 256]
+    direction: Any  # float32 [n], n of a matrix for `lora_direction`; empty elsewhere
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
@@ -480,18 +481,24 @@ def momentum(s, torque, block, u, m, keep, terms):
 
 
 @compiled
-def direction(s, activity, g, m, r, n):
-    """Steps 4 to 6: n of m and r; returns how many elements have a gradient."""
-    active, agreeing, correction1, correction3, least = 0, 0, s.correction1, s.correction3, s.MIN_RESIDUAL
+def confident(s, activity, m, r, n):
+    """Steps 4 and 6: n of m and r."""
+    correction1, correction3, least = s.correction1, s.correction3, s.MIN_RESIDUAL
     if s.came:
         for i in range(BLOCK):
             n[i] = m[i] / correction1 / math.sqrt(max(r[i] / correction3, least))
     else:
         for i in range(BLOCK):
             n[i] = m[i] / correction1
-    for i in range(BLOCK):
-        active += g[i] != ZERO
     factor = s.BACKGROUND_FACTOR if s.background and activity < s.BACKGROUND_ACTIVITY else ONE
+    for i in range(BLOCK):
+        n[i] *= factor
+
+
+@compiled
+def cautious(s, active, g, n):
+    """Step 5, of a block in which so many elements have a gradient."""
+    agreeing, factor = 0, ONE
     if s.cautious:
         for i in range(BLOCK):
             agrees = ((n[i] > ZERO) & (g[i] > ZERO)) | ((n[i] < ZERO) & (g[i] < ZERO))
@@ -500,6 +507,14 @@ def direction(s, activity, g, m, r, n):
         factor /= max(np.float32(agreeing) / np.float32(max(active, 1)), s.MIN_CAUTIOUS_SHARE)
     for i in range(BLOCK):
         n[i] *= factor
+
+
+@compiled
+def count_of(g):
+    """How many elements have a gradient."""
+    active = 0
+    for i in range(BLOCK):
+        active += g[i] != ZERO
     return active
 
 
@@ -624,7 +639,7 @@ def update(numbers, held):
             move_moment(s, held.v, block, count, u, s.eps1, s.beta2, s.gain2, v, keep, v_sums, seen, bits, touched)
             activity = clip(s, count, v, u, terms)
 
-            # 3. Torque, 4. confidence, 5. cautious, 6. background.
+            # 3. Torque, 4. confidence, 6. background; 5. cautious, which comes after `lora_direction`.
             read_moment(held.m, block, count, s.width, v_share, m)
             momentum(s, held.torque, block, u, m, keep, terms)
             if s.came:
@@ -632,8 +647,13 @@ def update(numbers, held):
                 for i in range(BLOCK):
                     e[i] = u[i] - m[i]
                 move_moment(s, held.r, block, count, e, s.eps2, s.beta3, s.gain3, r, keep, r_sums, seen, bits, touched)
-            with_gradient = direction(s, activity, g, m, r, n)
+            confident(s, activity, m, r, n)
+            with_gradient = count_of(g)
             active += with_gradient
+            if s.directed:
+                store(n, held.direction, start, count)
+            else:
+                cautious(s, with_gradient, g, n)
 
             # 7. Learning-rate mask.
             read_mask(s, held.mask, held.exponents, held.polarity, start, count, k, sign)
@@ -649,8 +669,9 @@ def update(numbers, held):
                 numerator += sums[0]
                 denominator += sums[1]
             mask_sum += rates_of(s, mask_mean, held.factors, g, k, terms)
-            subtract(s.weight_decay, x, k, n)
-            write_theta(s.rounding, s.most, held.theta, held.low, start, count, x, keep, bits)
+            if not s.directed:
+                subtract(s.weight_decay, x, k, n)
+                write_theta(s.rounding, s.most, held.theta, held.low, start, count, x, keep, bits)
             write_moment(s, held.m, block, count, m, bits, touched)
         if skipped - skipped_before < elements:  # a tile in which all was skipped keeps its very means
             random_bits(s.key, first * BLOCK, bits)
@@ -662,3 +683,29 @@ def update(numbers, held):
         held.stats[s.LR_NUMERATOR], held.stats[s.LR_DENOMINATOR] = np.float32(numerator), np.float32(denominator)
     if s.adapt and s.mask_bits > 0 and active > 0:
         held.stats[s.MASK_MEAN] = np.float32(mask_sum / active)
+
+
+@kept
+def move(numbers, held, mask_mean):
+    """The rest of a step in which `lora_direction` has a say, steps 5 and 8, once `held.direction` is turned.
+
+    Args:
+        numbers, held: as `update` had them.
+        mask_mean: W as it stood before that.
+    """
+    s = numbers[0]
+    g, n, k, x, terms = room(), room(), room(), room(), room()
+    keep, sign = np.zeros(BLOCK, dtype=np.uint8), np.zeros(BLOCK, dtype=np.uint8)
+    bits = np.zeros(BLOCK, dtype=np.uint32)
+    for block in range((s.n + BLOCK - 1) // BLOCK):
+        start, count = block * BLOCK, min(s.n - block * BLOCK, BLOCK)
+        read_gradient(held.grad, start, count, s.MAX_GRADIENT, g, keep)
+        random_bits(s.key, start, bits)
+        load(held.direction, start, count, n)
+        cautious(s, count_of(g), g, n)
+        read_mask(s, held.mask, held.exponents, held.polarity, start, count, k, sign)
+        load(held.theta, start, count, x)
+        read_theta(held.low, start, count, x)
+        rates_of(s, mask_mean, held.factors, g, k, terms)
+        subtract(s.weight_decay, x, k, n)
+        write_theta(s.rounding, s.most, held.theta, held.low, start, count, x, keep, bits)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from automagic_bnb import bnb, estimate, reference
+from automagic_bnb import bnb, direction, estimate, reference
 from automagic_bnb import quantization as q
 from automagic_bnb import state as st
 from automagic_bnb.factored import Tiling
@@ -85,6 +85,7 @@ class Numbers(NamedTuple):
     adapt: bool
     auto: bool
     short_means: bool
+    directed: bool
     key: np.uint32
 
 
@@ -141,11 +142,15 @@ def update_parameter(
     from automagic_bnb.cpu import compiled
 
     grad = clipped(grad, state, options)
-    arrays = Arrays(state)
-    compiled.update(
-        numbers_of(p, arrays.state, options, s, d, compiled),
-        held_of(arrays, p, grad, compiled),
-    )
+    arrays, directed = Arrays(state), direction.is_directed(p, options, s.is_lora)
+    n = torch.empty(p.numel() if directed else 0, dtype=torch.float32)
+    mask_mean = state["tensor_stats"][st.MASK_MEAN].item()
+    numbers = numbers_of(p, arrays.state, options, s, d, compiled)
+    held = held_of(arrays, p, grad, n, compiled)
+    compiled.update(numbers, held)
+    if directed:
+        n.copy_(direction.orthogonal(n.view(1, *p.shape)).view(-1))
+        compiled.move(numbers, held, np.float32(mask_mean))
     arrays.write_back()
 
 
@@ -226,7 +231,7 @@ class Arrays:
             tensor.copy_(copy.clamp_(-most, most))
 
 
-def held_of(arrays: Arrays, p: Tensor, grad: Tensor, compiled: Any) -> compiled.Held:
+def held_of(arrays: Arrays, p: Tensor, grad: Tensor, n: Tensor, compiled: Any) -> compiled.Held:
     whole = mask_bits(arrays.state) == 32
     return compiled.Held(
         theta=arrays.of(p.detach()),
@@ -245,6 +250,7 @@ def held_of(arrays: Arrays, p: Tensor, grad: Tensor, compiled: Any) -> compiled.
         stats=arrays.held("tensor_stats"),
         probe_block=arrays.held("probe_block", np.int32),
         probe_start=arrays.held("probe_start"),
+        direction=n.numpy(),
     )
 
 
@@ -316,6 +322,7 @@ def numbers_of(p: Tensor, state: st.State, options: dict[str, Any], s: Scalars, 
         adapt=s.adapt_mask,
         auto=d is not None,
         short_means=tiling is not None and state["exp_avg_sq_row"].dtype == torch.bfloat16,
+        directed=direction.is_directed(p, options, s.is_lora),
         key=np.uint32(s.rounding_key),
     )
     return np.array([_CONSTANTS + numbers], dtype=NUMBERS)

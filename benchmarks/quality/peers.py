@@ -177,6 +177,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "-blockwise": {"factored": False, "mask_bits": 8},
     "-32bit": {"optim_bits": 32},
     "-lean": {"profile": "lean"},
+    "-orthogonal": {"lora_direction": "orthogonal"},
+    "-lean-orthogonal": {"profile": "lean", "lora_direction": "orthogonal"},
     "-no-torque": {"torque": False},
     "-no-clipping": {"clip_threshold": 100.0},
     "-mask-frozen": {"warmup_steps": 0},

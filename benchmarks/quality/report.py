@@ -130,9 +130,9 @@ class Comparison:
         values = list(self.excesses(task, optimizer).values())
         return Estimate.of(values) if values else None
 
-    def mean_excess(self, split: str, optimizer: str) -> Estimate | None:
-        """Over the tasks of a split; its interval is over seeds, each the mean over the tasks."""
-        by_task = [self.excesses(task.name, optimizer) for task in self.of(split)]
+    def mean_excess(self, tasks: Iterable[Task], optimizer: str) -> Estimate | None:
+        """Over these tasks; its interval is over seeds, each the mean over the tasks."""
+        by_task = [self.excesses(task.name, optimizer) for task in tasks]
         by_task = [values for values in by_task if values]
         if not by_task:
             return None
@@ -151,13 +151,17 @@ def _place(name: str) -> tuple[int, str]:
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def summary(comparison: Comparison, split: str) -> str:
-    """One line for each optimizer, the best first."""
+MAY_LACK = 1
+"""Tasks that an optimizer in a table of means may not have run on."""
+
+
+def summary(comparison: Comparison, tasks: Sequence[Task]) -> str:
+    """One line for each optimizer that ran on all of these tasks, or all but one; the best first."""
     rows = []
     for name in comparison.optimizers:
-        mean = comparison.mean_excess(split, name)
-        each = {t.name: e.mean for t in comparison.of(split) if (e := comparison.excess(t.name, name)) is not None}
-        if mean is None or not each:
+        mean = comparison.mean_excess(tasks, name)
+        each = {t.name: e.mean for t in tasks if (e := comparison.excess(t.name, name)) is not None}
+        if mean is None or len(each) < len(tasks) - MAY_LACK:
             continue
         worst = max(each, key=lambda task: each[task])
         bytes_kept = [comparison.best[task, name].state_bytes for task in each]
@@ -221,9 +225,13 @@ def describe(task: Task) -> str:
 
 def markdown(comparison: Comparison) -> str:
     parts = ["# What is learned: every optimizer at its own best rate", (__doc__ or "").split("\n\n")[-1].strip()]
-    for split, meaning in (("judge", "judge"), ("choose", "choose defaults")):
-        if comparison.of(split):
-            parts += [f"## The tasks that {meaning}", summary(comparison, split)]
+    for split, meaning in (("judge", "judge"), ("choose", "choose defaults"), ("more", "came later")):
+        chosen = comparison.of(split)
+        if chosen:
+            parts += [f"## The tasks that {meaning}", summary(comparison, chosen)]
+        loras = [task for task in chosen if task.kind == "lora"]
+        if loras and loras != chosen:
+            parts += ["LoRA's alone:", summary(comparison, loras)]
     for task in comparison.tasks:
         parts += [f"### {task.name} ({task.split})", describe(task), by_task(comparison, task)]
     if lines := complaints(comparison):

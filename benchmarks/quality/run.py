@@ -173,7 +173,7 @@ class Queue:
 
 def sweep(args: argparse.Namespace) -> int:
     table = peers.with_extra(args.extra)
-    chosen = [t for t in tasks.TASKS.values() if matches(t.name, args.tasks) and args.split in (t.split, "both")]
+    chosen = [t for t in tasks.TASKS.values() if matches(t.name, args.tasks) and args.split in (t.split, "all")]
     optimizers = [p for p in table.values() if matches(p.name, args.optimizers)]
     # Long tasks first, so that none of them is left alone at the end.
     chosen.sort(key=lambda task: -task.steps)
@@ -278,7 +278,7 @@ def main() -> int:
     command.set_defaults(work=sweep)
     command.add_argument("--optimizers", nargs="+", default=["*"], help="names, patterns, !patterns of peers.PEERS")
     command.add_argument("--extra", type=Path, help="a Python file with more of them: OPTIMIZERS, a list of peers.Peer")
-    command.add_argument("--split", choices=["choose", "judge", "both"], default="both")
+    command.add_argument("--split", choices=["choose", "judge", "more", "all"], default="all")
     command.add_argument("--seeds", type=int, default=3, help="default: 3")
     command.add_argument("--neighbours", type=int, default=1, help="rates beside the best that get all seeds")
     command.add_argument("--wide", nargs="+", default=[], help="optimizers that are tried over --decades")

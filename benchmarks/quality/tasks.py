@@ -28,7 +28,7 @@ class Task:
     """One training: what, on what, and how long.
 
     Args:
-        split: "choose" or "judge".
+        split: "choose", "judge" or "more".
         family: "gpt", "dit", "unet" or "encoder".
         source: a text (data.TEXTS), "photos", "FILE:CROPS" or a package (data.CLASSES).
         kind: "scratch", "full" (all weights of the family's base) or "lora".
@@ -109,7 +109,15 @@ _JUDGE = [
     Task("encoder-full", "judge", "encoder", "sympy", "full", 32, "linear", steps=300),
     Task("encoder-lora-r4-b4", "judge", "encoder", "sympy", "lora", 4, "cosine", steps=300, rank=4),
 ]  # fmt: skip
-TASKS: dict[str, Task] = {task.name: task for task in _CHOOSE + _JUDGE}
+_MORE = [
+    Task("encoder-lora-r4-torch", "more", "encoder", "torch", "lora", 4, "cosine", steps=300, rank=4),
+    Task("gpt-lora-r8-b1", "more", "gpt", "prose", "lora", 1, "linear", rank=8),
+    Task("gpt-lora-r16-b2", "more", "gpt", "prose", "lora", 2, "cosine", steps=900, rank=16),
+    Task("unet-lora-cat", "more", "unet", "chelsea.png:16", "lora", 2, "cosine", rank=16),
+]
+"""LoRAs with small batches, made when the others were known, to see whether `lora_direction` holds; nothing was chosen
+by them."""
+TASKS: dict[str, Task] = {task.name: task for task in _CHOOSE + _JUDGE + _MORE}
 
 BASES: dict[str, Task] = {
     "gpt": Task("base-gpt", "base", "gpt", "python", "scratch", 64, "cosine", steps=3000),
