@@ -107,9 +107,10 @@ def distance(start: dict[str, Tensor], one: list[Tensor], other: list[Tensor]) -
     return max(shares), all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def exactness(mesh: DeviceMesh, device: torch.device, steps: int) -> dict[str, dict[str, Any]]:
+def exactness(mesh: DeviceMesh, device: torch.device, steps: int, names: list[str]) -> dict[str, dict[str, Any]]:
     found = {}
-    for name, part in PARTS.items():
+    for name in names:
+        part = PARTS[name]
         options = {} if "all" in part else dict(ALONE)
         options |= {key: value for key, value in part.items() if key not in ("all", "dtype")}
         start = parameters(part.get("dtype", torch.float32), device)
@@ -141,6 +142,7 @@ def step_time(mesh: DeviceMesh | None, device: torch.device, shape: tuple[int, i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=list(PARTS), help="of the rule (all)")
     parser.add_argument("--steps", type=int, default=22)
     parser.add_argument("--rows", type=int, default=4096 if torch.cuda.is_available() else 512)
     parser.add_argument("--columns", type=int, default=4096 if torch.cuda.is_available() else 512)
@@ -160,7 +162,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "torch": torch.__version__,
         "steps": arguments.steps,
-        "exactness": exactness(mesh, device, arguments.steps),
+        "exactness": exactness(mesh, device, arguments.steps, arguments.parts),
         "matrices": [arguments.matrices, *shape],
         "sharded_ms": step_time(mesh, device, shape, arguments.matrices),
         "whole_ms": step_time(None, device, shape, arguments.matrices),

@@ -57,9 +57,10 @@ def run(dtype: torch.dtype, options: dict[str, Any], device: torch.device) -> No
 def main() -> int:
     parser = argparse.ArgumentParser(description="All kernels over odd shapes, to be run under compute-sanitizer")
     parser.add_argument("--device", default="cuda", help="torch device (default: cuda)")
-    device = torch.device(parser.parse_args().device)
-    for dtype, options in RUNS:
-        run(dtype, options, device)
+    parser.add_argument("--share", type=int, nargs=2, default=(0, 1), metavar=("I", "N"), help="the I-th of N shares")
+    args = parser.parse_args()
+    for dtype, options in RUNS[args.share[0] :: args.share[1]]:
+        run(dtype, options, torch.device(args.device))
         print(f"ran through: {dtype}, {options}", flush=True)
     return 0
 
