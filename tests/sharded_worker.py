@@ -348,6 +348,7 @@ def main(rank: int, world: int, out: Path) -> None:
 
 def forked(world: int, out: Path, work: Callable[[int, int, Path], None] = main) -> None:
     """`work` in so many processes; raises SystemExit where one fails."""
+    assert not torch.cuda.is_available(), "a process with GPUs is not forked once autograd has begun"
     children = []
     for rank in range(world):
         if (child := os.fork()) == 0:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from automagic_bnb.sharded import Layout
 
+CPU_ALONE = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+"""The environment of processes that fork: autograd's threads for GPUs, once started, forbid it."""
 ROUNDING = 2e-6
 """Of a run's way: sums of 22 steps in another order, and what comes of it."""
 
@@ -26,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where `sharded_worker` has left what it has seen."""
     out = tmp_path_factory.mktemp("sharded")
     command = [sys.executable, str(Path(__file__).with_name("sharded_worker.py")), str(out)]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=900)
+    done = subprocess.run(command, env={**os.environ, **CPU_ALONE}, capture_output=True, timeout=900)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
     return out
 
