@@ -38,6 +38,8 @@ ERRORS = 3.5
 LEAST_MOMENTUM = 0.1
 """Of an element's |m|, in M. Of noise it is 0.18 in the mean; where it is less, the gradients have become small beside
 their own past: what has converged is not to be sent on its way again by a distance that was right before."""
+SUMS = slice(st.LR_NUMERATOR, st.LR_DENOMINATOR + 1)
+"""Of a `tensor_stats`: s and M."""
 GROWTH = 1.1
 """d grows by at most this in a step: one noisy estimate cannot overshoot."""
 
@@ -123,9 +125,8 @@ def take_sums(stats: list[Tensor], weights: Tensor) -> Tensor:
     Args:
         weights: float32, what s of each counts.
     """
-    together = torch.stack(stats)[:, [st.LR_NUMERATOR, st.LR_DENOMINATOR]]
-    for one in stats:
-        one[[st.LR_NUMERATOR, st.LR_DENOMINATOR]] = 0
+    together = torch.stack(stats)[:, SUMS]
+    torch._foreach_zero_([one[SUMS] for one in stats])  # type: ignore[attr-defined]
     return torch.stack([(together[:, 0] * weights).sum(), together[:, 1].sum()])
 
 

@@ -98,8 +98,8 @@ class Scaler:
         return self.found_inf is not None and bool(self.found_inf)
 
 
-def takes(p: Tensor, backend: str | None) -> bool:
-    """Whether the kernels update this (local) parameter.
+def runs_on(device: torch.device, backend: str | None) -> bool:
+    """Whether the kernels update what lies on this device.
 
     Raises:
         RuntimeError: backend="triton" was asked for and cannot run here.
@@ -108,7 +108,7 @@ def takes(p: Tensor, backend: str | None) -> bool:
         return False
     missing = triton_missing()
     if backend is None:
-        if p.device.type != "cuda":
+        if device.type != "cuda":
             return False
         if missing:
             warn_once(
@@ -118,13 +118,18 @@ def takes(p: Tensor, backend: str | None) -> bool:
             return False
     elif missing:
         raise RuntimeError(f"option backend='triton': {missing}; install it, or use backend='torch'")
-    elif p.device.type != "cuda" and not interpreting():
+    elif device.type != "cuda" and not interpreting():
         raise RuntimeError(
-            f"option backend='triton': a parameter is on {p.device}, where the kernels run only in Triton's "
+            f"option backend='triton': a parameter is on {device}, where the kernels run only in Triton's "
             "interpreter; set TRITON_INTERPRET=1 before Triton is imported, or use backend='torch'"
         )
+    return True
+
+
+def takes(p: Tensor, backend: str | None) -> bool:
+    """Whether the kernels update this (local) parameter; raises as `runs_on`."""
     # A strided parameter is updated through a contiguous copy, in plain PyTorch.
-    return p.is_contiguous() and p.numel() > 0
+    return runs_on(p.device, backend) and p.is_contiguous() and p.numel() > 0
 
 
 @dataclass
@@ -148,7 +153,9 @@ class Plan:
     idle: list[Tensor] = field(default_factory=list)
     """Parameters that had no gradient when the plan was made."""
     rest: list[tuple[dict[str, Any], Tensor]] = field(default_factory=list)
-    """Parameters that the kernels do not take."""
+    """Parameters that the plan's launches leave: to plain PyTorch, or to those of shards."""
+    with_shards: set[str] = field(default_factory=set)
+    """Types of devices on which the kernels step shards."""
     overrides: tuple[int, ...] = ()
     groups: list[tuple[dict[str, Any], list[Tensor]]] | None = None
     """Each group, and the parameters in it, which wrappers may exchange; None in the plan of a single parameter."""
@@ -262,7 +269,8 @@ class FusedStep:
             if p.grad is not None:
                 self.optimizer.effective_options(group, p)
                 st.checked_gradient(p)
-                shape = sharded.stepped(p).shape
+                shard = sharded.shard_of(p)
+                shape = None if shard is None else shard.window_shape
                 st.check_shape(self.optimizer.state.get(p, {}), st.local_tensor(p), shape)
 
     def run_one(self, group: dict[str, Any], p: Tensor) -> bool:
@@ -308,7 +316,7 @@ class FusedStep:
         if left or any(g is not None for of_bucket in grads for g in of_bucket):
             found_inf = None if left else scaler.found_inf
             groups, held = self.optimizer.param_groups, self.optimizer.state
-            kernels_on = frozenset(bucket.spec.device.type for bucket in plan.buckets)
+            kernels_on = frozenset(bucket.spec.device.type for bucket in plan.buckets) | plan.with_shards
             self._rates.begin(groups, held, one, kernels_on, found_inf=found_inf)
         stepped: set[int] = set()
         while plan.buckets and not self._launch(plan, options, grads, scaler, stepped):
@@ -424,6 +432,10 @@ class FusedStep:
                 plan.idle.append(p)
             elif not plan._would_take(p, optimizer.config.backend):
                 plan.rest.append((group, p))
+                device = st.local_tensor(p).device
+                # Asked of the device alone: a process without rows is to find the rate as the others do.
+                if sharded.shard_of(p) is not None and runs_on(device, optimizer.config.backend):
+                    plan.with_shards.add(device.type)
             else:
                 options = optimizer.effective_options(group, p)
                 overriding = None if options is group else p

@@ -179,7 +179,8 @@ def fitted(mesh: DeviceMesh | None) -> list[Any]:
 def collectives(mesh: DeviceMesh) -> dict[str, list[int]]:
     """How many each step takes: without parts that look beyond a shard, by default, and with the tenth step of LoRA."""
     counted = 0
-    real = {name: getattr(dist, name) for name in ("all_to_all_single", "all_gather", "all_reduce")}
+    names = ("all_to_all_single", "all_gather_single", "all_gather_into_tensor", "all_reduce")
+    real = {name: getattr(dist, name) for name in names if hasattr(dist, name)}
 
     def counting(name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
