@@ -464,7 +464,7 @@ def exchange(edges: list[Edge]) -> None:
     received, dtypes = received.to(home), {edge.grad.dtype for edge in edges}
     if norms is not None:
         _add_norms(asking, norms, [x[: len(asking)] for x in received.split(sizes)])
-    converted = received.to(*dtypes) if len(dtypes) == 1 else received  # at once, where all are alike
+    converted = received.to(edges[0].grad.dtype) if len(dtypes) == 1 else received  # at once, where all are alike
     pieces = iter(converted.split([size for of_other in coming for size in (len(asking), *(n for _, n in of_other))]))
     for other, of_other in zip(others, coming, strict=True):
         next(pieces)  # the norms

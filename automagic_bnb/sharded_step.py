@@ -17,7 +17,7 @@ from automagic_bnb import auto_lr, estimate, low_rank, reference, sharded
 from automagic_bnb import quantization as q
 from automagic_bnb import state as st
 from automagic_bnb.groups import Facts, Group, ParameterGroups
-from automagic_bnb.scalars import Scalars, step_scalars
+from automagic_bnb.scalars import Scalars, adapts_mask, step_scalars
 from automagic_bnb.sharded import Edge, Shard
 from automagic_bnb.sharded_kernels import ShardLaunches
 from automagic_bnb.stored import Weights, has_mask
@@ -34,6 +34,8 @@ class Due:
     """One parameter that is being stepped."""
 
     p: Tensor
+    local: Tensor
+    """The own rows, as torch keeps them."""
     shard: Shard
     group: Group
     options: dict[str, Any]
@@ -41,9 +43,17 @@ class Due:
     state: st.State
     t: int
     """The step, not yet in the state."""
-    scalars: Scalars
     d: Tensor | None
     edge: Edge
+
+    @property
+    def scalars(self) -> Scalars:
+        """For plain PyTorch; the kernels' tables work them out for many at once."""
+        return step_scalars(self.options, self.t, self.is_lora, self.key)
+
+    @property
+    def moves_mask(self) -> bool:
+        return adapts_mask(self.options, self.t) and has_mask(self.state)
 
     @property
     def is_lora(self) -> bool:
@@ -66,7 +76,7 @@ class Due:
     @property
     def weights(self) -> Weights:
         """Of the own rows."""
-        local, residual = st.local_tensor(self.p).detach(), self.state.get("master_residual")
+        local, residual = self.local.detach(), self.state.get("master_residual")
         residual = None if residual is None else residual[self.shard.inside]
         return Weights(local, residual, st.rounds_stochastically(local, self.options))
 
@@ -93,7 +103,7 @@ def step(
     tasks = []
     for dues in together.values():
         sharded.exchange([due.edge for due in dues])
-        chosen = [due for due in dues if due.shard.window and takes(st.local_tensor(due.p), optimizer.config.backend)]
+        chosen = [due for due in dues if due.shard.window and takes(due.local, optimizer.config.backend)]
         shares = {} if not chosen else _launched(chosen, launches)
         _settle(dues, torch.stack([shares[id(due.p)] if id(due.p) in shares else _update(due) for due in dues]))
         tasks += _rank_tasks([due for due in dues if low_rank.is_due(due.p, due.state, due.options, due.is_lora)])
@@ -101,14 +111,13 @@ def step(
 
 
 def _prepared(optimizer: ParameterGroups, group: Group, p: Tensor, grad_scale: Tensor | None) -> Due:
-    shard, grad = sharded.shard_of(p), st.checked_gradient(p)
+    shard, local, grad = sharded.shard_of(p), st.local_tensor(p), st.checked_gradient(p)
     assert shard is not None
     if grad_scale is not None:
         grad = grad.float() * grad_scale.to(grad.device).reciprocal()
     options, facts = optimizer.effective_options(group, p), optimizer.facts_of(p)
     state = optimizer.prepared_state(group, p, options)
-    st.check_shape(state, st.local_tensor(p), shard.window_shape)
-    t = state["step"] + 1
+    st.check_shape(state, local, shard.window_shape)
     # The Laplacian of a matrix needs the rows on either side. With more dimensions each row holds whole slices.
     beside = int(p.dim() == 2 and reference.is_spatial(p, options))
     norm = None
@@ -116,13 +125,13 @@ def _prepared(optimizer: ParameterGroups, group: Group, p: Tensor, grad_scale: T
         norm = reference.usable(grad)[0].square().sum()
     return Due(
         p=p,
+        local=local,
         shard=shard,
         group=group,
         options=options,
         facts=facts,
         state=state,
-        t=t,
-        scalars=step_scalars(options, t, facts.counts_as_lora(options), facts.random_key(options)),
+        t=state["step"] + 1,
         d=auto_lr.rate_tensor(group, grad.device).to(grad.device) if options["auto_lr"] else None,
         edge=Edge(shard, grad.contiguous(), beside, norm),
     )
@@ -149,7 +158,7 @@ def _update(due: Due) -> Tensor:
     """The main update in plain PyTorch; returns this process's `SHARES`, float64."""
     shard, state, options = due.shard, due.state, due.options
     st.set_uncounted(state, "step", due.t)
-    local = st.local_tensor(due.p).detach()
+    local = due.local.detach()
     shares = torch.zeros(len(SHARES), dtype=torch.float64, device=local.device)
     norm = None if due.edge.norm is None else due.edge.norm.sqrt()
     if not shard.window:
@@ -205,7 +214,7 @@ def _settle(dues: list[Due], shares: Tensor) -> None:
     sums = by_rank.sum(dim=0)
     held = [due.state["tensor_stats"] for due in dues]
     old = torch.stack(held)
-    moves = _flags(tuple(due.scalars.adapt_mask and has_mask(due.state) for due in dues), old.device)
+    moves = _flags(tuple(due.moves_mask for due in dues), old.device)
     finds = _flags(tuple(due.d is not None for due in dues), old.device)
     new = old.clone()
     new[:, st.SKIPPED] += sums[:, SKIPPED]
