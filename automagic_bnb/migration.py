@@ -173,6 +173,17 @@ def checked_step(value: Any, what: str) -> int:
     return int(number)
 
 
+def check_has_values(value: Any, what: str, needed: bool = True) -> None:
+    """Raise ValueError where a saved tensor has no values to copy (`map_location="meta"`), or not one for each place.
+
+    Args:
+        needed: whether it is copied to another device than the meta device.
+    """
+    if isinstance(value, Tensor) and (value.layout != torch.strided or (value.is_meta and needed)):
+        form = "on the meta device, without values" if value.is_meta else f"a tensor of {value.layout}"
+        raise ValueError(f"{what} is {form}; load the file with map_location='cpu', and as it was saved")
+
+
 def checked_decay(value: Any, name: str, where: str) -> float:
     """The decay of a moment as another optimizer's group has it.
 
@@ -203,6 +214,7 @@ class Reader:
                 f"{self.where}: the checkpoint's {name} has shape {found}, "
                 f"a parameter of shape {tuple(self.p.shape)} needs {shape}"
             )
+        check_has_values(value, f"{self.where}: the checkpoint's {name}", not self.p.is_meta)
         return value.detach().to(self.p.device)
 
     def floats(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
