@@ -74,8 +74,11 @@ def checked_form(state_dict: Any) -> dict[str, Any]:
     if not all(isinstance(key, (int, str)) for key in keys) or len(set(keys)) != len(keys):
         raise ValueError("the params of the checkpoint's groups are no numbers or names that are each there once")
     for key, saved in states.items():
-        if key in keys and not (isinstance(saved, Mapping) and isinstance(saved.get(WRAPPED, {}), Mapping)):
-            raise ValueError(f"parameter {key}: the checkpoint's state is a {type(saved).__name__}; expected a dict")
+        for what, held in (("state", saved), (WRAPPED, saved.get(WRAPPED, {}) if isinstance(saved, Mapping) else {})):
+            if key in keys and not isinstance(held, Mapping):
+                raise ValueError(
+                    f"parameter {key}: the checkpoint's {what} is a {type(held).__name__}; expected a dict"
+                )
     return dict(state_dict)
 
 

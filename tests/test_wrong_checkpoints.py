@@ -255,6 +255,22 @@ FOREIGN_NONSENSE: dict[str, tuple[Edit, str]] = {
         "parameter 0: the checkpoint's state2 is a tensor of torch.spar",
     ),
     "betas": (lambda saved: saved["param_groups"][0].update(betas=(0.9, 1.0)), "betas=1.0; expected"),
+    "betas in a tensor": (
+        lambda saved: saved["param_groups"][0].update(betas=torch.ones(2)),
+        "betas=tensor.*two numbers",
+    ),
+    "a step without a value": (
+        lambda saved: saved["state"][0].update(step=torch.empty((), device="meta")),
+        "parameter 0: the checkpoint's step is on the meta device",
+    ),
+    "squares beyond float32": (
+        put("state1", lambda x: x.fill_(3e38)),
+        "parameter 0: the checkpoint's state1 and state2 are finite, but not their squares",
+    ),
+    "wrapped state": (
+        lambda saved: saved["state"][0].update(__bnb_optimizer_quant_state__=5),
+        "parameter 0: the checkpoint's __bnb_optimizer_quant_state__ is a int",
+    ),
     "no betas": (lambda saved: saved["param_groups"][0].update(betas=3), "betas=3; expected two"),
     "state": (lambda saved: saved["state"].update({0: 5}), "parameter 0: the checkpoint's state is a int"),
 }
