@@ -101,7 +101,7 @@ def read(source: str, saved: dict[str, Any], group: dict[str, Any], options: Opt
     carried = _read(source, reader, group, options)
     for moment in (carried.momentum, carried.second):
         if moment is not None and not torch.isfinite(moment).all():
-            names = " and ".join(sorted(key for key in reader.saved if str(key).startswith(("exp_avg", "state"))))
+            names = ", ".join(sorted(k for k, x in reader.saved.items() if isinstance(x, Tensor) and k != "step"))
             raise ValueError(
                 f"{where}: the checkpoint's {names} are finite, but not their squares or without their bias; use an "
                 "earlier checkpoint"

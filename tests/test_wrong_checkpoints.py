@@ -265,7 +265,7 @@ FOREIGN_NONSENSE: dict[str, tuple[Edit, str]] = {
     ),
     "squares beyond float32": (
         put("state1", lambda x: x.fill_(3e38)),
-        "parameter 0: the checkpoint's state1 and state2 are finite, but not their squares",
+        "parameter 0: the checkpoint's state1, state2 are finite, but not their squares",
     ),
     "wrapped state": (
         lambda saved: saved["state"][0].update(__bnb_optimizer_quant_state__=5),
