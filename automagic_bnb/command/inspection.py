@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from automagic_bnb import auto_lr, config
+from automagic_bnb import auto_lr, config, files
 from automagic_bnb import quantization as q
 from automagic_bnb import state as st
 from automagic_bnb.command.progress import WatchedFile, progress
@@ -246,7 +246,15 @@ def bar_of(rate: float) -> int:
 
 
 def run_inspect(path: Path, as_json: bool, picture: Path | None) -> None:
-    """Examine a file, print what it holds, and draw it where a picture is asked for."""
+    """Examine a file, print what it holds, and draw it where a picture is asked for.
+
+    Raises:
+        ValueError: it is no checkpoint, or the picture would take its place, or that of what a link points to.
+    """
+    if picture is not None:
+        files.check_no_link(picture, "the picture")
+        if picture.exists() and path.exists() and picture.samefile(path):
+            raise ValueError(f"{picture} is the checkpoint, which the picture would overwrite; choose another file")
     report = examine(path)
     text = json.dumps(dataclasses.asdict(report), indent=2, ensure_ascii=False) if as_json else table(report)
     sys.stdout.write(f"{text}\n")
