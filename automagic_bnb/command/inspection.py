@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import pickle
+import struct
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -79,6 +80,12 @@ class Report:
         return sum(parameter.bytes for parameter in self.parameters)
 
 
+UNREADABLE = (
+    *(RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError, AssertionError, OverflowError),
+    struct.error,
+)
+"""What bytes that are not a whole file of torch's make its reader raise."""
+
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
@@ -100,7 +107,7 @@ def load(path: Path) -> dict[str, Any]:
             f"{path} is no file of torch.save, or holds more than tensors and plain values, which is not read, since "
             f"that could run code ({reason})"
         ) from e
-    except (RuntimeError, EOFError, KeyError) as e:
+    except UNREADABLE as e:
         raise ValueError(f"{path} is no whole file of torch.save: {str(e).splitlines()[0] if str(e) else e!r}") from e
     candidates = [found, *(found[name] for name in ENTRIES if name in found)] if isinstance(found, Mapping) else [found]
     for candidate in candidates:
