@@ -38,7 +38,13 @@ class Counted(TorchDispatchMode):
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def estimates() -> list[Any]:
+    """Of a found rate, made by a kernel."""
+    return []
+
+
+@pytest.fixture
+def calls(estimates: list[Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Of a later step of so many matrices, of which the second of two processes, the other one imagined, has half."""
     from automagic_bnb.kernels import statistics, step
 
@@ -47,7 +53,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         return torch.zeros(len(bucket.members), statistics.PARTS.value)
 
     monkeypatch.setattr(step, "launch", launch)
-    monkeypatch.setattr(statistics, "find_rate", lambda *args: None)
+    monkeypatch.setattr(statistics, "find_rate", lambda *args: estimates.append(args))
     monkeypatch.setattr(auto_lr.Search, "_on_host", lambda *args: None)  # on a GPU nothing waits for it
     dist.init_process_group("fake", store=fake_pg.FakeStore(), rank=1, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
@@ -77,6 +83,12 @@ def test_another_matrix_costs_one_copy_of_its_gradient(shape: tuple[int, int], c
     few, many = calls(4, shape), calls(8, shape)
     assert many - few == Counter(cat=4)
     assert not few - many
+
+
+def test_a_rate_is_found_in_one_launch(estimates: list[Any], calls: Any) -> None:
+    """Of the four steps each but the first begins with one: a dozen small operations in plain PyTorch."""
+    calls(4, (256, 256))
+    assert len(estimates) == 3
 
 
 def test_nothing_waits_for_the_device(calls: Any) -> None:
