@@ -63,11 +63,7 @@ class Sums:
         else:
             taken = estimate.take_sums(self.stats, self.weights)
         there = self.arrived.device
-        self.arrived[SUMS].add_(taken.to(there, non_blocking=there.type == "cuda"))
-
-
-SUMS = slice(st.LR_NUMERATOR, st.LR_DENOMINATOR + 1)
-"""Of a `tensor_stats`."""
+        self.arrived[estimate.SUMS].add_(taken.to(there, non_blocking=there.type == "cuda"))
 
 
 @dataclass

@@ -44,6 +44,9 @@ NONE_ALLOWED = frozenset(_OR_NONE - {"lr", "auto_lr"})
 """Options that a group may have as None; of these two it has what None stood for."""
 RATES = frozenset(["lr", "base_lr", "initial_lr", "auto_lr_rate", "auto_lr_given", "auto_lr_peak", "effective_lr"])
 """Numbers of a group that a schedule or a search has left there, each >= 0."""
+COUNTS = frozenset(["auto_lr_count", "auto_lr_watched", "auto_lr_joined", "own_seed"])
+SEARCHED: dict[str, tuple[int, ...]] = {"auto_lr_rate": (), "auto_lr_sums": (2,)}
+"""What a search reads on its device, float32, with the shapes."""
 
 
 def checked_form(state_dict: Any) -> dict[str, Any]:
@@ -72,8 +75,11 @@ def checked_form(state_dict: Any) -> dict[str, Any]:
     if not all(isinstance(key, (int, str)) for key in keys) or len(set(keys)) != len(keys):
         raise ValueError("the params of the checkpoint's groups are no numbers or names that are each there once")
     for key, saved in states.items():
-        if key in keys and not (isinstance(saved, Mapping) and isinstance(saved.get(WRAPPED, {}), Mapping)):
-            raise ValueError(f"parameter {key}: the checkpoint's state is a {type(saved).__name__}; expected a dict")
+        for what, held in (("state", saved), (WRAPPED, saved.get(WRAPPED, {}) if isinstance(saved, Mapping) else {})):
+            if key in keys and not isinstance(held, Mapping):
+                raise ValueError(
+                    f"parameter {key}: the checkpoint's {what} is a {type(held).__name__}; expected a dict"
+                )
     return dict(state_dict)
 
 
@@ -188,7 +194,12 @@ def _parse_group(saved: dict[str, Any], group: dict[str, Any], index: int) -> di
         if name == "params" or (name == "param_names" and "param_names" in group):
             continue
         _check_group_entry(name, value, where)
-        if name == "lr":  # as a schedule left it, which may be less than an option can be
+        if name in COUNTS:
+            entries[name] = migration.checked_step(value, f"{name}{where}")
+        elif name in SEARCHED:
+            value = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value))
+            entries[name] = value.reshape(SEARCHED[name]).to(device, torch.float32, copy=True)
+        elif name == "lr":  # as a schedule left it, which may be less than an option can be
             entries[name] = float(value)
         elif name in config.GROUP_OPTIONS:
             entries[name] = config.check_option(name, value, where)
@@ -196,6 +207,11 @@ def _parse_group(saved: dict[str, Any], group: dict[str, Any], index: int) -> di
             entries[name] = value.detach().to(device, copy=True)
         else:
             entries[name] = copy.deepcopy(value)
+    if entries.get("auto_lr_joined", 0) > entries.get("auto_lr_count", 0):
+        raise ValueError(
+            f"auto_lr_joined={entries['auto_lr_joined']}{where}: must not exceed "
+            f"auto_lr_count={entries.get('auto_lr_count', 0)}, the steps of the search"
+        )
     entries = config.respelled(entries)
     entries.pop("auto_lr_step", None)  # of version 0.2.0, as the next lines
     if group["max_lr"] is None and "auto_lr_given" not in saved and "base_lr" in saved:
@@ -230,14 +246,13 @@ def _with_the_constructors_word(entries: dict[str, Any], group: dict[str, Any], 
 
 def _check_group_entry(name: str, value: Any, where: str) -> None:
     """Raise ValueError where one of a group's numbers is nonsense; options have a check of their own, but for None."""
+    migration.check_has_values(value, f"{name}{where}")
     if value is None and name in config.GROUP_OPTIONS and name not in NONE_ALLOWED:
         raise ValueError(f"option {name}=None{where}: must be {config.RULES[name].legal.removesuffix(', or None')}")
     if name in RATES and not (value is None and name == "auto_lr_given"):
         number: Any = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
         if not config.is_number(number) or not 0 <= number <= st.FLOAT_MAX:
             raise ValueError(f"{name}={number!r}{where}: must be a finite number >= 0")
-    elif name in ("auto_lr_count", "own_seed"):
-        migration.checked_step(value, f"{name}{where}")
     elif name == "auto_lr_sums" and not (
         isinstance(value, Tensor) and tuple(value.shape) == (2,) and bool(torch.isfinite(value).all())
     ):
@@ -260,6 +275,9 @@ def _parse_parameter(
         raise ValueError(f"{where}: the checkpoint holds shard {saved_shard}, here is {shard}; {why}")
     if rows is not None:
         saved = _with_probes_of(saved, local, optimizer.facts_of(p).probe_stride)
+    for name, value in saved.items():
+        if name in st.KEYS or (isinstance(value, Tensor) and value.is_meta):  # wrappers may keep sparse ones
+            migration.check_has_values(value, f"{where}: the checkpoint's {name}", move and not local.is_meta)
     unknown = sorted(str(k) for k in saved if k not in st.KEYS and k != "step" and k not in IGNORED)
     foreign = bool(unknown) and "tensor_stats" not in saved
     if foreign or "state1" not in saved or not {"state2", "exp_avg_sq_row"} & saved.keys():

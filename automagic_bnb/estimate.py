@@ -42,6 +42,8 @@ TURNED_SHARE = 0.5
 """What s counts of a matrix that `lora_direction` turns: it goes as far along every direction that the momentum knows,
 of which u has most along a few, and its best rates are no higher. Chosen on the tasks that choose (benchmarks/quality).
 """
+SUMS = slice(st.LR_NUMERATOR, st.LR_DENOMINATOR + 1)
+"""Of a `tensor_stats`: s and M."""
 GROWTH = 1.1
 """d grows by at most this in a step: one noisy estimate cannot overshoot."""
 
@@ -127,9 +129,8 @@ def take_sums(stats: list[Tensor], weights: Tensor) -> Tensor:
     Args:
         weights: float32, what s of each counts.
     """
-    together = torch.stack(stats)[:, [st.LR_NUMERATOR, st.LR_DENOMINATOR]]
-    for one in stats:
-        one[[st.LR_NUMERATOR, st.LR_DENOMINATOR]] = 0
+    together = torch.stack(stats)[:, SUMS]
+    torch._foreach_zero_([one[SUMS] for one in stats])  # type: ignore[attr-defined]
     return torch.stack([(together[:, 0] * weights).sum(), together[:, 1].sum()])
 
 

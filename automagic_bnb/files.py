@@ -75,6 +75,16 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> Any:
         return torch.load(file, map_location=map_location, weights_only=True)
 
 
+def check_no_link(path: Path, what: str) -> None:
+    """Raise ValueError where what is written there would go to what a link points to.
+
+    Args:
+        what: is about to be written.
+    """
+    if path.is_symlink():
+        raise ValueError(f"{path} is a link: {what} would overwrite what it points to; choose another file")
+
+
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """A new file, which takes the place of the one at `path` when it is on the disk; after an error it is deleted."""

@@ -102,8 +102,8 @@ class Scaler:
 NO_SCALER = Scaler(None, None)
 
 
-def takes(p: Tensor, backend: str | None) -> bool:
-    """Whether the kernels update this (local) parameter.
+def runs_on(device: torch.device, backend: str | None) -> bool:
+    """Whether the kernels update what lies on this device.
 
     Raises:
         RuntimeError: backend="triton" was asked for and cannot run here.
@@ -112,7 +112,7 @@ def takes(p: Tensor, backend: str | None) -> bool:
         return False
     missing = triton_missing()
     if backend is None:
-        if p.device.type != "cuda":
+        if device.type != "cuda":
             return False
         if missing:
             warn_once(
@@ -122,13 +122,18 @@ def takes(p: Tensor, backend: str | None) -> bool:
             return False
     elif missing:
         raise RuntimeError(f"option backend='triton': {missing}; install it, or use backend='torch'")
-    elif p.device.type != "cuda" and not interpreting():
+    elif device.type != "cuda" and not interpreting():
         raise RuntimeError(
-            f"option backend='triton': a parameter is on {p.device}, where the kernels run only in Triton's "
+            f"option backend='triton': a parameter is on {device}, where the kernels run only in Triton's "
             "interpreter; set TRITON_INTERPRET=1 before Triton is imported, or use backend='torch'"
         )
+    return True
+
+
+def takes(p: Tensor, backend: str | None) -> bool:
+    """Whether the kernels update this (local) parameter; raises as `runs_on`."""
     # A strided parameter is updated through a contiguous copy, in plain PyTorch.
-    return p.is_contiguous() and p.numel() > 0
+    return runs_on(p.device, backend) and p.is_contiguous() and p.numel() > 0
 
 
 @dataclass
@@ -150,7 +155,7 @@ class Plan:
     counts: list[Counts | None] = field(default_factory=list)
     """Of each bucket, its steps where they are counted on the device."""
     kernels_on: frozenset[str] = frozenset()
-    """The types of devices that the buckets are on."""
+    """The types of devices that buckets are on, and shards that the kernels step."""
     is_paged: bool = False
     """Whether some bucket's states have to be fetched."""
     is_left: bool = False
@@ -158,7 +163,7 @@ class Plan:
     idle: list[Tensor] = field(default_factory=list)
     """Parameters that had no gradient when the plan was made."""
     rest: list[tuple[dict[str, Any], Tensor]] = field(default_factory=list)
-    """Parameters that the kernels do not take."""
+    """Parameters that the plan's launches leave: to plain PyTorch, or to those of shards."""
     overrides: tuple[int, ...] = ()
     groups: list[tuple[dict[str, Any], list[Tensor]]] | None = None
     """Each group, and the parameters in it, which wrappers may exchange; None in the plan of a single parameter."""
@@ -274,7 +279,8 @@ class FusedStep:
                 options = self.optimizer.effective_options(group, p)
                 direction.check(p, options, self.optimizer.facts_of(p).counts_as_lora(options))
                 st.checked_gradient(p)
-                shape = sharded.stepped(p).shape
+                shard = sharded.shard_of(p)
+                shape = None if shard is None else shard.window_shape
                 st.check_shape(self.optimizer.state.get(p, {}), st.local_tensor(p), shape)
 
     def run_one(self, group: dict[str, Any], p: Tensor) -> bool:
@@ -435,12 +441,16 @@ class FusedStep:
     def _make_plan(self, parameters: list[tuple[dict[str, Any], Tensor]]) -> Plan:
         optimizer = self.optimizer
         plan = Plan(overrides=bnb.overridden_ids())
-        members, own_sources = [], {}
+        members, own_sources, kernels_on = [], {}, set()
         for group, p in parameters:
             if p.grad is None:
                 plan.idle.append(p)
             elif not plan._would_take(p, optimizer.config.backend):
                 plan.rest.append((group, p))
+                device = st.local_tensor(p).device
+                # Asked of the device alone: a process without rows is to find the rate as the others do.
+                if sharded.shard_of(p) is not None and runs_on(device, optimizer.config.backend):
+                    kernels_on.add(device.type)
             else:
                 options = optimizer.effective_options(group, p)
                 overriding = None if options is group else p
@@ -450,6 +460,8 @@ class FusedStep:
                     plan.sources.append(Source(group, overriding, signature(options)))
                 member = self._member(group, p, own_sources[key], options)
                 members.append((member, st.checked_gradient(p).dtype, options))
+                kernels_on.add(member.theta.device.type)
+        plan.kernels_on = frozenset(kernels_on)
         if members:
             from automagic_bnb.kernels import step, tables
             from automagic_bnb.kernels.low_rank import Matrices
@@ -457,7 +469,6 @@ class FusedStep:
 
             self._kernels = step
             plan.buckets = tables.fill_buckets(members)
-            plan.kernels_on = frozenset(bucket.spec.device.type for bucket in plan.buckets)
             plan.is_paged = any(bucket.fetched for bucket in plan.buckets)
             plan.matrices = [Matrices(bucket) for bucket in plan.buckets]
             plan.is_left = any(matrices.left for matrices in plan.matrices)

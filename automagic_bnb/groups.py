@@ -289,8 +289,10 @@ class ParameterGroups(bnb.Optimizer2State):
         if with_parameters:
             self._unsaid.clear()
             for group, p in self._everything() if bnb.overridden_ids() else ():
-                given = {name: x for name, x in bnb.overrides_of(p).items() if name in config.GROUP_OPTIONS}
-                self.say_idle(given, [(group, p)], " in a GlobalOptimManager override")
+                where = " in a GlobalOptimManager override"
+                given = {k: x for k, x in bnb.overrides_of(p).items() if k in config.GROUP_OPTIONS}
+                given = {name: config.check_parameter_option(name, x, where) for name, x in given.items()}
+                self.say_idle(given, [(group, p)], where)
 
     def say_idle(self, given: dict[str, Any], owners: list[tuple[Group, Tensor]], where: str) -> None:
         """Warn of those of these options that have no effect on any of these parameters."""

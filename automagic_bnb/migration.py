@@ -98,6 +98,18 @@ def read(source: str, saved: dict[str, Any], group: dict[str, Any], options: Opt
         ValueError: sizes or kinds of the tensors do not fit the parameter, or values are not finite.
     """
     reader = Reader({**saved, **saved.get(WRAPPED, {})}, p, where)
+    carried = _read(source, reader, group, options)
+    for moment in (carried.momentum, carried.second):
+        if moment is not None and not torch.isfinite(moment).all():
+            names = ", ".join(sorted(k for k, x in reader.saved.items() if isinstance(x, Tensor) and k != "step"))
+            raise ValueError(
+                f"{where}: the checkpoint's {names} are finite, but not their squares or without their bias; use an "
+                "earlier checkpoint"
+            )
+    return carried
+
+
+def _read(source: str, reader: Reader, group: dict[str, Any], options: Options) -> Carried:
     if source == "automagic":
         return _read_automagic(reader, group, options)
     if source == "adafactor":
@@ -166,11 +178,23 @@ def checked_step(value: Any, what: str) -> int:
     Raises:
         ValueError: anything else, or less than 0, or 2^63 and more.
     """
+    check_has_values(value, what)
     number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
     if not config.is_number(number) or not 0 <= number < 2**63 or number != int(number):
         shown = f"{number:.4g}" if isinstance(number, float) else f"{str(number)[:40]}"
         raise ValueError(f"{what} is {shown}; expected a whole number >= 0")
     return int(number)
+
+
+def check_has_values(value: Any, what: str, needed: bool = True) -> None:
+    """Raise ValueError where a saved tensor has no values to copy (`map_location="meta"`), or not one for each place.
+
+    Args:
+        needed: whether it is copied to another device than the meta device.
+    """
+    if isinstance(value, Tensor) and (value.layout != torch.strided or (value.is_meta and needed)):
+        form = "on the meta device, without values" if value.is_meta else f"a tensor of {value.layout}"
+        raise ValueError(f"{what} is {form}; load the file with map_location='cpu', and as it was saved")
 
 
 def checked_decay(value: Any, name: str, where: str) -> float:
@@ -203,6 +227,7 @@ class Reader:
                 f"{self.where}: the checkpoint's {name} has shape {found}, "
                 f"a parameter of shape {tuple(self.p.shape)} needs {shape}"
             )
+        check_has_values(value, f"{self.where}: the checkpoint's {name}", not self.p.is_meta)
         return value.detach().to(self.p.device)
 
     def floats(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
@@ -303,7 +328,7 @@ class Reader:
 
 def _from_adam(where: str, step: int, m: Tensor, v: Tensor, group: dict[str, Any]) -> Carried:
     """Adam's m and v. Ours is the momentum of u = g / √v, of which Adam's m / √v is the nearest thing."""
-    betas = group.get("betas") or ADAM_BETAS
+    betas = ADAM_BETAS if group.get("betas") is None else group["betas"]
     if not isinstance(betas, (list, tuple)) or len(betas) < 2:
         raise ValueError(f"{where}: the checkpoint's group has betas={betas!r}; expected two numbers")
     beta1, beta2 = (checked_decay(beta, "betas", where) for beta in betas[:2])

@@ -72,6 +72,11 @@ def relative_rate(options: dict[str, Any]) -> float:
     return float(options["lr"]) / base if base > 0 else 0.0
 
 
+def adapts_mask(options: dict[str, Any], t: int) -> bool:
+    """Whether the mask moves in step t: a first gradient has no past to agree with."""
+    return 2 <= t <= options["warmup_steps"]
+
+
 def step_scalars(options: dict[str, Any], t: int, is_lora: bool, key: int) -> Scalars:
     """The scalars of step t (from 1) of the parameter whose random bits have this key (`quantization.parameter_key`).
 
@@ -95,7 +100,7 @@ def step_scalars(options: dict[str, Any], t: int, is_lora: bool, key: int) -> Sc
         high=None if options["max_lr"] is None else options["max_lr"] * relative,
         is_lora=is_lora,
         kappa=options["low_rank_emphasis"] if is_lora else 1.0,
-        adapt_mask=warm and t >= 2,
+        adapt_mask=adapts_mask(options, t),
         learn_polarity=warm,
         rounding_key=q.mix_in(q.mix_in(key, q.STEP_STREAM), t),
     )

@@ -63,6 +63,13 @@ class Layout:
 
     def window(self, rank: int) -> range:
         """The rows that a process steps: its own, filled up to whole tiles; none where it has none."""
+        return self._windows[rank]
+
+    @cached_property
+    def _windows(self) -> list[range]:
+        return [self._window(rank) for rank in range(self.world)]
+
+    def _window(self, rank: int) -> range:
         own, rows = self.share(rank), self.shape[0]
         if not own or not self.columns:
             return range(0)
@@ -83,7 +90,19 @@ class Layout:
 
     def is_closed(self, beside: int) -> bool:
         """Whether no process needs another's gradients."""
-        return all(self.needed(rank, beside) == self.share(rank) for rank in range(self.world) if self.share(rank))
+        return not any(self.wanted(rank, beside) for rank in range(self.world))
+
+    def wanted(self, rank: int, beside: int) -> list[tuple[int, range]]:
+        """Other processes whose gradients one reads, in their order, and which rows."""
+        if (rank, beside) not in self._wanted:
+            needed, others = self.needed(rank, beside), (other for other in range(self.world) if other != rank)
+            rows = ((other, overlap(needed, self.share(other))) for other in others)
+            self._wanted[rank, beside] = [(other, of_other) for other, of_other in rows if of_other]
+        return self._wanted[rank, beside]
+
+    @cached_property
+    def _wanted(self) -> dict[tuple[int, int], list[tuple[int, range]]]:
+        return {}
 
     def begun(self, rank: int, size: int) -> range:
         """Of the pieces of so many elements that the parameter is cut into, those that begin in this process's rows."""
@@ -147,10 +166,13 @@ class Shard:
         """Whether others' rows are stepped here, too."""
         return self.own != self.window
 
+    @property
+    def window_shape(self) -> torch.Size:
+        return torch.Size((len(self.window), *self.layout.shape[1:]))
+
     def like_window(self) -> Tensor:
         """To make states by: of the window's shape and the parameter's dtype and device, without memory of its own."""
-        local = st.local_tensor(self.p).detach()
-        shape = (len(self.window), *self.layout.shape[1:])
+        local, shape = st.local_tensor(self.p).detach(), self.window_shape
         return local.new_empty((1,) * len(shape)).expand(shape)
 
     def mask_of_own(self, device: torch.device) -> Tensor:
@@ -167,6 +189,11 @@ class Shard:
 
     def spans(self, stride: int, rank: int | None = None) -> range:
         return self.layout.touched(self.rank if rank is None else rank, BLOCK * stride)
+
+    def claims(self, stride: int) -> list[tuple[int, list[tuple[int, int]]]]:
+        """Of the spans here in which several processes have blocks: the place, and the claims for it, as pairs of a
+        rank and which end of its spans it is, 0 for the first and 1 for the last."""
+        return _claims(self.layout, self.rank, stride)
 
     def probes(self, stride: int) -> st.State:
         """Fresh ones."""
@@ -322,14 +349,33 @@ def shard_of(p: Any) -> Shard | None:
     """
     if not hasattr(p, "device_mesh"):
         return None
-    mesh = p.device_mesh
-    cut = [dim for dim, placement in enumerate(p.placements) if mesh.size(dim) > 1 and not placement.is_replicate()]
-    if len(cut) != 1 or type(p.placements[cut[0]]).__name__ != "Shard" or p.placements[cut[0]].dim != 0:
+    cut = _cut(p.device_mesh, p.placements, p.shape)
+    return None if cut is None else Shard(p, *cut)
+
+
+@functools.lru_cache(maxsize=4096)
+def _cut(mesh: Any, placements: tuple[Any, ...], shape: torch.Size) -> tuple[int, Layout, int] | None:
+    """Along which dimension of its mesh a DTensor is cut by rows, how, and this process's place there."""
+    cut = [dim for dim, placement in enumerate(placements) if mesh.size(dim) > 1 and not placement.is_replicate()]
+    if len(cut) != 1 or type(placements[cut[0]]).__name__ != "Shard" or placements[cut[0]].dim != 0:
         return None
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         return None
-    return Shard(p, cut[0], layout(tuple(p.shape), mesh.size(cut[0])), coordinate[cut[0]])
+    return cut[0], layout(tuple(shape), mesh.size(cut[0])), coordinate[cut[0]]
+
+
+@functools.lru_cache(maxsize=4096)
+def _claims(layout: Layout, rank: int, stride: int) -> list[tuple[int, list[tuple[int, int]]]]:
+    found: dict[int, list[tuple[int, int]]] = {}
+    for other in range(layout.world):
+        if spans := layout.touched(other, BLOCK * stride):
+            found.setdefault(spans[0], []).append((other, 0))
+            if len(spans) > 1:
+                found.setdefault(spans[-1], []).append((other, 1))
+    mine = layout.touched(rank, BLOCK * stride)
+    ends = sorted({mine[0], mine[-1]}) if mine else []
+    return [(span - mine.start, found[span]) for span in ends if len(found[span]) > 1]
 
 
 def stepped(p: Tensor) -> Tensor:
@@ -358,33 +404,33 @@ class Edge:
 
     shard: Shard
     grad: Tensor
-    """The own rows."""
+    """The own rows, contiguous."""
     beside: int
     """Rows wanted on either side of the window."""
     norm: Tensor | None
     """0-d float32: the own share of the sum of squares, which `exchange` makes that of the whole; None where nobody
     asks."""
-    received: list[Tensor] = field(default_factory=list)
-    """By rank, elements of needed rows that have come from there."""
+    before: list[Tensor] = field(default_factory=list)
+    """Elements of needed rows that have come from others, of rows before the own ones."""
+    after: list[Tensor] = field(default_factory=list)
 
-    def sent_to(self, other: int) -> Tensor:
-        """The own rows that another process needs."""
+    @property
+    def wanted(self) -> list[tuple[int, range]]:
+        return self.shard.layout.wanted(self.shard.rank, self.beside)
+
+    def sent_to(self, other: int) -> Tensor | None:
+        """The own elements that another process needs, if any."""
         own = self.shard.own
-        rows = overlap(own, self.shard.layout.needed(other, self.beside))
-        return self.grad[rows.start - own.start : rows.stop - own.start].reshape(-1).float()
-
-    def expected_from(self, other: int) -> int:
-        """How many elements come from another process."""
-        layout = self.shard.layout
-        return len(overlap(layout.needed(self.shard.rank, self.beside), layout.share(other))) * layout.columns
+        for rank, rows in self.shard.layout.wanted(other, self.beside):
+            if rank == self.shard.rank:
+                return self.grad[rows.start - own.start : rows.stop - own.start].reshape(-1)
+        return None
 
     def gradient(self) -> Tensor:
-        """That of all rows needed; after `exchange`."""
-        if not self.received:
+        """That of all rows needed, contiguous; after `exchange`."""
+        if not self.before and not self.after:
             return self.grad
-        shape, dtype = self.grad.shape[1:], self.grad.dtype
-        parts = [part.view(-1, *shape).to(dtype) for part in self.received]
-        return torch.cat([*parts[: self.shard.rank], self.grad, *parts[self.shard.rank + 1 :]])
+        return torch.cat([*self.before, self.grad.view(-1), *self.after]).view(-1, *self.grad.shape[1:])
 
 
 def exchange(edges: list[Edge]) -> None:
@@ -398,34 +444,69 @@ def exchange(edges: list[Edge]) -> None:
     if all(edge.norm is None and edge.shard.layout.is_closed(edge.beside) for edge in edges):
         return
     first, device, home = edges[0].shard, device_of(edges[0].shard.p), edges[0].grad.device
-    rank, world = first.rank, first.layout.world
-    norms = [edge.norm.view(1) for edge in edges if edge.norm is not None]
-    nothing = torch.zeros(0, dtype=torch.float32, device=home)
-    sent = [
-        nothing if other == rank else torch.cat([*norms, *(edge.sent_to(other) for edge in edges)])
-        for other in range(world)
-    ]
-    expected = [[0 if other == rank else edge.expected_from(other) for edge in edges] for other in range(world)]
-    sizes = [0 if other == rank else len(norms) + sum(expected[other]) for other in range(world)]
-    received = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
-    packed = torch.cat(sent).to(device)
-    dist.all_to_all_single(received, packed, sizes, [len(x) for x in sent], group=first.group)
-    of_rank = received.to(home).split(sizes)
-    for place, edge in enumerate(edge for edge in edges if edge.norm is not None):
-        assert edge.norm is not None
-        shares = [edge.norm if other == rank else of_rank[other][place] for other in range(world)]
-        edge.norm = torch.stack(shares).sum()  # in the order of the ranks: the same bits in each
-    pieces = [
-        x.split(expected[other]) if other == rank else x[len(norms) :].split(expected[other])
-        for other, x in enumerate(of_rank)
-    ]
-    for index, edge in enumerate(edges):
-        edge.received = [of_edge[index] for of_edge in pieces]
+    others = [rank for rank in range(first.layout.world) if rank != first.rank]
+    asking = [edge for edge in edges if edge.norm is not None]
+    norms = torch.stack([edge.norm for edge in asking if edge.norm is not None]) if asking else None
+    sent = [_sent(edges, norms, other) for other in others]
+    # Of each other process: whose elements come, and how many.
+    coming = [[(edge, _elements(edge, other)) for edge in edges] for other in others]
+    coming = [[(edge, size) for edge, size in of_other if size] for of_other in coming]
+    sizes = [len(asking) + sum(size for _, size in of_other) for of_other in coming]
+    received = torch.empty(sum(sizes), dtype=torch.float32, device=device)
+    packed = _packed([piece for pieces in sent for piece in pieces], home).to(device)
+    dist.all_to_all_single(
+        received,
+        packed,
+        _with_own(sizes, first.rank),
+        _with_own([sum(map(len, pieces)) for pieces in sent], first.rank),
+        group=first.group,
+    )
+    received, dtypes = received.to(home), {edge.grad.dtype for edge in edges}
+    if norms is not None:
+        _add_norms(asking, norms, [x[: len(asking)] for x in received.split(sizes)])
+    converted = received.to(edges[0].grad.dtype) if len(dtypes) == 1 else received  # at once, where all are alike
+    pieces = iter(converted.split([size for of_other in coming for size in (len(asking), *(n for _, n in of_other))]))
+    for other, of_other in zip(others, coming, strict=True):
+        next(pieces)  # the norms
+        for edge, _ in of_other:
+            (edge.before if other < first.rank else edge.after).append(next(pieces).to(edge.grad.dtype))
+
+
+def _sent(edges: list[Edge], norms: Tensor | None, other: int) -> list[Tensor]:
+    pieces = [edge.sent_to(other) for edge in edges]
+    return [*([] if norms is None else [norms]), *(piece for piece in pieces if piece is not None)]
+
+
+def _elements(edge: Edge, other: int) -> int:
+    """How many come from another process."""
+    return sum(len(rows) for rank, rows in edge.wanted if rank == other) * edge.shard.layout.columns
+
+
+def _packed(pieces: list[Tensor], device: torch.device) -> Tensor:
+    """float32, one after the other."""
+    if not pieces:
+        return torch.empty(0, dtype=torch.float32, device=device)
+    alike = len({piece.dtype for piece in pieces}) == 1
+    return torch.cat(pieces).float() if alike else torch.cat([piece.float() for piece in pieces])
+
+
+def _with_own(sizes: list[int], rank: int) -> list[int]:
+    """Sizes by rank, from those of the others: nothing goes to oneself."""
+    return [*sizes[:rank], 0, *sizes[rank:]]
+
+
+def _add_norms(edges: list[Edge], own: Tensor, others: list[Tensor]) -> None:
+    """Sums over the processes in the order of their ranks: the same bits in each."""
+    rank = edges[0].shard.rank
+    whole = torch.stack([*others[:rank], own, *others[rank:]]).sum(dim=0)
+    for edge, norm in zip(edges, whole.unbind(), strict=True):
+        edge.norm = norm
 
 
 def gathered(values: Tensor, shard: Shard) -> Tensor:
     """[world, ...]: what each process has given here, by rank. Collective; all give tensors of one shape."""
-    mine = values.to(device_of(shard.p))
-    everyones = [torch.zeros_like(mine) for _ in range(shard.layout.world)]
-    dist.all_gather(everyones, mine, group=shard.group)
-    return torch.stack(everyones).to(values.device)
+    mine = values.to(device_of(shard.p)).reshape(-1)
+    everyones = mine.new_empty(shard.layout.world * len(mine))
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name until torch 2.12
+    all_gather(everyones, mine, group=shard.group)
+    return everyones.to(values.device).view(shard.layout.world, *values.shape)

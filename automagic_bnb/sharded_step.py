@@ -17,14 +17,16 @@ from automagic_bnb import auto_lr, estimate, low_rank, reference, sharded
 from automagic_bnb import quantization as q
 from automagic_bnb import state as st
 from automagic_bnb.groups import Facts, Group, ParameterGroups
-from automagic_bnb.scalars import Scalars, step_scalars
+from automagic_bnb.scalars import Scalars, adapts_mask, step_scalars
 from automagic_bnb.sharded import Edge, Shard
 from automagic_bnb.sharded_kernels import ShardLaunches
 from automagic_bnb.stored import Weights, has_mask
 
-SHARES = FACTORS, COUNT, SKIPPED, NUMERATOR, DENOMINATOR, FIRST_PLACE, LAST_PLACE = range(7)
+SHARES = COUNT, FACTORS, NUMERATOR, DENOMINATOR, SKIPPED, FIRST_PLACE, LAST_PLACE = range(7)
 """What a process tells of each parameter after a step; the last two are the `probe_block` of the spans at its rows'
-ends, which others may have a block of, too."""
+ends, where others have blocks of one, too."""
+PARTS, PLACES = slice(COUNT, DENOMINATOR + 1), slice(FIRST_PLACE, LAST_PLACE + 1)
+"""What the kernels leave, in their order; and the places."""
 
 
 @dataclass
@@ -32,6 +34,8 @@ class Due:
     """One parameter that is being stepped."""
 
     p: Tensor
+    local: Tensor
+    """The own rows, as torch keeps them."""
     shard: Shard
     group: Group
     options: dict[str, Any]
@@ -39,9 +43,17 @@ class Due:
     state: st.State
     t: int
     """The step, not yet in the state."""
-    scalars: Scalars
     d: Tensor | None
     edge: Edge
+
+    @property
+    def scalars(self) -> Scalars:
+        """For plain PyTorch; the kernels' tables work them out for many at once."""
+        return step_scalars(self.options, self.t, self.is_lora, self.key)
+
+    @property
+    def moves_mask(self) -> bool:
+        return adapts_mask(self.options, self.t) and has_mask(self.state)
 
     @property
     def is_lora(self) -> bool:
@@ -58,9 +70,13 @@ class Due:
         return self.facts.probe_stride
 
     @property
+    def claims(self) -> list[tuple[int, list[tuple[int, int]]]]:
+        return self.shard.claims(self.stride)
+
+    @property
     def weights(self) -> Weights:
         """Of the own rows."""
-        local, residual = st.local_tensor(self.p).detach(), self.state.get("master_residual")
+        local, residual = self.local.detach(), self.state.get("master_residual")
         residual = None if residual is None else residual[self.shard.inside]
         return Weights(local, residual, st.rounds_stochastically(local, self.options))
 
@@ -87,22 +103,21 @@ def step(
     tasks = []
     for dues in together.values():
         sharded.exchange([due.edge for due in dues])
-        chosen = [due for due in dues if due.shard.window and takes(st.local_tensor(due.p), optimizer.config.backend)]
+        chosen = [due for due in dues if due.shard.window and takes(due.local, optimizer.config.backend)]
         shares = {} if not chosen else _launched(chosen, launches)
-        _settle(dues, [shares[id(due.p)] if id(due.p) in shares else _update(due) for due in dues])
+        _settle(dues, torch.stack([shares[id(due.p)] if id(due.p) in shares else _update(due) for due in dues]))
         tasks += _rank_tasks([due for due in dues if low_rank.is_due(due.p, due.state, due.options, due.is_lora)])
     return tasks
 
 
 def _prepared(optimizer: ParameterGroups, group: Group, p: Tensor, grad_scale: Tensor | None) -> Due:
-    shard, grad = sharded.shard_of(p), st.checked_gradient(p)
+    shard, local, grad = sharded.shard_of(p), st.local_tensor(p), st.checked_gradient(p)
     assert shard is not None
     if grad_scale is not None:
         grad = grad.float() * grad_scale.to(grad.device).reciprocal()
     options, facts = optimizer.effective_options(group, p), optimizer.facts_of(p)
     state = optimizer.prepared_state(group, p, options)
-    st.check_shape(state, st.local_tensor(p), shard.like_window().shape)
-    t = state["step"] + 1
+    st.check_shape(state, local, shard.window_shape)
     # The Laplacian of a matrix needs the rows on either side. With more dimensions each row holds whole slices.
     beside = int(p.dim() == 2 and reference.is_spatial(p, options))
     norm = None
@@ -110,13 +125,13 @@ def _prepared(optimizer: ParameterGroups, group: Group, p: Tensor, grad_scale: T
         norm = reference.usable(grad)[0].square().sum()
     return Due(
         p=p,
+        local=local,
         shard=shard,
         group=group,
         options=options,
         facts=facts,
         state=state,
-        t=t,
-        scalars=step_scalars(options, t, facts.counts_as_lora(options), facts.random_key(options)),
+        t=state["step"] + 1,
         d=auto_lr.rate_tensor(group, grad.device).to(grad.device) if options["auto_lr"] else None,
         edge=Edge(shard, grad.contiguous(), beside, norm),
     )
@@ -129,14 +144,12 @@ def _launched(dues: list[Due], launches: ShardLaunches) -> dict[int, Tensor]:
     for sums in launches.step(dues):
         mine = [by_parameter[id(p)] for p in sums.parameters]
         shares = torch.zeros((len(mine), len(SHARES)), dtype=torch.float64, device=sums.skipped.device)
-        shares[:, SKIPPED] = sums.skipped.double()
+        shares[:, SKIPPED] = sums.skipped
         if sums.parts is not None:
-            for column, part in zip((COUNT, FACTORS, NUMERATOR, DENOMINATOR), sums.parts.unbind(1), strict=True):
-                shares[:, column] = part.double()
-        if mine[0].d is not None:
-            places = [due.state["probe_block"] for due in mine]
-            shares[:, FIRST_PLACE] = torch.stack([x[0] for x in places]).double()
-            shares[:, LAST_PLACE] = torch.stack([x[-1] for x in places]).double()
+            shares[:, PARTS] = sums.parts
+        if mine[0].d is not None and any(due.claims for due in mine):
+            ends = [due.state["probe_block"][end] for due in mine for end in (0, -1)]
+            shares[:, PLACES] = torch.stack(ends).view(-1, 2)
         found |= {id(due.p): row for due, row in zip(mine, shares.unbind(), strict=True)}
     return found
 
@@ -145,7 +158,7 @@ def _update(due: Due) -> Tensor:
     """The main update in plain PyTorch; returns this process's `SHARES`, float64."""
     shard, state, options = due.shard, due.state, due.options
     st.set_uncounted(state, "step", due.t)
-    local = st.local_tensor(due.p).detach()
+    local = due.local.detach()
     shares = torch.zeros(len(SHARES), dtype=torch.float64, device=local.device)
     norm = None if due.edge.norm is None else due.edge.norm.sqrt()
     if not shard.window:
@@ -175,10 +188,12 @@ def _update(due: Due) -> Tensor:
     assert part.skipped is not None
     shares[SKIPPED] = part.skipped
     if part.factors is not None:
-        shares[[FACTORS, COUNT]] = part.factors
+        shares[FACTORS], shares[COUNT] = part.factors
     if due.d is not None:
-        shares[[NUMERATOR, DENOMINATOR]] = state["tensor_stats"][[st.LR_NUMERATOR, st.LR_DENOMINATOR]].double()
-        shares[[FIRST_PLACE, LAST_PLACE]] = state["probe_block"][[0, -1]].double()
+        shares[NUMERATOR] = state["tensor_stats"][st.LR_NUMERATOR]
+        shares[DENOMINATOR] = state["tensor_stats"][st.LR_DENOMINATOR]
+        if due.claims:
+            shares[FIRST_PLACE], shares[LAST_PLACE] = state["probe_block"][0], state["probe_block"][-1]
     return shares
 
 
@@ -189,15 +204,18 @@ def _watched(due: Due, own: Tensor) -> estimate.Watched:
     return estimate.Watched(rows, blocks.start - shard.spans(stride).start * stride, stride, own[rows])
 
 
-def _settle(dues: list[Due], shares: list[Tensor]) -> None:
-    """Put what all processes' shares come to into `tensor_stats`, and agree on what auto_lr watches."""
-    by_rank = sharded.gathered(torch.stack(shares), dues[0].shard)
+def _settle(dues: list[Due], shares: Tensor) -> None:
+    """Put what all processes' shares come to into `tensor_stats`, and agree on what auto_lr watches.
+
+    Args:
+        shares: float64 [dues, SHARES], this process's.
+    """
+    by_rank = sharded.gathered(shares, dues[0].shard)
     sums = by_rank.sum(dim=0)
     held = [due.state["tensor_stats"] for due in dues]
     old = torch.stack(held)
-    moves = torch.tensor([due.scalars.adapt_mask and has_mask(due.state) for due in dues])
-    finds = torch.tensor([due.d is not None for due in dues])
-    moves, finds = (x.to(old.device, non_blocking=True) for x in (moves, finds))
+    moves = _flags(tuple(due.moves_mask for due in dues), old.device)
+    finds = _flags(tuple(due.d is not None for due in dues), old.device)
     new = old.clone()
     new[:, st.SKIPPED] += sums[:, SKIPPED]
     mean = (sums[:, FACTORS] / sums[:, COUNT].clamp_min(1)).to(old.dtype)
@@ -205,27 +223,36 @@ def _settle(dues: list[Due], shares: list[Tensor]) -> None:
     for column, share in ((st.LR_NUMERATOR, NUMERATOR), (st.LR_DENOMINATOR, DENOMINATOR)):
         new[:, column] = torch.where(finds, sums[:, share].to(old.dtype), old[:, column])
     torch._foreach_copy_(held, list(new.unbind()))  # type: ignore[attr-defined]
-    for due, told in zip(dues, by_rank.unbind(1), strict=True):
-        if due.d is not None:
-            _agree_on_places(due, told)
+    _agree_on_places(dues, by_rank)
 
 
-def _agree_on_places(due: Due, told: Tensor) -> None:
+@functools.lru_cache(maxsize=64)
+def _flags(values: tuple[bool, ...], device: torch.device) -> Tensor:
+    """Uploaded once: they stay the same from step to step."""
+    return torch.tensor(values).to(device)
+
+
+@functools.lru_cache(maxsize=64)
+def _indices(values: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    return torch.tensor(values).to(device)
+
+
+def _agree_on_places(dues: list[Due], by_rank: Tensor) -> None:
     """Of a span in which several processes have blocks, the lowest claim counts, as in one process.
 
     Args:
-        told: [world, SHARES] of this parameter.
+        by_rank: [world, dues, SHARES].
     """
-    shard, stride, places = due.shard, due.facts.probe_stride, due.state["probe_block"]
-    claims: dict[int, list[Tensor]] = {}
-    for rank in range(shard.layout.world):
-        if spans := shard.spans(stride, rank):
-            claims.setdefault(spans[0], []).append(told[rank, FIRST_PLACE])
-            claims.setdefault(spans[-1], []).append(told[rank, LAST_PLACE])
-    spans = shard.spans(stride)
-    for span in {spans[0], spans[-1]} if spans else ():
-        if len(claims[span]) > 1:
-            places[span - spans.start] = torch.stack(claims[span]).amin().to(places.dtype)
+    places, told = [], []
+    for row, due in enumerate(dues):
+        for place, claims in due.claims if due.d is not None else ():
+            places.append(due.state["probe_block"][place])
+            told.append([(rank * len(dues) + row) * len(SHARES) + FIRST_PLACE + end for rank, end in claims])
+    if places:
+        most = max(map(len, told))
+        filled = tuple(tuple(of_span + of_span[:1] * (most - len(of_span))) for of_span in told)
+        lowest = by_rank.view(-1)[_indices(filled, by_rank.device)].amin(dim=1)
+        torch._foreach_copy_(places, list(lowest.to(places[0].dtype).unbind()))  # type: ignore[attr-defined]
 
 
 # --- step 9 -----------------------------------------------------------------------------------------------------------

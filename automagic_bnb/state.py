@@ -176,6 +176,8 @@ FACTORED = frozenset(["small_factored", "factored"])
 Start = float | tuple[float, ...]
 FLOAT_MAX = torch.finfo(torch.float32).max
 _POSITIVE = (0.0, FLOAT_MAX)
+_MOMENTUM_MAX = 2.0**100
+"""Far above any momentum of normalised gradients, and far enough below `FLOAT_MAX` that its products stay finite."""
 
 
 def _always(p: Tensor, options: dict[str, Any], storage: str) -> bool:
@@ -240,7 +242,10 @@ _CODES, _MEANS = {**_FLOATS, **_in(_U8, "8bit")}, _in(_F32, *sorted(FACTORED))
 _M, _V, _R = "exp_avg", "exp_avg_sq", "exp_avg_res"
 
 KEYS: dict[str, Key] = {
-    "state1": Key("m, first moment", "element", {**_CODES, **_SHORT, **_in(_U8, "factored")}, report=_M),
+    "state1": Key(
+        "m, first moment", "element", {**_CODES, **_SHORT, **_in(_U8, "factored")}, report=_M,
+        legal=(-_MOMENTUM_MAX, _MOMENTUM_MAX),
+    ),
     "state2": Key("v, second moment", "element", _CODES, report=_V, legal=_POSITIVE),
     "state3": Key("r, confidence", "element", _CODES, _uses_confidence, _R, _POSITIVE),
     "lr_mask": Key(
@@ -254,7 +259,7 @@ KEYS: dict[str, Key] = {
     "last_polarity": Key("π", "element", _in(_U8, "32bit", start=NO_SIGN), legal=(0.0, NO_SIGN)),
     "master_residual": Key("8 bits below a bfloat16 θ", "element", _in(torch.int8), keeps_residual),
     # The blocks' keys stand together: the kernels load their addresses with one access.
-    "absmax1": Key("absmax of m", "block", _in(_F32, "8bit", "factored"), report=_M, legal=_POSITIVE),
+    "absmax1": Key("absmax of m", "block", _in(_F32, "8bit", "factored"), report=_M, legal=(0.0, _MOMENTUM_MAX)),
     "absmax2": Key("absmax of v", "block", _in(_F32, "8bit"), report=_V, legal=_POSITIVE),
     "absmax3": Key("absmax of r", "block", _in(_F32, "8bit"), _uses_confidence, _R, _POSITIVE),
     "torque": Key("s", "block", _in(_F32), legal=(-1.001, 1.001)),

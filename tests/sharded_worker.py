@@ -179,7 +179,8 @@ def fitted(mesh: DeviceMesh | None) -> list[Any]:
 def collectives(mesh: DeviceMesh) -> dict[str, list[int]]:
     """How many each step takes: without parts that look beyond a shard, by default, and with the tenth step of LoRA."""
     counted = 0
-    real = {name: getattr(dist, name) for name in ("all_to_all_single", "all_gather", "all_reduce")}
+    names = ("all_to_all_single", "all_gather_single", "all_gather_into_tensor", "all_reduce")
+    real = {name: getattr(dist, name) for name in names if hasattr(dist, name)}
 
     def counting(name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -222,9 +223,8 @@ RESUMED: dict[str, Any] = {"min_8bit_size": 0, "mask_bits": 4, "auto_lr": True, 
 
 def saved_and_resumed(mesh: DeviceMesh, out: Path) -> dict[str, Any]:
     """Through one whole checkpoint and through torch.distributed.checkpoint, into fresh models of the same mesh."""
-    model, opt = trained(RESUMED, mesh)
+    model, opt = saved_run(mesh, out)
     full = get_optimizer_state_dict(model, opt, options=StateDictOptions(full_state_dict=True))
-    save({"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, opt)}, checkpoint_id=out)
     own = out.parent / f"own{dist.get_rank()}.pt"
     torch.save(opt.state_dict(), own)
     states, fresh = {"saved": weights(model)}, {}
@@ -243,6 +243,19 @@ def saved_and_resumed(mesh: DeviceMesh, out: Path) -> dict[str, Any]:
     for m, o in ((model, opt), *fresh.values()):
         train(m, o, range(STEPS, STEPS + 3))
     return states | {"straight on": weights(model)} | {way: weights(m) for way, (m, _) in fresh.items()}
+
+
+def saved_run(mesh: DeviceMesh | None, path: Path) -> tuple[nn.Module, Automagic8bit]:
+    model, opt = trained(RESUMED, mesh)
+    save({"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, opt)}, checkpoint_id=path)
+    return model, opt
+
+
+def saved_by_one(path: Path) -> dict[str, Any]:
+    model, opt = saved_run(None, path)
+    saved = copy.deepcopy(weights(model))
+    train(model, opt, range(STEPS, STEPS + 3))
+    return {"saved": saved, "straight on": weights(model)}
 
 
 def load_dcp(model: nn.Module, opt: Automagic8bit, path: Path) -> None:
@@ -339,15 +352,25 @@ def main(rank: int, world: int, out: Path) -> None:
     seen["resumed"] = saved_and_resumed(mesh, out / f"dcp{world}")
     seen["reports"] = reports(mesh)
     seen["columns"] = cut_by_columns(mesh, out, rank, world)
+    seen["of 1"] = resumed_from(out / "dcp1", mesh)
     if world == 4:
         seen["hybrid"] = hybrid(world)
-        seen["of two"] = resumed_from(out / "dcp2", mesh)
+        seen["of 2"] = resumed_from(out / "dcp2", mesh)
     torch.save(seen, out / f"{world}_{rank}.pt")
+    dist.destroy_process_group()
+
+
+def after_four(rank: int, world: int, out: Path) -> None:
+    """Two go on with what four have saved."""
+    dist.init_process_group("gloo", init_method=f"file://{out / 'store of fewer'}", rank=rank, world_size=world)
+    seen = {"of 4": resumed_from(out / "dcp4", init_device_mesh("cpu", (world,)))}
+    torch.save(seen, out / f"fewer_{rank}.pt")
     dist.destroy_process_group()
 
 
 def forked(world: int, out: Path, work: Callable[[int, int, Path], None] = main) -> None:
     """`work` in so many processes; raises SystemExit where one fails."""
+    assert not torch.cuda.is_available(), "a process with GPUs is not forked once autograd has begun"
     children = []
     for rank in range(world):
         if (child := os.fork()) == 0:
@@ -375,7 +398,9 @@ if __name__ == "__main__":
         raise SystemExit
     alone: dict[str, Any] = {name: contents(*trained(options, None)) for name, options in {**BITS, **SUMS}.items()}
     alone["reports"], alone["fitted"] = reports(None), fitted(None)
+    alone["resumed"] = saved_by_one(folder / "dcp1")
     for size in (2, 4):
         forked(size, folder)
-    alone["of four"] = resumed_from(folder / "dcp4", None)
+        alone[f"of {size}"] = resumed_from(folder / f"dcp{size}", None)
+    forked(2, folder, after_four)
     torch.save(alone, folder / "whole.pt")

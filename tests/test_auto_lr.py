@@ -16,7 +16,7 @@ from hypothesis import strategies as some
 from torch import Tensor
 from torch.optim import lr_scheduler as schedules
 
-from automagic_bnb import Automagic8bit, config, estimate
+from automagic_bnb import Automagic8bit, auto_lr, config, estimate
 from automagic_bnb import state as st
 from automagic_bnb.optimizer import Automagic, Automagic32bit
 
@@ -126,6 +126,23 @@ def test_a_parameter_that_begins_late_finds_its_rate() -> None:
             opt.step()
         reached.append(second.detach().mean().item())
     assert reached[1] > 0.5 * reached[0] > 0.1
+
+
+def test_the_way_counts_from_where_the_last_joined() -> None:
+    """So that what begins late finds as large a step as what began with the search."""
+    first, second = zeros(8, 256), zeros(8, 256)
+    opt = Automagic8bit([first, second])
+    factors = []
+    for step in range(60):
+        first.grad = normal(8, 256, seed=step)
+        second.grad = normal(8, 256, seed=100 + step) if step >= 50 else None
+        opt.step()
+        (search,) = auto_lr.searches(opt.param_groups)
+        factors.append(search.numbers().factor)
+    # What a step leaves counts in the next, which is the 51st when the second's is there for the first time.
+    assert opt.param_groups[0]["auto_lr_joined"] in (50, 51)
+    assert factors[49] == pytest.approx(8 / 1.5**0.5, rel=0.01)
+    assert factors[59] > 0.95 * 8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -163,11 +163,13 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFi
     whole = tmp_path / "whole.pt"
     torch.save({"state": {0: {"exp_avg": torch.zeros(999)}}, "param_groups": []}, whole)
     (tmp_path / "cut.pt").write_bytes(whole.read_bytes()[:1500])
+    (tmp_path / "noise.pt").write_bytes(b"a.")
     for name, words in (
         ("model.pt", "holds no optimizer's state"),
         ("text.pt", "no file of torch.save"),
         ("empty.pt", "no whole file of torch.save"),
         ("cut.pt", "no whole file of torch.save"),
+        ("noise.pt", "no whole file of torch.save: "),
         ("absent.pt", "absent.pt"),
         (".", "name the optimizer's file in it"),
     ):

@@ -152,6 +152,7 @@ def test_an_override_may_switch_the_search_for_a_rate_on(tools: Any) -> None:
     ("key", "value", "message"),
     [
         ("weight_decay", -1, "weight_decay=-1 in a GlobalOptimManager override"),
+        ("torque", torch.tensor([1.0, 2.0]), r"torque=tensor\(\[1., 2.\]\) in a GlobalOptimManager override"),
         ("weight_decays", 1, "did you mean 'weight_decay'"),
         ("is_paged", True, "whole optimizer"),
     ],

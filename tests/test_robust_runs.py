@@ -167,6 +167,28 @@ def test_the_page_takes_no_logs_place(tmp_path: Path, capsys: pytest.CaptureFixt
     assert other.read_text() == "years of work"
 
 
+def test_pictures_take_nobodys_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the demo, before it computes anything, and of a checkpoint: no link's target, not the checkpoint itself."""
+    pytest.importorskip("matplotlib")
+    thesis, checkpoint = tmp_path / "thesis.txt", tmp_path / "checkpoint.png"
+    thesis.write_text("years of work")
+    torch.save(Automagic8bit([torch.nn.Parameter(torch.ones(8))]).state_dict(), checkpoint)
+    (tmp_path / "loss.png").symlink_to(thesis)
+    os.link(checkpoint, tmp_path / "same.png")
+    before = checkpoint.read_bytes()
+    for arguments, message in [
+        (["demo", "--out", str(tmp_path)], "loss.png is a link"),
+        (["inspect", str(checkpoint), "--picture", str(tmp_path / "loss.png")], "loss.png is a link"),
+        (["inspect", str(checkpoint), "--picture", str(tmp_path / "same.png")], "same.png is the checkpoint"),
+    ]:
+        assert cli.main(arguments) == 1
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert thesis.read_text() == "years of work"
+    assert checkpoint.read_bytes() == before
+
+
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 

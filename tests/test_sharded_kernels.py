@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_sharded import ROUNDING, distances, unequal
+from test_sharded import CPU_ALONE, ROUNDING, distances, unequal
 
 from automagic_bnb import state as st
 from automagic_bnb.sharded import Shard, layout
@@ -23,7 +23,7 @@ WORLDS = (2, 4)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("sharded_kernels")
     command = [sys.executable, str(Path(__file__).with_name("sharded_worker.py")), str(out), "triton"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+    environment = {**os.environ, **CPU_ALONE, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, timeout=1200)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
     return out

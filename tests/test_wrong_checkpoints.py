@@ -70,6 +70,7 @@ WRONG: dict[str, tuple[Edit, str]] = {
         )
         for key, value in [
             ("absmax1", math.nan),
+            ("absmax1", 3e38),
             ("absmax2", math.inf),
             ("absmax3", -1.0),
             ("torque", math.nan),
@@ -82,6 +83,20 @@ WRONG: dict[str, tuple[Edit, str]] = {
             ("probe_block", -1),
         ]
     },
+    "a tensor without values": (
+        put("torque", lambda x: x.to("meta")),
+        "0: .*torque is on the meta device, without val",
+    ),
+    "codes without values": (put("state1", lambda x: x.to("meta")), "0: the checkpoint's state1 is on the meta device"),
+    "a sparse tensor": (put("absmax2", lambda x: x.to_sparse()), "0: .*absmax2 is a tensor of torch.sparse_coo"),
+    "a wrapper's without values": (
+        lambda saved: saved["state"][3].update(slow=torch.empty(2, device="meta")),
+        "parameter 3: the checkpoint's slow is on the meta device",
+    ),
+    "a rate without a value": (
+        lambda saved: saved["param_groups"][0].update(auto_lr_rate=torch.empty((), device="meta")),
+        "auto_lr_rate in the checkpoint's group 0 is on the meta device",
+    ),
     "a state that is a list": (lambda saved: saved["state"].update({1: [1, 2]}), "parameter 1: .*state is a list"),
     "states that are a list": (lambda saved: saved.update(state=[]), "state is a list and its param_groups a list"),
     "groups that are a dict": (lambda saved: saved.update(param_groups={}), "param_groups a dict; expected"),
@@ -105,9 +120,23 @@ WRONG: dict[str, tuple[Edit, str]] = {
             ("auto_lr_peak", -1.0),
         ]
     },
-    "a count that is none": (
-        lambda saved: saved["param_groups"][0].update(auto_lr_count=1.5),
-        "auto_lr_count in the checkpoint's group 0 is 1.5",
+    **{
+        f"{name}={value!r}": (
+            lambda saved, name=name, value=value: saved["param_groups"][0].update({name: value}),
+            f"{name} in the checkpoint's group 0 is .*; expected a whole number",
+        )
+        for name, value in [
+            ("auto_lr_count", 1.5),
+            ("auto_lr_watched", None),
+            ("auto_lr_watched", "x"),
+            ("auto_lr_joined", math.nan),
+            ("auto_lr_joined", [1]),
+            ("own_seed", -1),
+        ]
+    },
+    "a parameter that joined in the future": (
+        lambda saved: saved["param_groups"][0].update(auto_lr_joined=2**31),
+        "auto_lr_joined=2147483648 in the checkpoint's group 0: must not exceed auto_lr_count=2,",
     ),
     "bounds the wrong way round": (
         lambda saved: saved["param_groups"][1].update(min_lr=5.0, max_lr=0.01),
@@ -194,6 +223,25 @@ def test_sums_that_overflowed_are_no_nonsense(tools: Any) -> None:
     assert all(torch.isfinite(group["auto_lr_rate"]) for group in opt.param_groups)
 
 
+def test_numbers_in_other_forms_are_those_numbers(tools: Any) -> None:
+    """A rate that some tool has made a plain number or float64 of, counts that it has made tensors of."""
+    runs = []
+    for other_forms in (False, True):
+        opt = build(tools, lr=None)
+        train(tools, opt, 3)
+        saved = copy.deepcopy(opt.state_dict())
+        if other_forms:
+            group = saved["param_groups"][0]
+            group["auto_lr_rate"] = float(group["auto_lr_rate"])
+            group["auto_lr_sums"] = group["auto_lr_sums"].double()
+            group |= {name: torch.tensor(group[name]) for name in ("auto_lr_count", "auto_lr_joined", "own_seed")}
+        opt = build(tools, lr=None)
+        opt.load_state_dict(saved)
+        train(tools, opt, 3, 6)
+        runs.append(tools.snapshot(opt))
+    assert not tools.differences(*runs)
+
+
 FOREIGN_NONSENSE: dict[str, tuple[Edit, str]] = {
     "step": (lambda saved: saved["state"][0].update(step=math.nan), "parameter 0: the checkpoint's step is nan"),
     "infinite step": (lambda saved: saved["state"][0].update(step=math.inf), "step is inf"),
@@ -201,7 +249,28 @@ FOREIGN_NONSENSE: dict[str, tuple[Edit, str]] = {
         put("state1", lambda x: x.fill_(math.nan)),
         "parameter 0: the checkpoint's state1 holds values that are not",
     ),
+    "no values": (put("state2", lambda x: x.to("meta")), "parameter 0: the checkpoint's state2 is on the meta device"),
+    "sparse": (
+        put("state2", lambda x: x.to_sparse()),
+        "parameter 0: the checkpoint's state2 is a tensor of torch.spar",
+    ),
     "betas": (lambda saved: saved["param_groups"][0].update(betas=(0.9, 1.0)), "betas=1.0; expected"),
+    "betas in a tensor": (
+        lambda saved: saved["param_groups"][0].update(betas=torch.ones(2)),
+        "betas=tensor.*two numbers",
+    ),
+    "a step without a value": (
+        lambda saved: saved["state"][0].update(step=torch.empty((), device="meta")),
+        "parameter 0: the checkpoint's step is on the meta device",
+    ),
+    "squares beyond float32": (
+        put("state1", lambda x: x.fill_(3e38)),
+        "parameter 0: the checkpoint's state1, state2 are finite, but not their squares",
+    ),
+    "wrapped state": (
+        lambda saved: saved["state"][0].update(__bnb_optimizer_quant_state__=5),
+        "parameter 0: the checkpoint's __bnb_optimizer_quant_state__ is a int",
+    ),
     "no betas": (lambda saved: saved["param_groups"][0].update(betas=3), "betas=3; expected two"),
     "state": (lambda saved: saved["state"].update({0: 5}), "parameter 0: the checkpoint's state is a int"),
 }

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 from torch.optim.optimizer import Optimizer
 
-from automagic_bnb import auto_lr
+from automagic_bnb import auto_lr, files
 from automagic_bnb.command.demo_model import (
     PIXELS,
     FlowBatch,
@@ -351,23 +351,30 @@ def choose_device(name: str | None) -> torch.device:
         raise DemoError(f"cannot use the device {name!r}: {reason}; leave --device out to use what is there") from e
 
 
+PICTURES = ("result.png", "samples.png", "loss.png", "learning_rates.png", "effective_rank.png")
+
+
 def prepare_folder(folder: Path) -> Path:
     """The absolute path of the folder for the pictures, made and tried out before anything is computed.
 
     Raises:
-        DemoError: it cannot be made or written to.
+        DemoError: it cannot be made or written to, or a picture there is a link to some other file.
     """
     try:
+        for name in PICTURES:
+            files.check_no_link(folder / name, "a picture")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as e:
         raise DemoError(f"cannot write to the folder {folder}: {e.strerror}; choose another with --out") from e
+    except ValueError as e:
+        raise DemoError(str(e)) from e
     return folder.resolve()
 
 
 def save_pictures(folder: Path, base: VelocityModel, runs: list[Run], seed: int) -> None:
-    """Write result.png, samples.png, loss.png, learning_rates.png and effective_rank.png."""
+    """Write `PICTURES`."""
     from automagic_bnb.command import demo_pictures
 
     labels = torch.tensor(LORA_CLASSES).repeat_interleave(SAMPLES_PER_CLASS)

@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import pickle
+import struct
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from automagic_bnb import auto_lr, config
+from automagic_bnb import auto_lr, config, files
 from automagic_bnb import quantization as q
 from automagic_bnb import state as st
 from automagic_bnb.command.progress import WatchedFile, progress
@@ -79,6 +80,12 @@ class Report:
         return sum(parameter.bytes for parameter in self.parameters)
 
 
+UNREADABLE = (
+    *(RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError, AssertionError, OverflowError),
+    struct.error,
+)
+"""What bytes that are not a whole file of torch's make its reader raise."""
+
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
@@ -100,7 +107,7 @@ def load(path: Path) -> dict[str, Any]:
             f"{path} is no file of torch.save, or holds more than tensors and plain values, which is not read, since "
             f"that could run code ({reason})"
         ) from e
-    except (RuntimeError, EOFError, KeyError) as e:
+    except UNREADABLE as e:
         raise ValueError(f"{path} is no whole file of torch.save: {str(e).splitlines()[0] if str(e) else e!r}") from e
     candidates = [found, *(found[name] for name in ENTRIES if name in found)] if isinstance(found, Mapping) else [found]
     for candidate in candidates:
@@ -246,7 +253,15 @@ def bar_of(rate: float) -> int:
 
 
 def run_inspect(path: Path, as_json: bool, picture: Path | None) -> None:
-    """Examine a file, print what it holds, and draw it where a picture is asked for."""
+    """Examine a file, print what it holds, and draw it where a picture is asked for.
+
+    Raises:
+        ValueError: it is no checkpoint, or the picture would take its place, or that of what a link points to.
+    """
+    if picture is not None:
+        files.check_no_link(picture, "the picture")
+        if picture.exists() and path.exists() and picture.samefile(path):
+            raise ValueError(f"{picture} is the checkpoint, which the picture would overwrite; choose another file")
     report = examine(path)
     text = json.dumps(dataclasses.asdict(report), indent=2, ensure_ascii=False) if as_json else table(report)
     sys.stdout.write(f"{text}\n")

@@ -160,8 +160,7 @@ def write_dashboard(
 
 def check_target(path: Path, runs: list[Path]) -> None:
     """Raise ValueError where a page written there would take the place of a run's log, or of what a link points to."""
-    if path.is_symlink():
-        raise ValueError(f"{path} is a link: the page would overwrite what it points to; choose another file")
+    files.check_no_link(path, "the page")
     logs = (run / LOG_NAME for run in runs)
     if path.name == LOG_NAME or (path.exists() and any(path.samefile(log) for log in logs)):
         raise ValueError(f"{path} is a run's log, which the page would overwrite; choose another file")
