@@ -1,13 +1,15 @@
 """`lora_direction` on the device: what `step_kernel` leaves of LoRA matrices is turned, and then moves them.
 
-Where it has a say, a step is three launches: `step_kernel` moves the states and leaves n of each matrix in memory;
-`turn_kernel` makes n orthogonal, a program to a matrix; `move_kernel` does the rest of the rule, block by block. See
-`automagic_bnb.direction`.
+Where it has a say, `step_kernel` moves the states and leaves n of each matrix in memory. `gram_kernel` multiplies it
+with itself, a program to a chunk of its long side; `turn_kernel` finds by what n becomes orthogonal, a program to a
+matrix; `turned_kernel` multiplies by that, chunk by chunk; and `move_kernel` does the rest of the rule, block by block.
+No sum depends on the order of programs. See `automagic_bnb.direction`.
 """
 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
@@ -40,24 +42,40 @@ A2, B2, C2 = map(tl.constexpr, direction.CUBIC)
 
 
 class Matrix(IntEnum):
-    """What the table of turns holds of each matrix, int64."""
+    """What is known of each matrix, int64."""
 
     ROW = 0  # in the bucket
     OFFSET = 1  # of its n, in elements
     ROWS = 2
     COLS = 3
+    FIRST = 4  # of its chunks
+    CHUNKS = 5
 
 
-M_ROW, M_OFFSET, M_ROWS, M_COLS = (tl.constexpr(int(column)) for column in Matrix)
-_MATRIX = tl.constexpr(len(Matrix))
+class Chunk(IntEnum):
+    """What is known of each chunk, int64."""
+
+    MATRIX = 0
+    START = 1  # along the long side
+
+
+SPANS = 32
+"""Spans to a chunk: thousands of programs of a LoRA's some hundred matrices, and sums of a few of them."""
+M_ROW, M_OFFSET, M_ROWS, M_COLS, M_FIRST, M_CHUNKS = (tl.constexpr(int(column)) for column in Matrix)
+C_MATRIX, C_START = (tl.constexpr(int(column)) for column in Chunk)
+_MATRIX, _CHUNK, _SPANS = tl.constexpr(len(Matrix)), tl.constexpr(len(Chunk)), tl.constexpr(SPANS)
 
 
 @triton.jit
-def _gram(n_ptr, short, long, TALL: tl.constexpr, RANK: tl.constexpr, SPAN: tl.constexpr):
-    """N Nᵀ of the short side, float32 [RANK, RANK], zeros behind the end."""
+def _square(RANK: tl.constexpr):
+    return tl.arange(0, RANK)[:, None] * RANK + tl.arange(0, RANK)[None, :]
+
+
+@triton.jit
+def _gram(n_ptr, start, end, short, long, TALL: tl.constexpr, RANK: tl.constexpr, SPAN: tl.constexpr):
+    """N Nᵀ of the short side over a chunk, float32 [RANK, RANK], zeros behind the end."""
     gram = tl.zeros((RANK, RANK), dtype=tl.float32)
-    start = short - short
-    while start < long:
+    while start < end:
         place, inside = places(start, short, long, TALL, RANK, SPAN)
         n = tl.load(n_ptr + place, mask=inside, other=0.0)
         if TALL:
@@ -69,32 +87,68 @@ def _gram(n_ptr, short, long, TALL: tl.constexpr, RANK: tl.constexpr, SPAN: tl.c
 
 
 @triton.jit
-def _turn(gram, RANK: tl.constexpr):
-    """T of N's Gram matrix, float32 [RANK, RANK] and symmetric: T N is N made orthogonal, as large as N.
+def gram_kernel(chunks_ptr, table_ptr, grads_ptr, directions_ptr, grams_ptr, RANK: tl.constexpr, SPAN: tl.constexpr):
+    """The Gram matrices of all chunks.
 
-    The iteration of `direction.orthogonal`, in float32: what rounding leaves of a singular value below 1e-3 of the
-    largest is far from 1, but it stays small, which is what counts in a step.
+    Args:
+        chunks_ptr: int64 [chunks, Chunk].
+        table_ptr: int64 [matrices, Matrix], all with a short side of at most RANK.
+        grads_ptr: int64 [tensors of the bucket], 0 for those that are not stepped.
+        directions_ptr: float32, where n of all of them lies.
+        grams_ptr: float32 [chunks, RANK, RANK] out.
     """
-    own = tl.arange(0, RANK)[:, None] == tl.arange(0, RANK)[None, :]
-    unit = tl.where(own, 1.0, 0.0)
-    size = tl.sum(tl.sum(tl.where(own, gram, 0.0), 1), 0)
-    gram = gram * (1 / tl.maximum(size, LEAST))
-    turn, i = unit, 0
-    while i < ITERATIONS:
-        a, b, c = tl.where(i < QUINTICS, A1, A2), tl.where(i < QUINTICS, B1, B2), tl.where(i < QUINTICS, C1, C2)
-        step = unit * a + gram * b + tl.dot(gram, gram, input_precision="ieee") * c
-        gram = tl.dot(step, tl.dot(gram, step, input_precision="ieee"), input_precision="ieee")
-        turn = tl.dot(step, turn, input_precision="ieee")
-        i += 1
-    left = tl.sum(tl.sum(tl.where(own, gram, 0.0), 1), 0)
-    return tl.where(size > LEAST, turn * tl.rsqrt(tl.maximum(left, LEAST)), unit)
+    chunk_ptr = chunks_ptr + tl.program_id(0) * _CHUNK
+    entry_ptr = table_ptr + tl.load(chunk_ptr + C_MATRIX) * _MATRIX
+    if tl.load(grads_ptr + tl.load(entry_ptr + M_ROW)) != 0:
+        n_ptr = directions_ptr + tl.load(entry_ptr + M_OFFSET)
+        rows, cols = tl.load(entry_ptr + M_ROWS).to(tl.int32), tl.load(entry_ptr + M_COLS).to(tl.int32)
+        short, long = tl.minimum(rows, cols), tl.maximum(rows, cols)
+        start = tl.load(chunk_ptr + C_START).to(tl.int32)
+        end = tl.minimum(start + _SPANS * SPAN, long)
+        if rows > cols:
+            gram = _gram(n_ptr, start, end, short, long, True, RANK, SPAN)
+        else:
+            gram = _gram(n_ptr, start, end, short, long, False, RANK, SPAN)
+        tl.store(grams_ptr + tl.program_id(0) * (RANK * RANK) + _square(RANK), gram)
 
 
 @triton.jit
-def _turned(n_ptr, turn, short, long, TALL: tl.constexpr, RANK: tl.constexpr, SPAN: tl.constexpr):
-    """N ← T N."""
-    start = short - short
-    while start < long:
+def turn_kernel(table_ptr, grads_ptr, grams_ptr, turns_ptr, RANK: tl.constexpr):
+    """T of each matrix, symmetric: T N is N made orthogonal, as large as N.
+
+    The iteration of `direction.orthogonal`, in float32: what rounding leaves of a singular value below 1e-3 of the
+    largest is far from 1, but it stays small, which is what counts in a step.
+
+    Args:
+        turns_ptr: float32 [matrices, RANK, RANK] out; the others as `gram_kernel` has them.
+    """
+    entry_ptr = table_ptr + tl.program_id(0) * _MATRIX
+    if tl.load(grads_ptr + tl.load(entry_ptr + M_ROW)) != 0:
+        own = tl.arange(0, RANK)[:, None] == tl.arange(0, RANK)[None, :]
+        unit = tl.where(own, 1.0, 0.0)
+        gram, chunk = unit * 0, tl.load(entry_ptr + M_FIRST)
+        end = chunk + tl.load(entry_ptr + M_CHUNKS)
+        while chunk < end:
+            gram += tl.load(grams_ptr + chunk * (RANK * RANK) + _square(RANK))
+            chunk += 1
+        size = tl.sum(tl.sum(tl.where(own, gram, 0.0), 1), 0)
+        gram = gram * (1 / tl.maximum(size, LEAST))
+        turn, i = unit, 0
+        while i < ITERATIONS:
+            a, b, c = tl.where(i < QUINTICS, A1, A2), tl.where(i < QUINTICS, B1, B2), tl.where(i < QUINTICS, C1, C2)
+            step = unit * a + gram * b + tl.dot(gram, gram, input_precision="ieee") * c
+            gram = tl.dot(step, tl.dot(gram, step, input_precision="ieee"), input_precision="ieee")
+            turn = tl.dot(step, turn, input_precision="ieee")
+            i += 1
+        left = tl.sum(tl.sum(tl.where(own, gram, 0.0), 1), 0)
+        turn = tl.where(size > LEAST, turn * tl.rsqrt(tl.maximum(left, LEAST)), unit)
+        tl.store(turns_ptr + tl.program_id(0) * (RANK * RANK) + _square(RANK), turn)
+
+
+@triton.jit
+def _turned(n_ptr, turn, start, end, short, long, TALL: tl.constexpr, RANK: tl.constexpr, SPAN: tl.constexpr):
+    """N ← T N over a chunk."""
+    while start < end:
         place, inside = places(start, short, long, TALL, RANK, SPAN)
         n = tl.load(n_ptr + place, mask=inside, other=0.0)
         if TALL:
@@ -106,25 +160,22 @@ def _turned(n_ptr, turn, short, long, TALL: tl.constexpr, RANK: tl.constexpr, SP
 
 
 @triton.jit
-def turn_kernel(table_ptr, grads_ptr, directions_ptr, RANK: tl.constexpr, SPAN: tl.constexpr):
-    """Make n of each matrix of the table orthogonal, in place.
-
-    Args:
-        table_ptr: int64 [matrices, Matrix], all with a short side of at most RANK.
-        grads_ptr: int64 [tensors of the bucket], 0 for those that are not stepped.
-        directions_ptr: float32, where n of all of them lies.
-    """
-    entry_ptr = table_ptr + tl.program_id(0) * _MATRIX
+def turned_kernel(chunks_ptr, table_ptr, grads_ptr, directions_ptr, turns_ptr, RANK: tl.constexpr, SPAN: tl.constexpr):
+    """Turn all chunks in place; the arguments as `gram_kernel` and `turn_kernel` have them."""
+    chunk_ptr = chunks_ptr + tl.program_id(0) * _CHUNK
+    matrix = tl.load(chunk_ptr + C_MATRIX)
+    entry_ptr = table_ptr + matrix * _MATRIX
     if tl.load(grads_ptr + tl.load(entry_ptr + M_ROW)) != 0:
         n_ptr = directions_ptr + tl.load(entry_ptr + M_OFFSET)
         rows, cols = tl.load(entry_ptr + M_ROWS).to(tl.int32), tl.load(entry_ptr + M_COLS).to(tl.int32)
         short, long = tl.minimum(rows, cols), tl.maximum(rows, cols)
+        start = tl.load(chunk_ptr + C_START).to(tl.int32)
+        end = tl.minimum(start + _SPANS * SPAN, long)
+        turn = tl.load(turns_ptr + matrix * (RANK * RANK) + _square(RANK))
         if rows > cols:
-            turn = _turn(_gram(n_ptr, short, long, True, RANK, SPAN), RANK)
-            _turned(n_ptr, turn, short, long, True, RANK, SPAN)
+            _turned(n_ptr, turn, start, end, short, long, True, RANK, SPAN)
         else:
-            turn = _turn(_gram(n_ptr, short, long, False, RANK, SPAN), RANK)
-            _turned(n_ptr, turn, short, long, False, RANK, SPAN)
+            _turned(n_ptr, turn, start, end, short, long, False, RANK, SPAN)
 
 
 @triton.jit
@@ -196,36 +247,61 @@ def move_kernel(table_ptr, numbers_ptr, grads_ptr, owners_ptr, directions_ptr, c
             i += 1
 
 
+@dataclass
+class Alike:
+    """The matrices of a bucket that are turned together, of one RANK."""
+
+    rank: int
+    table: Tensor
+    """int64 [matrices, Matrix] on the device."""
+    chunks: Tensor
+    """int64 [chunks, Chunk] there."""
+
+    @classmethod
+    def of(cls, rank: int, matrices: np.ndarray, device: torch.device) -> Alike:
+        """matrices: int64 [matrices, Matrix], its last two columns still empty."""
+        matrices, length = matrices.copy(), SPANS * low_rank.TILES[rank][0]
+        counts = -(-matrices[:, [Matrix.ROWS, Matrix.COLS]].max(axis=1) // length)
+        matrices[:, Matrix.FIRST], matrices[:, Matrix.CHUNKS] = np.cumsum(counts) - counts, counts
+        owners = np.repeat(np.arange(len(matrices)), counts)
+        starts = (np.arange(len(owners)) - matrices[owners, Matrix.FIRST]) * length
+        return cls(rank, upload(matrices, device), upload(np.stack([owners, starts], axis=1), device))
+
+    def turn(self, grads: Tensor, directions: Tensor) -> None:
+        """Launch the three kernels."""
+        rank, (span, warps), compiled = self.rank, low_rank.TILES[self.rank], _compiled(self.rank)
+        squares = torch.empty(
+            (len(self.chunks) + len(self.table), rank, rank), dtype=torch.float32, device=grads.device
+        )
+        grams, turns = squares[: len(self.chunks)], squares[len(self.chunks) :]
+        known = {"chunks_ptr": self.chunks, "table_ptr": self.table, "grads_ptr": grads, "directions_ptr": directions}
+        tiles = {"RANK": rank, "SPAN": span}
+        compiled.launch(gram_kernel, len(self.chunks), {**known, "grams_ptr": grams, **tiles}, num_warps=warps)
+        of_matrix = {"table_ptr": self.table, "grads_ptr": grads, "grams_ptr": grams, "turns_ptr": turns, "RANK": rank}
+        compiled.launch(turn_kernel, len(self.table), of_matrix, num_warps=warps)
+        compiled.launch(turned_kernel, len(self.chunks), {**known, "turns_ptr": turns, **tiles}, num_warps=warps)
+
+
 class Turns:
     """The matrices of a bucket in which `lora_direction` has a say."""
 
     def __init__(self, bucket: Bucket) -> None:
         self.bucket = bucket
         shapes = [member.theta.shape for member in bucket.members]
-        table = np.array([[row, bucket.directions[row], *shape] for row, shape in enumerate(shapes)], dtype=np.int64)
+        known = [[row, bucket.directions[row], *shape, 0, 0] for row, shape in enumerate(shapes)]
+        table = np.array(known, dtype=np.int64)
         ranks = np.array([low_rank.rank_class(m.theta) for m in bucket.members])
-        self.tables = {
-            int(rank): upload(np.ascontiguousarray(table[ranks == rank]), bucket.spec.device)
-            for rank in np.unique(ranks[ranks <= low_rank.MAX_RANK])
-        }
-        """By RANK, int64 [matrices, Matrix]."""
+        taken = np.unique(ranks[ranks <= low_rank.MAX_RANK]).tolist()
+        self.alike = [Alike.of(rank, table[ranks == rank], bucket.spec.device) for rank in taken]
         self.left: dict[tuple[int, ...], list[int]] = {}
         """Of matrices with a longer short side the offsets, by their shapes."""
-        for _, offset, *shape in table[ranks > low_rank.MAX_RANK].tolist():
+        for _, offset, *shape, _, _ in table[ranks > low_rank.MAX_RANK].tolist():
             self.left.setdefault(tuple(shape), []).append(offset)
 
     def move(self, grads: Tensor, numbers: Tensor, directions: Tensor, clips: Tensor, variant: Variant) -> None:
         """Turn what `step_kernel` left in `directions`, float32 [`Bucket.direction_elements`], and move the weights."""
-        for rank, table in self.tables.items():
-            span, warps = low_rank.TILES[rank]
-            arguments = {
-                "table_ptr": table,
-                "grads_ptr": grads,
-                "directions_ptr": directions,
-                "RANK": rank,
-                "SPAN": span,
-            }
-            _compiled(rank).launch(turn_kernel, len(table), arguments, num_warps=warps)
+        for matrices in self.alike:
+            matrices.turn(grads, directions)
         for shape, offsets in self.left.items():
             found = [directions[offset : offset + shape[0] * shape[1]].view(shape) for offset in offsets]
             torch._foreach_copy_(found, list(direction.orthogonal(torch.stack(found)).unbind()))
