@@ -117,7 +117,7 @@ class Measured(NamedTuple):
 
 def cells(row: Row, comparison: report.Comparison, measured: Measured) -> list[str] | None:
     """Loss, bytes and time; None where nothing was measured."""
-    excess = comparison.mean_excess(SPLIT, row.quality) if row.quality in comparison.optimizers else None
+    excess = comparison.mean_excess(comparison.of(SPLIT), row.quality) if row.quality in comparison.optimizers else None
     time = measured.times.get(row.step_time or "")
     if excess is None and time is None:
         return None

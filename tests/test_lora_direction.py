@@ -18,7 +18,7 @@ from automagic_bnb.optimizer import Automagic, Automagic8bit
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy: 1 / 0 in masked lanes
 
 Shape = tuple[int, int]
-SHAPES: tuple[Shape, ...] = ((16, 40), (40, 16), (4, 300), (257, 3), (1, 9), (9, 1), (12, 12), (33, 70), (3, 2500), (2300, 4))
+SHAPES: tuple[Shape, ...] = ((16, 40), (40, 16), (4, 300), (257, 3), (1, 9), (9, 1), (12, 12), (33, 70), (3, 2500))
 LARGE_SHAPES: tuple[Shape, ...] = ((16, 3072), (18432, 16), (32, 1280), (64, 4096), (4099, 64), (128, 999))
 UNEVEN = 0.02
 """How far a singular value that is not below 1e-3 of the norm is left from the others', over them: three steps of
