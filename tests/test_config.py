@@ -144,6 +144,7 @@ VALUES: dict[str, Values] = {
     "lr": or_none(NON_NEGATIVE),
     "auto_lr": or_none(SWITCH),
     "lora": or_none(SWITCH),
+    "lora_direction": choice("orthogonal"),
     "max_lr": or_none(POSITIVE),
     "auto_lr_steps": or_none(whole(1, 1000, beyond=[0, -1])),
     "clip_threshold": POSITIVE,
