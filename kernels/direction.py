@@ -72,6 +72,14 @@ def _square(RANK: tl.constexpr):
 
 
 @triton.jit
+def _chunk(chunk_ptr, entry_ptr, SPAN: tl.constexpr):
+    """Where a chunk begins and ends along the long side, both sides' lengths, and whether the long one is first."""
+    rows, cols = tl.load(entry_ptr + M_ROWS).to(tl.int32), tl.load(entry_ptr + M_COLS).to(tl.int32)
+    long, start = tl.maximum(rows, cols), tl.load(chunk_ptr + C_START).to(tl.int32)
+    return start, tl.minimum(start + _SPANS * SPAN, long), tl.minimum(rows, cols), long, rows > cols
+
+
+@triton.jit
 def _gram(n_ptr, start, end, short, long, TALL: tl.constexpr, RANK: tl.constexpr, SPAN: tl.constexpr):
     """N Nᵀ of the short side over a chunk, float32 [RANK, RANK], zeros behind the end."""
     gram = tl.zeros((RANK, RANK), dtype=tl.float32)
@@ -101,11 +109,8 @@ def gram_kernel(chunks_ptr, table_ptr, grads_ptr, directions_ptr, grams_ptr, RAN
     entry_ptr = table_ptr + tl.load(chunk_ptr + C_MATRIX) * _MATRIX
     if tl.load(grads_ptr + tl.load(entry_ptr + M_ROW)) != 0:
         n_ptr = directions_ptr + tl.load(entry_ptr + M_OFFSET)
-        rows, cols = tl.load(entry_ptr + M_ROWS).to(tl.int32), tl.load(entry_ptr + M_COLS).to(tl.int32)
-        short, long = tl.minimum(rows, cols), tl.maximum(rows, cols)
-        start = tl.load(chunk_ptr + C_START).to(tl.int32)
-        end = tl.minimum(start + _SPANS * SPAN, long)
-        if rows > cols:
+        start, end, short, long, tall = _chunk(chunk_ptr, entry_ptr, SPAN)
+        if tall:
             gram = _gram(n_ptr, start, end, short, long, True, RANK, SPAN)
         else:
             gram = _gram(n_ptr, start, end, short, long, False, RANK, SPAN)
@@ -167,12 +172,9 @@ def turned_kernel(chunks_ptr, table_ptr, grads_ptr, directions_ptr, turns_ptr, R
     entry_ptr = table_ptr + matrix * _MATRIX
     if tl.load(grads_ptr + tl.load(entry_ptr + M_ROW)) != 0:
         n_ptr = directions_ptr + tl.load(entry_ptr + M_OFFSET)
-        rows, cols = tl.load(entry_ptr + M_ROWS).to(tl.int32), tl.load(entry_ptr + M_COLS).to(tl.int32)
-        short, long = tl.minimum(rows, cols), tl.maximum(rows, cols)
-        start = tl.load(chunk_ptr + C_START).to(tl.int32)
-        end = tl.minimum(start + _SPANS * SPAN, long)
+        start, end, short, long, tall = _chunk(chunk_ptr, entry_ptr, SPAN)
         turn = tl.load(turns_ptr + matrix * (RANK * RANK) + _square(RANK))
-        if rows > cols:
+        if tall:
             _turned(n_ptr, turn, start, end, short, long, True, RANK, SPAN)
         else:
             _turned(n_ptr, turn, start, end, short, long, False, RANK, SPAN)

@@ -1,4 +1,4 @@
-"""A process that compiles the step kernel for a GPU that need not be there, started by `test_compiled`: OUT.
+"""A process that compiles kernels for a GPU that need not be there, started by `test_compiled`: OUT.
 
 What is seen of each variant is written to OUT as JSON. Triton's interpreter, in which the other tests run where there
 is no GPU, knows nothing of how a tensor lies in a warp's registers; TRITON_INTERPRET must not be set here.
@@ -14,7 +14,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from automagic_bnb.kernels import step, tables
+from automagic_bnb.kernels import direction, low_rank, step, tables
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -86,6 +86,22 @@ def compiled(changes: dict[str, Any]) -> dict[str, str]:
     return triton.compile(source, target=HOPPER, options={"num_warps": 1}).asm
 
 
+def compiled_turns(rank: int) -> list[str]:
+    """The kernels of `lora_direction` for matrices of this RANK; which of them compiled."""
+    span, warps = low_rank.TILES[rank]
+    found = []
+    for kernel in (direction.gram_kernel, direction.turn_kernel, direction.turned_kernel):
+        names = list(enumerate(kernel.arg_names))
+        floats = ("directions_ptr", "grams_ptr", "turns_ptr")
+        signature = {x: "constexpr" if x.isupper() else "*fp32" if x in floats else "*i64" for _, x in names}
+        constants = {(i,): {"RANK": rank, "SPAN": span}[x] for i, x in names if x.isupper()}
+        attributes = {(i,): [["tt.divisibility", 16]] for i, x in names if not x.isupper()}
+        source = ASTSource(kernel, signature, constants, attributes)
+        if triton.compile(source, target=HOPPER, options={"num_warps": warps}).asm["cubin"]:
+            found.append(kernel.fn.__name__)
+    return found
+
+
 def seen(asm: dict[str, str]) -> dict[str, Any]:
     layouts = dict(re.findall(r"^(#\w+) = (.*)$", asm["ttgir"], re.MULTILINE))
     exchanged = re.findall(r"shfl\.sync\.idx.*-> tensor<(\d+)xf32, (#\w+)>", asm["ttgir"])
@@ -99,4 +115,6 @@ def seen(asm: dict[str, str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(json.dumps({name: seen(compiled(changes)) for name, changes in VARIANTS.items()}))
+    variants = {name: seen(compiled(changes)) for name, changes in VARIANTS.items()}
+    turns = {rank: compiled_turns(rank) for rank in low_rank.TILES}
+    Path(sys.argv[1]).write_text(json.dumps({"variants": variants, "turns": turns}))

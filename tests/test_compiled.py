@@ -26,14 +26,20 @@ ONE_TO_A_THREAD, EIGHT_TO_A_THREAD = (
 
 
 @pytest.fixture(scope="module")
-def variants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What `compiling_process` has seen, by variant."""
+def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What `compiling_process` has seen."""
     out = tmp_path_factory.mktemp("compiled") / "seen.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("compiling_process.py")
     done = subprocess.run([sys.executable, str(script), str(out)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(out.read_text())
+
+
+@pytest.fixture(scope="module")
+def variants(seen: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of the step kernel, by variant."""
+    return seen["variants"]
 
 
 def test_what_a_warp_exchanges_lies_one_or_eight_to_a_thread(variants: dict[str, dict[str, Any]]) -> None:
@@ -93,3 +99,8 @@ def test_every_tensor_is_stored_once(variants: dict[str, dict[str, Any]]) -> Non
     factored = variants["factored, odd rows, float16"]
     assert factored["stores"].count("256f16") == 2 * LOOPS
     assert factored["stores"].count("256i8") == 2 * LOOPS  # m and the mask
+
+
+def test_turns_compile_for_every_rank(seen: dict[str, dict[str, Any]]) -> None:
+    """The kernels of `lora_direction`, whose products of matrices the interpreter takes in any shape."""
+    assert seen["turns"] == {rank: ["gram_kernel", "turn_kernel", "turned_kernel"] for rank in ("16", "32", "64")}
