@@ -28,7 +28,6 @@ NOT_OURS = {
     "maximize": "the loss is negated by its writer",
     "foreach": "the kernels take all tensors at once",
     "fused": "they are fused in any case",
-    "capturable": "not decided by an option",
     "differentiable": "a step is taken in place",
     "decoupled_weight_decay": "decay is decoupled in any case",
 }
