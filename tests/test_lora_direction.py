@@ -248,3 +248,21 @@ def test_where_a_rate_is_found_the_turned_step_is_as_long() -> None:
         opt.step()
         moves.append(np.sqrt(p.detach().square().mean().item()))
     assert moves[0] == pytest.approx(moves[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("lr", [1e-3, None], ids=["given", "found"])
+def test_one_matrix_a_call_is_turned_as_all_at_once(backend: str, lr: float | None) -> None:
+    """A backward pass that steps: to the bits, in the rate found too."""
+    together, alone = (named(((8, 40), (70, 4)), torch.float32) for _ in range(2))
+    options = {"lr": lr, "backend": backend, "lora_direction": "orthogonal", "min_8bit_size": 0, "seed": 0}
+    opts = [Automagic8bit(pairs, **options) for pairs in (together, alone)]
+    for step in range(4):
+        for i, ((_, p), (_, q)) in enumerate(zip(together, alone, strict=True)):
+            g = normal(tuple(p.shape), 100 * step + i) + 0.5
+            p.grad, q.grad = g.to(p.device), g.to(q.device)
+        opts[0].step()
+        for _, q in alone:
+            opts[1].step_parameter(q, opts[1].param_groups[0])
+    for (_, p), (_, q) in zip(together, alone, strict=True):
+        assert torch.equal(p, q)
