@@ -395,7 +395,9 @@ def _launch(
     summed = switches.WARM or switches.AUTO
     parts = statistics.PARTS.value * bucket.programs if summed else 0
     partials = torch.empty(parts, dtype=torch.float32, device=device)
-    directions = torch.empty(bucket.direction_elements, dtype=torch.float32, device=device)
+    directions = partials  # not looked at
+    if switches.DIRECTED:
+        directions = torch.empty(bucket.direction_elements, dtype=torch.float32, device=device)
     arguments = {
         "table_ptr": bucket.table,
         "numbers_ptr": numbers,

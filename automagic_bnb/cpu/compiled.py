@@ -498,15 +498,15 @@ def confident(s, activity, m, r, n):
 @compiled
 def cautious(s, active, g, n):
     """Step 5, of a block in which so many elements have a gradient."""
-    agreeing, factor = 0, ONE
     if s.cautious:
+        agreeing = 0
         for i in range(BLOCK):
             agrees = ((n[i] > ZERO) & (g[i] > ZERO)) | ((n[i] < ZERO) & (g[i] < ZERO))
             agreeing += agrees
             n[i] = n[i] if agrees else ZERO
-        factor /= max(np.float32(agreeing) / np.float32(max(active, 1)), s.MIN_CAUTIOUS_SHARE)
-    for i in range(BLOCK):
-        n[i] *= factor
+        factor = ONE / max(np.float32(agreeing) / np.float32(max(active, 1)), s.MIN_CAUTIOUS_SHARE)
+        for i in range(BLOCK):
+            n[i] *= factor
 
 
 @compiled
@@ -598,11 +598,14 @@ def room():
 
 @kept
 def update(numbers, held):
-    """One step of one parameter, in place.
+    """One step of one parameter, in place; where there is room for its direction, all but its weights: see `move`.
 
     Args:
         numbers: `step.NUMBERS` [1].
         held: `Held`.
+
+    Returns:
+        W as it stood before.
     """
     s = numbers[0]
     g, u, e, m, v, r, n, k, x, terms, seen = (
@@ -613,6 +616,7 @@ def update(numbers, held):
     keep, sign = np.zeros(BLOCK, dtype=np.uint8), np.zeros(BLOCK, dtype=np.uint8)
     bits = np.zeros(BLOCK, dtype=np.uint32)
     blocks, factored, mask_mean = (s.n + BLOCK - 1) // BLOCK, held.v.row.size > 0, held.stats[s.MASK_MEAN]
+    directed = held.direction.size > 0
     skipped, active, mask_sum, numerator, denominator = 0, 0, 0.0, 0.0, 0.0
     for tile in range(s.tiles):
         first = tile // s.strips * s.height * s.strips + tile % s.strips
@@ -650,7 +654,7 @@ def update(numbers, held):
             confident(s, activity, m, r, n)
             with_gradient = count_of(g)
             active += with_gradient
-            if s.directed:
+            if directed:
                 store(n, held.direction, start, count)
             else:
                 cautious(s, with_gradient, g, n)
@@ -669,7 +673,7 @@ def update(numbers, held):
                 numerator += sums[0]
                 denominator += sums[1]
             mask_sum += rates_of(s, mask_mean, held.factors, g, k, terms)
-            if not s.directed:
+            if not directed:
                 subtract(s.weight_decay, x, k, n)
                 write_theta(s.rounding, s.most, held.theta, held.low, start, count, x, keep, bits)
             write_moment(s, held.m, block, count, m, bits, touched)
@@ -683,6 +687,7 @@ def update(numbers, held):
         held.stats[s.LR_NUMERATOR], held.stats[s.LR_DENOMINATOR] = np.float32(numerator), np.float32(denominator)
     if s.adapt and s.mask_bits > 0 and active > 0:
         held.stats[s.MASK_MEAN] = np.float32(mask_sum / active)
+    return mask_mean
 
 
 @kept
@@ -691,7 +696,7 @@ def move(numbers, held, mask_mean):
 
     Args:
         numbers, held: as `update` had them.
-        mask_mean: W as it stood before that.
+        mask_mean: what `update` returned.
     """
     s = numbers[0]
     g, n, k, x, terms = room(), room(), room(), room(), room()

@@ -85,7 +85,6 @@ class Numbers(NamedTuple):
     adapt: bool
     auto: bool
     short_means: bool
-    directed: bool
     key: np.uint32
 
 
@@ -144,10 +143,9 @@ def update_parameter(
     grad = clipped(grad, state, options)
     arrays, directed = Arrays(state), direction.is_directed(p, options, s.is_lora)
     n = torch.empty(p.numel() if directed else 0, dtype=torch.float32)
-    mask_mean = state["tensor_stats"][st.MASK_MEAN].item()
     numbers = numbers_of(p, arrays.state, options, s, d, compiled)
     held = held_of(arrays, p, grad, n, compiled)
-    compiled.update(numbers, held)
+    mask_mean = compiled.update(numbers, held)
     if directed:
         n.copy_(direction.orthogonal(n.view(1, *p.shape)).view(-1))
         compiled.move(numbers, held, np.float32(mask_mean))
@@ -322,7 +320,6 @@ def numbers_of(p: Tensor, state: st.State, options: dict[str, Any], s: Scalars, 
         adapt=s.adapt_mask,
         auto=d is not None,
         short_means=tiling is not None and state["exp_avg_sq_row"].dtype == torch.bfloat16,
-        directed=direction.is_directed(p, options, s.is_lora),
         key=np.uint32(s.rounding_key),
     )
     return np.array([_CONSTANTS + numbers], dtype=NUMBERS)
