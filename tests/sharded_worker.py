@@ -7,6 +7,7 @@ OUT/whole.pt, what each of several has seen in OUT/WORLD_RANK.pt. The imports ar
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import os
 import sys
 import traceback
@@ -336,7 +337,6 @@ def by_kernels(rank: int, world: int, out: Path) -> None:
         name: contents(*trained(KERNELS[name], mesh, one_by_one=name == "32 bits")) for name in names
     }
     torch.save({**seen, "launched": sum(launched)}, out / f"{world}_{rank}.pt")
-    dist.destroy_process_group()
 
 
 def main(rank: int, world: int, out: Path) -> None:
@@ -357,7 +357,6 @@ def main(rank: int, world: int, out: Path) -> None:
         seen["hybrid"] = hybrid(world)
         seen["of 2"] = resumed_from(out / "dcp2", mesh)
     torch.save(seen, out / f"{world}_{rank}.pt")
-    dist.destroy_process_group()
 
 
 def after_four(rank: int, world: int, out: Path) -> None:
@@ -365,21 +364,27 @@ def after_four(rank: int, world: int, out: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{out / 'store of fewer'}", rank=rank, world_size=world)
     seen = {"of 4": resumed_from(out / "dcp4", init_device_mesh("cpu", (world,)))}
     torch.save(seen, out / f"fewer_{rank}.pt")
-    dist.destroy_process_group()
 
 
 def forked(world: int, out: Path, work: Callable[[int, int, Path], None] = main) -> None:
-    """`work` in so many processes; raises SystemExit where one fails."""
+    """`work` in so many processes; raises SystemExit where one fails.
+
+    None of them closes its connections while another may still read from it: what a collective has sent is not yet
+    what has arrived.
+    """
     assert not torch.cuda.is_available(), "a process with GPUs is not forked once autograd has begun"
-    children = []
+    children, all_done = [], multiprocessing.get_context("fork").Barrier(world)
     for rank in range(world):
         if (child := os.fork()) == 0:
             code = 1
             try:
                 work(rank, world, out)
+                all_done.wait(timeout=300)
+                dist.destroy_process_group()
                 code = 0
             except BaseException:
                 traceback.print_exc()
+                all_done.abort()
             finally:
                 sys.stderr.flush()
                 os._exit(code)
