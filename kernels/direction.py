@@ -59,11 +59,16 @@ class Chunk(IntEnum):
     START = 1  # along the long side
 
 
-SPANS = 32
-"""Spans to a chunk: thousands of programs of a LoRA's some hundred matrices, and sums of a few of them."""
+CHUNK = 2048
+"""Places along the long side: thousands of programs of a LoRA's some hundred matrices, and sums of a few of them."""
+GRAM_TILES = {16: (64, 1, 1), 32: (64, 2, 1), 64: (64, 8, 2)}
+TURNED_TILES = {16: (64, 4, 3), 32: (64, 4, 3), 64: (64, 8, 2)}
+"""By RANK: SPAN, warps and stages; the best that were tried (benchmarks/NOTES.md), at 64 not measured."""
+PRECISION = tl.constexpr("tf32x3")
+"""Of products with n: by tensor cores, with nearly the digits of float32."""
 M_ROW, M_OFFSET, M_ROWS, M_COLS, M_FIRST, M_CHUNKS = (tl.constexpr(int(column)) for column in Matrix)
 C_MATRIX, C_START = (tl.constexpr(int(column)) for column in Chunk)
-_MATRIX, _CHUNK, _SPANS = tl.constexpr(len(Matrix)), tl.constexpr(len(Chunk)), tl.constexpr(SPANS)
+_MATRIX, _CHUNK, _PLACES = tl.constexpr(len(Matrix)), tl.constexpr(len(Chunk)), tl.constexpr(CHUNK)
 
 
 @triton.jit
@@ -72,25 +77,24 @@ def _square(RANK: tl.constexpr):
 
 
 @triton.jit
-def _chunk(chunk_ptr, entry_ptr, SPAN: tl.constexpr):
+def _chunk(chunk_ptr, entry_ptr):
     """Where a chunk begins and ends along the long side, both sides' lengths, and whether the long one is first."""
     rows, cols = tl.load(entry_ptr + M_ROWS).to(tl.int32), tl.load(entry_ptr + M_COLS).to(tl.int32)
     long, start = tl.maximum(rows, cols), tl.load(chunk_ptr + C_START).to(tl.int32)
-    return start, tl.minimum(start + _SPANS * SPAN, long), tl.minimum(rows, cols), long, rows > cols
+    return start, tl.minimum(start + _PLACES, long), tl.minimum(rows, cols), long, rows > cols
 
 
 @triton.jit
 def _gram(n_ptr, start, end, short, long, TALL: tl.constexpr, RANK: tl.constexpr, SPAN: tl.constexpr):
     """N Nᵀ of the short side over a chunk, float32 [RANK, RANK], zeros behind the end."""
     gram = tl.zeros((RANK, RANK), dtype=tl.float32)
-    while start < end:
-        place, inside = places(start, short, long, TALL, RANK, SPAN)
+    for at in tl.range(start, end, SPAN):
+        place, inside = places(at, short, long, TALL, RANK, SPAN)
         n = tl.load(n_ptr + place, mask=inside, other=0.0)
         if TALL:
-            gram = tl.dot(tl.trans(n), n, gram, input_precision="ieee")
+            gram = tl.dot(tl.trans(n), n, gram, input_precision=PRECISION)
         else:
-            gram = tl.dot(n, tl.trans(n), gram, input_precision="ieee")
-        start += SPAN
+            gram = tl.dot(n, tl.trans(n), gram, input_precision=PRECISION)
     return gram
 
 
@@ -109,7 +113,7 @@ def gram_kernel(chunks_ptr, table_ptr, grads_ptr, directions_ptr, grams_ptr, RAN
     entry_ptr = table_ptr + tl.load(chunk_ptr + C_MATRIX) * _MATRIX
     if tl.load(grads_ptr + tl.load(entry_ptr + M_ROW)) != 0:
         n_ptr = directions_ptr + tl.load(entry_ptr + M_OFFSET)
-        start, end, short, long, tall = _chunk(chunk_ptr, entry_ptr, SPAN)
+        start, end, short, long, tall = _chunk(chunk_ptr, entry_ptr)
         if tall:
             gram = _gram(n_ptr, start, end, short, long, True, RANK, SPAN)
         else:
@@ -153,15 +157,14 @@ def turn_kernel(table_ptr, grads_ptr, grams_ptr, turns_ptr, RANK: tl.constexpr):
 @triton.jit
 def _turned(n_ptr, turn, start, end, short, long, TALL: tl.constexpr, RANK: tl.constexpr, SPAN: tl.constexpr):
     """N ← T N over a chunk."""
-    while start < end:
-        place, inside = places(start, short, long, TALL, RANK, SPAN)
+    for at in tl.range(start, end, SPAN):
+        place, inside = places(at, short, long, TALL, RANK, SPAN)
         n = tl.load(n_ptr + place, mask=inside, other=0.0)
         if TALL:
-            n = tl.dot(n, turn, input_precision="ieee")
+            n = tl.dot(n, turn, input_precision=PRECISION)
         else:
-            n = tl.dot(turn, n, input_precision="ieee")
+            n = tl.dot(turn, n, input_precision=PRECISION)
         tl.store(n_ptr + place, n, mask=inside)
-        start += SPAN
 
 
 @triton.jit
@@ -172,7 +175,7 @@ def turned_kernel(chunks_ptr, table_ptr, grads_ptr, directions_ptr, turns_ptr, R
     entry_ptr = table_ptr + matrix * _MATRIX
     if tl.load(grads_ptr + tl.load(entry_ptr + M_ROW)) != 0:
         n_ptr = directions_ptr + tl.load(entry_ptr + M_OFFSET)
-        start, end, short, long, tall = _chunk(chunk_ptr, entry_ptr, SPAN)
+        start, end, short, long, tall = _chunk(chunk_ptr, entry_ptr)
         turn = tl.load(turns_ptr + matrix * (RANK * RANK) + _square(RANK))
         if tall:
             _turned(n_ptr, turn, start, end, short, long, True, RANK, SPAN)
@@ -262,26 +265,29 @@ class Alike:
     @classmethod
     def of(cls, rank: int, matrices: np.ndarray, device: torch.device) -> Alike:
         """matrices: int64 [matrices, Matrix], its last two columns still empty."""
-        matrices, length = matrices.copy(), SPANS * low_rank.TILES[rank][0]
-        counts = -(-matrices[:, [Matrix.ROWS, Matrix.COLS]].max(axis=1) // length)
+        matrices = matrices.copy()
+        counts = -(-matrices[:, [Matrix.ROWS, Matrix.COLS]].max(axis=1) // CHUNK)
         matrices[:, Matrix.FIRST], matrices[:, Matrix.CHUNKS] = np.cumsum(counts) - counts, counts
         owners = np.repeat(np.arange(len(matrices)), counts)
-        starts = (np.arange(len(owners)) - matrices[owners, Matrix.FIRST]) * length
+        starts = (np.arange(len(owners)) - matrices[owners, Matrix.FIRST]) * CHUNK
         return cls(rank, upload(matrices, device), upload(np.stack([owners, starts], axis=1), device))
 
     def turn(self, grads: Tensor, directions: Tensor) -> None:
         """Launch the three kernels."""
-        rank, (span, warps), compiled = self.rank, low_rank.TILES[self.rank], _compiled(self.rank)
+        rank, compiled = self.rank, _compiled(self.rank)
         squares = torch.empty(
             (len(self.chunks) + len(self.table), rank, rank), dtype=torch.float32, device=grads.device
         )
         grams, turns = squares[: len(self.chunks)], squares[len(self.chunks) :]
         known = {"chunks_ptr": self.chunks, "table_ptr": self.table, "grads_ptr": grads, "directions_ptr": directions}
-        tiles = {"RANK": rank, "SPAN": span}
-        compiled.launch(gram_kernel, len(self.chunks), {**known, "grams_ptr": grams, **tiles}, num_warps=warps)
+        span, warps, stages = GRAM_TILES[rank]
+        of_chunks = {**known, "grams_ptr": grams, "RANK": rank, "SPAN": span}
+        compiled.launch(gram_kernel, len(self.chunks), of_chunks, num_warps=warps, num_stages=stages)
         of_matrix = {"table_ptr": self.table, "grads_ptr": grads, "grams_ptr": grams, "turns_ptr": turns, "RANK": rank}
-        compiled.launch(turn_kernel, len(self.table), of_matrix, num_warps=warps)
-        compiled.launch(turned_kernel, len(self.chunks), {**known, "turns_ptr": turns, **tiles}, num_warps=warps)
+        compiled.launch(turn_kernel, len(self.table), of_matrix, num_warps=4)
+        span, warps, stages = TURNED_TILES[rank]
+        of_chunks = {**known, "turns_ptr": turns, "RANK": rank, "SPAN": span}
+        compiled.launch(turned_kernel, len(self.chunks), of_chunks, num_warps=warps, num_stages=stages)
 
 
 class Turns:
