@@ -277,6 +277,8 @@ class AutomagicConfig:
     detail_preservation: float = _opt(0.8, _FACTOR)
     # LoRA. `lora=None`: told by the parameter's mark or name.
     lora: bool | None = _opt(None, _or_none(_BOOL))
+    # Whether its elements have rates of their own, too: they cost loss there (benchmarks/quality).
+    lora_mask: bool = _opt(False, _BOOL)
     lora_rank_penalty: bool = _opt(True, _BOOL)
     rank_penalty_strength: float = _opt(0.01, _FACTOR)
     low_rank_emphasis: float = _opt(1.2, _FACTOR)

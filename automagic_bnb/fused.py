@@ -138,11 +138,12 @@ def takes(p: Tensor, backend: str | None) -> bool:
 
 @dataclass
 class Source:
-    """Where a member's options come from: its group, or the group under the parameter's own override."""
+    """Where a member's options come from: its group, what the group's say of LoRA, or of one with an override."""
 
     group: dict[str, Any]
     p: Tensor | None
-    """The parameter with an override; None where the group's options apply as they are."""
+    """Whose options they are: of the parameter with an override, or of any of LoRA's that has none; None where the
+    group's options apply as they are."""
     signature: tuple[Any, ...]
 
 
@@ -332,6 +333,7 @@ class FusedStep:
             found_inf = None if left else scaler.found_inf
             groups, held = self.optimizer.param_groups, self.optimizer.state
             self._rates.begin(groups, held, one, plan.kernels_on, found_inf=found_inf)
+            options = self._options(plan)  # with what that has written into the groups
         stepped: set[int] = set()
         while plan.buckets and not self._launch(plan, options, grads, scaler, stepped):
             plan, options, grads = self._made_anew(plan, one)
@@ -453,11 +455,10 @@ class FusedStep:
                     kernels_on.add(device.type)
             else:
                 options = optimizer.effective_options(group, p)
-                overriding = None if options is group else p
-                key = id(group) if overriding is None else id(p)
+                key = id(p) if optimizer.override_of(p) else (id(group), options is group)
                 if key not in own_sources:
                     own_sources[key] = len(plan.sources)
-                    plan.sources.append(Source(group, overriding, signature(options)))
+                    plan.sources.append(Source(group, None if options is group else p, signature(options)))
                 member = self._member(group, p, own_sources[key], options)
                 members.append((member, st.checked_gradient(p).dtype, options))
                 kernels_on.add(member.theta.device.type)

@@ -372,17 +372,28 @@ class ParameterGroups(bnb.Optimizer2State):
         return self._facts[p]
 
     def effective_options(self, group: Group, p: Tensor) -> dict[str, Any]:
-        """The options in force for one parameter: its group's, under its `GlobalOptimManager` override.
+        """The options in force for one parameter: its group's, under its override. Without a mask, as LoRA's matrices
+        are unless `lora_mask` says otherwise, none adapts, in 32 bits neither.
 
         Raises:
             TypeError, ValueError: the override holds an unknown option or an illegal value.
         """
         config.complete_betas(group)
+        override = self.override_of(p)
+        options = self._overridden(group, override) if override else group
+        if options["mask_bits"] and (options["lora_mask"] or not self.facts_of(p).counts_as_lora(options)):
+            return options
+        return {**options, "mask_bits": 0, "warmup_steps": 0}
+
+    def override_of(self, p: Tensor) -> dict[str, Any]:
+        """What `GlobalOptimManager` and `requantize` say of this very parameter."""
         override = bnb.overrides_of(p)
         if self._overrides and p in self._overrides:
             override = {**override, **self._overrides[p]}
-        if not override:
-            return group
+        return override
+
+    @staticmethod
+    def _overridden(group: Group, override: dict[str, Any]) -> dict[str, Any]:
         where = " in a GlobalOptimManager override"
         ours = {name: value for name, value in override.items() if name not in FOREIGN_OVERRIDES}
         checked = config.respelled({k: config.check_parameter_option(k, value, where) for k, value in ours.items()})
@@ -461,7 +472,7 @@ class ParameterGroups(bnb.Optimizer2State):
         state, sized = self.state[p], local_tensor(p) if "shard" in self.state[p] else p
         if not st.is_complete(state, p, options):
             self.init_state(group, p)
-        if options is not group:  # an override may have come when the state was there already
+        if self.override_of(p):  # one may have come when the state was there already
             held, wanted = st.storage_held(state), st.storage_of(sized, options, self.facts_of(p).is_embedding)
             if held != wanted:
                 warn_once(

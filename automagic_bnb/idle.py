@@ -80,17 +80,25 @@ NO_MATRIX = Reason(
     ", as no parameter is a matrix of which row and column means would be smaller than the moments themselves",
     of_parameter=lambda o, s: s.storage(o) not in st.FACTORED,
 )
+LORA_WITHOUT_MASK = Reason(
+    ", as LoRA's matrices keep no rates of single weights", "pass lora_mask=True",
+    of_parameter=lambda o, s: s.is_lora and not o["lora_mask"],
+)  # fmt: skip
 NO_MASK = Reason(
     " with mask_bits=0, which keeps no rates of single weights", "pass mask_bits=8 or 4",
-    of_parameter=lambda o, s: o["mask_bits"] == 0 and s.storage(o) != "32bit",
+    of_options=lambda o: o["mask_bits"] == 0,
 )  # fmt: skip
 MASK_AT_REST = Reason(
     " with warmup_steps=0, which leaves all weights the same rate", "pass a higher warmup_steps",
     of_options=lambda o: o["warmup_steps"] == 0,
 )  # fmt: skip
-NOTHING_BOUND = Reason(  # a rate that is found has bounds, too
+NOTHING_BOUND_OF_LORA = Reason(  # a rate that is found has bounds, too
+    LORA_WITHOUT_MASK.words, LORA_WITHOUT_MASK.remedy,
+    of_parameter=lambda o, s: not o["auto_lr"] and LORA_WITHOUT_MASK.of_parameter(o, s),
+)  # fmt: skip
+NOTHING_BOUND = Reason(
     NO_MASK.words, NO_MASK.remedy,
-    of_parameter=lambda o, s: not o["auto_lr"] and NO_MASK.of_parameter(o, s),
+    of_options=lambda o: not o["auto_lr"] and NO_MASK.of_options(o),
 )  # fmt: skip
 NOTHING_BOUND_AT_REST = Reason(
     MASK_AT_REST.words, MASK_AT_REST.remedy,
@@ -122,9 +130,10 @@ NOT_AWARE = Reason(
     of_options=lambda o: not o["spatial_awareness"],
 )  # fmt: skip
 NO_LORA_PARTS = Reason(
-    " with torque=False, lora_rank_penalty=False and no lora_direction, without which LoRA is treated as all else is",
+    " with lora_mask=True, torque=False, lora_rank_penalty=False and no lora_direction, with which LoRA is treated as "
+    "all else is",
     "leave one of them out",
-    of_options=lambda o: not (o["torque"] or o["lora_rank_penalty"] or o["lora_direction"]),
+    of_options=lambda o: o["lora_mask"] and not (o["torque"] or o["lora_rank_penalty"] or o["lora_direction"]),
 )
 NO_LORA = Reason(
     ", as no parameter can be told to be LoRA's",
@@ -205,7 +214,8 @@ def _of_profile(options: Options) -> Options:
 def _comes_to_nothing(sets: Options, options: Options, subject: Subject | None) -> bool:
     """Whether none of what a profile or a preset sets has an effect."""
     return all(
-        options[name] != value or any(reason.holds(options, subject) for reason in TABLE[name].reasons)
+        options[name] != value
+        or (value not in TABLE[name].idle_values and any(x.holds(options, subject) for x in TABLE[name].reasons))
         for name, value in sets.items()
     )
 
@@ -229,12 +239,12 @@ ALWAYS = Line(())
 
 TABLE: dict[str, Line] = {
     "lr": ALWAYS,
-    "min_lr": Line((NOTHING_BOUND, NOTHING_BOUND_AT_REST), (0,)),
-    "max_lr": Line((NOTHING_BOUND, NOTHING_BOUND_AT_REST)),
+    "min_lr": Line((NOTHING_BOUND_OF_LORA, NOTHING_BOUND, NOTHING_BOUND_AT_REST), (0,)),
+    "max_lr": Line((NOTHING_BOUND_OF_LORA, NOTHING_BOUND, NOTHING_BOUND_AT_REST)),
     "auto_lr": ALWAYS,
     "auto_lr_steps": Line((RATE_GIVEN,)),
     "weight_decay": ALWAYS,
-    "warmup_steps": Line((NO_MASK,), (0,)),
+    "warmup_steps": Line((LORA_WITHOUT_MASK, NO_MASK), (0,)),
     "betas": ALWAYS,
     "eps": ALWAYS,
     "clip_threshold": ALWAYS,
@@ -245,7 +255,7 @@ TABLE: dict[str, Line] = {
     "stable_emb": Line((FORCED, NO_EMBEDDING)),
     "force_8bit": ALWAYS,
     "factored": Line((IN_32_BITS, NO_MATRIX)),
-    "mask_bits": Line((IN_32_BITS,)),
+    "mask_bits": Line((IN_32_BITS, LORA_WITHOUT_MASK), (0,)),
     "mean_bits": Line((IN_32_BITS, NOT_FACTORED, NO_MATRIX)),
     "is_paged": Line((NOT_PAGED_THERE, TOO_SMALL_TO_PAGE)),
     "edge_suppression": Line((NO_EDGE_PENALTY, NO_SURFACE)),
@@ -253,9 +263,10 @@ TABLE: dict[str, Line] = {
     "edge_threshold": Line((NO_EDGES, NO_EDGE_PENALTY, NO_SURFACE)),
     "frequency_penalty": Line((NO_SURFACE,), (0,)),
     "background_regularization": ALWAYS,
-    "spatial_awareness": Line((MASK_AT_REST, NO_MASK)),
-    "detail_preservation": Line((NOT_AWARE, MASK_AT_REST, NO_MASK)),
+    "spatial_awareness": Line((LORA_WITHOUT_MASK, NO_MASK, MASK_AT_REST)),
+    "detail_preservation": Line((NOT_AWARE, LORA_WITHOUT_MASK, NO_MASK, MASK_AT_REST)),
     "lora": Line((NO_LORA_PARTS,)),
+    "lora_mask": Line((NO_LORA, NO_MASK, MASK_AT_REST)),
     "lora_rank_penalty": Line((NO_STRENGTH, NO_LORA, NO_THIN_MATRIX)),
     "rank_penalty_strength": Line((NO_RANK_PENALTY, NO_LORA, NO_THIN_MATRIX), (0,)),
     "low_rank_emphasis": Line((NO_TORQUE, NO_LORA), (1,)),

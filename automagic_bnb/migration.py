@@ -132,8 +132,15 @@ def fill(state: st.State, carried: Carried, p: Tensor, options: Options) -> None
         moments.write(1, m * bound.clamp_max(1) * (1 - beta1**carried.step))
     if carried.second is not None:
         moments.write(2, blocks.cut(carried.second) * (1 - beta2**carried.step))
-    if carried.rates is not None and has_mask(state):
+    if carried.rates is None:
+        return
+    if options["mask_bits"] and has_mask(state):
         _fill_mask(state, carried.rates, carried.polarity)
+    else:
+        warn_once(
+            "the checkpoint's rates of single weights stay behind where none are kept, which is so for LoRA's matrices "
+            "unless lora_mask=True, and with mask_bits=0"
+        )
 
 
 def _fill_mask(state: st.State, rates: Tensor, polarity: Tensor | None) -> None:
@@ -165,7 +172,7 @@ def group_entries(group: dict[str, Any], sums: list[tuple[Tensor, int]]) -> dict
 
 def warn_of_freeze(step: int, warmup_steps: int) -> None:
     """Say that the weights' own rates do not move any more, where the step carried over is beyond the warm-up."""
-    if step >= warmup_steps:
+    if 0 < warmup_steps <= step:
         warn_once(
             f"the checkpoint is at step {step}, and the weights' own rates adapt in the first warmup_steps="
             f"{warmup_steps} only: they stay as they are now. To let them adapt, pass warmup_steps={step + 500}"

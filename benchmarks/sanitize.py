@@ -30,7 +30,7 @@ RUNS: list[tuple[torch.dtype, dict[str, Any]]] = [
     (torch.bfloat16, {"optim_bits": 8, "factored": True, "mask_bits": 4, "mean_bits": 16, "warmup_steps": 5}),
     (torch.bfloat16, {"optim_bits": 8, "factored": True, "mask_bits": 0, "came": False, "auto_lr": True}),
     (torch.bfloat16, {"optim_bits": 8, "factored": True, "min_8bit_size": 10**9}),
-    (torch.bfloat16, {"optim_bits": 8, "factored": True, "lora_direction": "orthogonal", "percentile_clipping": 50}),
+    (torch.bfloat16, {"optim_bits": 8, "factored": True, "lora_direction": "orthogonal", "lora_mask": False}),
     (torch.bfloat16, {"optim_bits": 32, "lora_direction": "orthogonal", "master": "ecc8", "auto_lr": True}),
 ]
 STEPS = 11
@@ -44,7 +44,8 @@ def run(dtype: torch.dtype, options: dict[str, Any], device: torch.device) -> No
         return (torch.randn(shape, generator=generator) * scale).to(device, dtype)
 
     p = [torch.nn.Parameter(draw(shape, 0.1)) for shape in SHAPES]
-    opt = Automagic(p, lora=True, backend="triton", **{"lr": 1e-2, "min_8bit_size": 0, **options})
+    options = {"lr": 1e-2, "min_8bit_size": 0, "lora_mask": True, **options}
+    opt = Automagic(p, lora=True, backend="triton", **options)
     for step in range(STEPS):
         for x in p:
             x.grad = draw(tuple(x.shape), 1.0)

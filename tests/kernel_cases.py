@@ -106,6 +106,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "mask freezes": {"warmup_steps": 2},
     "mask never moves": {"warmup_steps": 0},
     "LoRA": {"lora": True, "low_rank_emphasis": 1.3, "rank_penalty_strength": 0.1},
+    "LoRA with a mask": {"lora": True, "lora_mask": True, "low_rank_emphasis": 1.3, "rank_penalty_strength": 0.1},
     "narrow bounds": {"min_lr": 0.0198, "max_lr": 0.0203},
     "betas of 0": {"betas": (0.5, 0.0, 0.0)},
     "betas near 1": {"betas": (0.8, 0.999, 0.9999)},  # 1 - β must not be taken in float32

@@ -37,6 +37,7 @@ ANOTHER_VALUE = {
     "spatial_awareness": False,
     "detail_preservation": 1.5,
     "lora": True,
+    "lora_mask": True,
     "lora_rank_penalty": False,
     "rank_penalty_strength": 0.5,
     "low_rank_emphasis": 0.1,

@@ -30,6 +30,7 @@ DEFAULTS = {
     "spatial_awareness": True,
     "detail_preservation": 0.8,
     "lora": False,
+    "lora_mask": False,
     "lora_rank_penalty": True,
     "rank_penalty_strength": 0.01,
     "low_rank_emphasis": 1.2,
@@ -107,7 +108,7 @@ class RuleInFloat64:
     def __init__(self, theta: np.ndarray, factored: bool = False, mask: bool = True, **options) -> None:
         self.options = o = {**DEFAULTS, **options}
         assert set(o) == set(DEFAULTS), "an option that this rule does not know"
-        self.shape, self.mask = theta.shape, mask
+        self.shape, self.mask = theta.shape, mask and (o["lora_mask"] or not o["lora"])
         self.theta = theta.astype(np.float64).reshape(-1)
         n = self.theta.size
         self.slices = [slice(i, min(i + BLOCK, n)) for i in range(0, n, BLOCK)]

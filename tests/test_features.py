@@ -149,7 +149,9 @@ CASES = [
     Case("lora_rank_penalty", False, "θ", steps=10, base=LORA),
     Case("lora_rank_penalty", False, "", steps=10),
     Case("rank_penalty_strength", 0.3, "θ", steps=10, base=LORA),
-    Case("lora", True, "θmrs", base={"lora_rank_penalty": False}),
+    Case("lora", True, "θmrs", base={"lora_rank_penalty": False, "lora_mask": True}),
+    Case("lora_mask", True, "θσkWπ", base={"lora": True}),
+    Case("lora_mask", True, ""),
     Case("lora_direction", "orthogonal", "θ", base=LORA),
     Case("lora_direction", "orthogonal", ""),
     Case("stochastic_rounding", False, ""),
@@ -184,7 +186,7 @@ def test_option_changes_its_own_part_alone(case: Case, storage: str) -> None:
 RULE_OPTIONS = """
     lr min_lr max_lr auto_lr auto_lr_steps weight_decay warmup_steps betas eps clip_threshold percentile_clipping
     edge_suppression edge_penalty edge_threshold frequency_penalty background_regularization spatial_awareness
-    detail_preservation lora lora_rank_penalty rank_penalty_strength low_rank_emphasis lora_direction
+    detail_preservation lora lora_mask lora_rank_penalty rank_penalty_strength low_rank_emphasis lora_direction
     torque came cautious stochastic_rounding master
     seed
 """

@@ -66,13 +66,18 @@ class Case:
 
 
 NO_RATES = {"mask_bits": 0, "lr": 1e-3, "optim_bits": 8}
+GIVEN = {"lr": 1e-3, "optim_bits": 8}
+WITH_MASK = {"lora_mask": True}
 CASES = [
     Case("min_lr", idle.NOTHING_BOUND, 1e-5, NO_RATES, mended={"mask_bits": 8}),
     Case("min_lr", idle.NOTHING_BOUND_AT_REST, 1e-5, {"warmup_steps": 0, "lr": 1e-3}, mended={"warmup_steps": 9}),
     Case("max_lr", idle.NOTHING_BOUND, 1e-2, NO_RATES, mended={"lr": None}),
     Case("max_lr", idle.NOTHING_BOUND_AT_REST, 1e-2, {"warmup_steps": 0, "lr": 1e-3}, mended={"lr": None}),
+    Case("min_lr", idle.NOTHING_BOUND_OF_LORA, 1e-5, GIVEN, "LoRA", WITH_MASK),
+    Case("max_lr", idle.NOTHING_BOUND_OF_LORA, 1e-2, GIVEN, "LoRA", {"lr": None}),
     Case("auto_lr_steps", idle.RATE_GIVEN, 100, {"lr": 1e-3}, mended={"auto_lr": True}),
     Case("warmup_steps", idle.NO_MASK, 100, NO_RATES, mended={"mask_bits": 8}),
+    Case("warmup_steps", idle.LORA_WITHOUT_MASK, 100, GIVEN, "LoRA", WITH_MASK),
     Case("optim_bits", idle.ALL_SMALL, 8, parameters="small matrix", mended={"min_8bit_size": 0}),
     Case("min_8bit_size", idle.IN_32_BITS, 100, {"optim_bits": 32}, mended={"optim_bits": 8}),
     Case("min_8bit_size", idle.FORCED, 100, {"force_8bit": True, "optim_bits": 8}, mended={"force_8bit": False}),
@@ -81,6 +86,7 @@ CASES = [
     Case("factored", idle.IN_32_BITS, True, {"optim_bits": 32}, mended={"optim_bits": 8}),
     Case("factored", idle.NO_MATRIX, True, {"optim_bits": 8}, "vector", mended_parameters="matrix"),
     Case("mask_bits", idle.IN_32_BITS, 8, {"optim_bits": 32}, mended={"optim_bits": 8}),
+    Case("mask_bits", idle.LORA_WITHOUT_MASK, 8, GIVEN, "LoRA", WITH_MASK),
     Case("mean_bits", idle.IN_32_BITS, 32, {"optim_bits": 32}, mended={"optim_bits": 8}),
     Case("mean_bits", idle.NOT_FACTORED, 32, {"factored": False, "optim_bits": 8}, mended={"factored": True}),
     Case("mean_bits", idle.NO_MATRIX, 32, {"optim_bits": 8}, "vector", mended_parameters="matrix"),
@@ -96,10 +102,18 @@ CASES = [
     Case("frequency_penalty", idle.NO_SURFACE, 0.3, parameters="vector", mended_parameters="matrix"),
     Case("spatial_awareness", idle.MASK_AT_REST, True, {"warmup_steps": 0}, mended={"warmup_steps": 9}),
     Case("spatial_awareness", idle.NO_MASK, True, NO_RATES, mended={"mask_bits": 8}),
+    Case("spatial_awareness", idle.LORA_WITHOUT_MASK, True, GIVEN, "LoRA", WITH_MASK),
+    Case("detail_preservation", idle.LORA_WITHOUT_MASK, 0.3, GIVEN, "LoRA", WITH_MASK),
     Case("detail_preservation", idle.NOT_AWARE, 0.3, {"spatial_awareness": False}, mended={"spatial_awareness": True}),
     Case("detail_preservation", idle.MASK_AT_REST, 0.3, {"warmup_steps": 0}, mended={"warmup_steps": 9}),
     Case("detail_preservation", idle.NO_MASK, 0.3, NO_RATES, mended={"mask_bits": 8}),
-    Case("lora", idle.NO_LORA_PARTS, True, {"torque": False, "lora_rank_penalty": False}, mended={"torque": True}),
+    Case(
+        "lora", idle.NO_LORA_PARTS, True, {"lora_mask": True, "torque": False, "lora_rank_penalty": False},
+        mended={"torque": True},
+    ),
+    Case("lora_mask", idle.NO_LORA, True, mended={"lora": True}),
+    Case("lora_mask", idle.NO_MASK, True, NO_RATES, "LoRA", {"mask_bits": 4}),
+    Case("lora_mask", idle.MASK_AT_REST, True, {"warmup_steps": 0}, "LoRA", {"warmup_steps": 9}),
     Case(
         "lora_rank_penalty", idle.NO_STRENGTH, True, {"rank_penalty_strength": 0}, "LoRA",
         mended={"rank_penalty_strength": 0.1},
@@ -125,7 +139,7 @@ CASES = [
     Case("capturable", idle.NO_CUDA, True),
     Case("backend", idle.STRIDED, "triton", {}, "strided", mended_parameters="matrix"),
     Case("preset", idle.PRESET_OVERRULED, "full", {"weight_decay": 0.3}, mended={"weight_decay": 0.01}),
-    Case("profile", idle.OVERRULED, "memory_optimized", {"optim_bits": 32}, mended={"optim_bits": 8}),
+    Case("profile", idle.OVERRULED, "memory_optimized", {"mask_bits": 8}, mended={"mask_bits": 0}),
     Case("run_log_every", idle.NO_LOG, 3, mended={"run_log": "runs"}),
 ]  # fmt: skip
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -200,6 +214,7 @@ def test_profiles_are_silent_where_they_have_an_effect(profile: str) -> None:
     assert not told(Automagic8bit, PARAMETERS["matrix"](), profile=profile)
     assert not told(Automagic8bit, PARAMETERS["LoRA"](), profile=profile)
     whole = vars(getattr(OptimizationProfiles, profile)())
+    whole["lora_mask"] = whole["mask_bits"] == 8  # else it is told that LoRA has no use for them
     assert not told(Automagic8bit, PARAMETERS["LoRA"](), **whole)
 
 

@@ -87,7 +87,7 @@ def test_an_override_equals_a_group_of_its_own(name: str, when: str, tools: Any)
     """Any option, set for one parameter, acts as it would in a group that holds that parameter alone."""
     shapes, value = ((3, 300), BIG), ANOTHER_VALUE[name]
     options = {"lr": 1e-3, "warmup_steps": 5, "rank_penalty_strength": 0.3}
-    low_rank = name in ("lora", "lora_rank_penalty", "rank_penalty_strength", "low_rank_emphasis", "lora_direction")
+    low_rank = name.startswith("lora") or name in ("rank_penalty_strength", "low_rank_emphasis")
     if low_rank and name != "lora":
         options["lora"] = True
     overridden, grouped, plain = (tools.parameters(*shapes, dtype=torch.bfloat16) for _ in range(3))

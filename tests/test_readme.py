@@ -132,6 +132,8 @@ def bytes_per_parameter(label: str, shapes: tuple[tuple[int, int], ...]) -> floa
     for p in weights:
         p.grad = torch.full_like(p, 1e-3)
     values = {k: ast.literal_eval(v) for k, v in options.items()}
+    if cls is None:
+        values["lora"] = all(min(shape) < 64 for shape in shapes)
     opt = (cls or getattr(automagic_bnb, name))(weights, lr=1e-4, **values)
     opt.step()
     return sum(state.state_bytes(opt.state[p]) for p in weights) / sum(p.numel() for p in weights)

@@ -204,6 +204,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     )
     | {"frequency_penalty": 0.0},
     "lora": {"lora": True, "rank_penalty_strength": 0.3, "low_rank_emphasis": 1.7},
+    "lora with a mask": {"lora": True, "lora_mask": True, "low_rank_emphasis": 1.7},
     "lora, turned": {"lora": True, "lora_direction": "orthogonal", "rank_penalty_strength": 0.3},
     "percentile clipping": {"percentile_clipping": 40},
     "min_lr above the rate": {"min_lr": 1.1e-2, "max_lr": 1.2e-2},
@@ -290,7 +291,10 @@ WRONG_OPTIONS: list[tuple[str, dict[str, Any], set[str]]] = [
     ("lora", {"low_rank_emphasis": 1.71}, {"m", "theta"}),
     ("lora", {"rank_penalty_strength": 0.301}, {"theta"}),
     ("lora", {"lora_rank_penalty": False}, {"theta"}),
-    ("lora", {"lora": False}, {"m", "theta"}),
+    ("lora", {"lora": False}, {"m", "theta", "k", "W"}),
+    ("lora", {"lora_mask": True}, {"k", "W", "sigma", "theta"}),
+    ("lora with a mask", {"lora_mask": False}, {"k", "W", "sigma", "theta"}),
+    ("lora with a mask", {"lora": False}, {"m", "theta"}),
     ("lora, turned", {"lora_direction": None}, {"theta"}),
     ("auto_lr, turned", {"lora_direction": None}, {"theta", "d"}),
     ("clamped to min_lr and max_lr", {"min_lr": 9.51e-3}, {"theta"}),
@@ -344,7 +348,7 @@ def test_comparison_sees_a_scalar_that_is_slightly_off(
         return dataclasses.replace(scalars, **{field: getattr(scalars, field) * 1.001})
 
     monkeypatch.setattr(optimizer, "step_scalars", wrong)
-    options = {"lora": True, "min_lr": 9.5e-3, "max_lr": 1.1e-2}
+    options = {"lora": True, "lora_mask": True, "min_lr": 9.5e-3, "max_lr": 1.1e-2}
     assert "theta" in violations(Pair((16, 32), factored, **options).run().errors())
 
 

@@ -179,6 +179,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "-lean": {"profile": "lean"},
     "-orthogonal": {"lora_direction": "orthogonal"},
     "-lean-orthogonal": {"profile": "lean", "lora_direction": "orthogonal"},
+    "-lora-mask": {"lora_mask": True},
     "-no-torque": {"torque": False},
     "-no-clipping": {"clip_threshold": 100.0},
     "-mask-frozen": {"warmup_steps": 0},
