@@ -2,8 +2,8 @@
 
 Of n = U S Vᵀ what is left is U Vᵀ, as large as n was: the weights go equally far along all directions that the momentum
 knows, the steepest descent for a bounded spectral norm. It stands between steps 6 and 5 of the rule, so that caution,
-the mask and the rate found work on what comes of it. Source: Muon (K. Jordan et al., 2024), whose iteration it is; for
-pairs of LoRA, LoRA-Muon (arXiv 2606.12921).
+the rate found and, where there is one, the mask work on what comes of it. Source: Muon (K. Jordan et al., 2024), whose
+iteration it is; for pairs of LoRA, LoRA-Muon (arXiv 2606.12921).
 """
 
 from __future__ import annotations

@@ -1,19 +1,15 @@
-"""Driving the Triton kernels: which parameters they take, and the plan that is kept from step to step.
+"""Driving the Triton kernels by a plan that is kept from step to step.
 
-A plan holds the buckets of pointer tables. It is made anew when anything it rests on has moved: a parameter's or a
-state's memory, a gradient's dtype, an option, an override.
+It holds the buckets of pointer tables, and is made anew when anything it rests on has moved: a parameter's or a state's
+memory, a gradient's dtype, an option, an override.
 """
 
 from __future__ import annotations
 
-import os
-import re
 import weakref
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,15 +17,15 @@ from torch import Tensor
 
 from automagic_bnb import auto_lr, bnb, config, direction, estimate, low_rank, paged, sharded
 from automagic_bnb import state as st
+from automagic_bnb.backends import NOT_OURS, runs_on
 from automagic_bnb.groups import ParameterGroups
 from automagic_bnb.notices import warn_once
+from automagic_bnb.plan import Plan, Source
 from automagic_bnb.sharded_kernels import ShardLaunches
 from automagic_bnb.structure import signature
 from automagic_bnb.uncompiled import capturing
 
 if TYPE_CHECKING:
-    from automagic_bnb.kernels.low_rank import Matrices
-    from automagic_bnb.kernels.numbers import Counts
     from automagic_bnb.kernels.tables import Bucket, Gradients, Member
 
 NOT_YET_CAPTURED = (
@@ -44,26 +40,6 @@ STALE_GRAPH = (
     "what a captured CUDA graph rests on has been replaced (by a checkpoint, or as an option or a parameter changed); "
     "its replays no longer move this optimizer; capture it again"
 )
-OLDEST_TRITON = (3, 3)
-NOT_OURS = ("torch", "numba")
-"""The backends of which the kernels have nothing: every parameter is stepped by itself."""
-
-
-def triton_missing() -> str:
-    """Why Triton cannot be used here, or the empty string."""
-    try:
-        import triton
-    except ImportError as e:
-        return f"Triton could not be imported ({e})"
-    found = re.match(r"(\d+)\.(\d+)", triton.__version__)
-    if found and (int(found[1]), int(found[2])) < OLDEST_TRITON:
-        return f"Triton {triton.__version__} is too old for the kernels (3.3 is the oldest that compiles them)"
-    return ""
-
-
-def interpreting() -> bool:
-    """Whether Triton's interpreter is on, in which the kernels run on CPU tensors too."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def check_capture(groups: list[dict[str, Any]]) -> None:
@@ -100,118 +76,6 @@ class Scaler:
 
 
 NO_SCALER = Scaler(None, None)
-
-
-def runs_on(device: torch.device, backend: str | None) -> bool:
-    """Whether the kernels update what lies on this device.
-
-    Raises:
-        RuntimeError: backend="triton" was asked for and cannot run here.
-    """
-    if backend in NOT_OURS:
-        return False
-    missing = triton_missing()
-    if backend is None:
-        if device.type != "cuda":
-            return False
-        if missing:
-            warn_once(
-                f"{missing}; the optimizer runs in plain PyTorch, which is many times slower on a GPU. torch 2.7 and "
-                "later bring a Triton that will do; `automagic-bnb doctor` says more"
-            )
-            return False
-    elif missing:
-        raise RuntimeError(f"option backend='triton': {missing}; install it, or use backend='torch'")
-    elif device.type != "cuda" and not interpreting():
-        raise RuntimeError(
-            f"option backend='triton': a parameter is on {device}, where the kernels run only in Triton's "
-            "interpreter; set TRITON_INTERPRET=1 before Triton is imported, or use backend='torch'"
-        )
-    return True
-
-
-def takes(p: Tensor, backend: str | None) -> bool:
-    """Whether the kernels update this (local) parameter; raises as `runs_on`."""
-    # A strided parameter is updated through a contiguous copy, in plain PyTorch.
-    return runs_on(p.device, backend) and p.is_contiguous() and p.numel() > 0
-
-
-@dataclass
-class Source:
-    """Where a member's options come from: its group, what the group's say of LoRA, or of one with an override."""
-
-    group: dict[str, Any]
-    p: Tensor | None
-    """Whose options they are: of the parameter with an override, or of any of LoRA's that has none; None where the
-    group's options apply as they are."""
-    signature: tuple[Any, ...]
-
-
-@dataclass
-class Plan:
-    buckets: list[Bucket] = field(default_factory=list)
-    sources: list[Source] = field(default_factory=list)
-    matrices: list[Matrices] = field(default_factory=list)
-    """Of each bucket, what step 9 works on."""
-    counts: list[Counts | None] = field(default_factory=list)
-    """Of each bucket, its steps where they are counted on the device."""
-    kernels_on: frozenset[str] = frozenset()
-    """The types of devices that buckets are on, and shards that the kernels step."""
-    is_paged: bool = False
-    """Whether some bucket's states have to be fetched."""
-    is_left: bool = False
-    """Whether step 9 of some matrix is not the kernel's."""
-    idle: list[Tensor] = field(default_factory=list)
-    """Parameters that had no gradient when the plan was made."""
-    rest: list[tuple[dict[str, Any], Tensor]] = field(default_factory=list)
-    """Parameters that the plan's launches leave: to plain PyTorch, or to those of shards."""
-    overrides: tuple[int, ...] = ()
-    groups: list[tuple[dict[str, Any], list[Tensor]]] | None = None
-    """Each group, and the parameters in it, which wrappers may exchange; None in the plan of a single parameter."""
-    states: dict[Tensor, st.State] | None = None
-    """All that the optimizer held after the step for which the plan was made; None until then."""
-
-    def is_current(self, optimizer: ParameterGroups, options: list[dict[str, Any]]) -> bool:
-        """Whether all still stands that the plan rests on, but for addresses: `Bucket.is_in_place`."""
-        return (
-            (self.groups is None or self._has_groups(self.groups, optimizer.param_groups))
-            and self._has_states(optimizer.state)
-            and self.overrides == bnb.overridden_ids()
-            and [source.signature for source in self.sources] == list(map(signature, options))
-            and not (self.idle and any(p.grad is not None for p in self.idle))
-            and not (self.rest and any(self._would_take(p, optimizer.config.backend) for _, p in self.rest))
-            and all([bucket.fits(options) for bucket in self.buckets])  # noqa: C419 (a generator takes longer)
-        )
-
-    @staticmethod
-    def _would_take(p: Tensor, backend: str | None) -> bool:
-        return sharded.shard_of(p) is None and takes(st.local_tensor(p), backend)
-
-    @staticmethod
-    def _has_groups(held: list[tuple[dict[str, Any], list[Tensor]]], groups: list[dict[str, Any]]) -> bool:
-        return len(groups) == len(held) and all(
-            group is known and len(group["params"]) == len(parameters) and all(map(is_, group["params"], parameters))
-            for group, (known, parameters) in zip(groups, held, strict=True)
-        )
-
-    def _has_states(self, held: Mapping[Tensor, st.State]) -> bool:
-        """Whether each parameter's state is still the same dictionary; what is in it is for the buckets to see."""
-        if self.groups is None:
-            same = [all(map(is_, map(held.get, bucket.parameters), bucket.states)) for bucket in self.buckets]
-            return all(same)
-        # Not one by one: a tensor's hash is a call of Python code.
-        return (
-            self.states is not None
-            and len(held) == len(self.states)
-            and all(map(is_, held, self.states))
-            and (all(map(is_, held.values(), self.states.values())) or self._has_same_dicts(held))
-        )
-
-    def _has_same_dicts(self, held: Mapping[Tensor, st.State]) -> bool:
-        """The same, but for plain values that a wrapper keeps there and changes in every step."""
-        assert self.states is not None
-        pairs = zip(held.values(), self.states.values(), strict=True)
-        return all(one is other or not (isinstance(one, dict) or isinstance(other, dict)) for one, other in pairs)
 
 
 class FusedStep:
@@ -447,7 +311,7 @@ class FusedStep:
         for group, p in parameters:
             if p.grad is None:
                 plan.idle.append(p)
-            elif not plan._would_take(p, optimizer.config.backend):
+            elif not plan.would_take(p, optimizer.config.backend):
                 plan.rest.append((group, p))
                 device = st.local_tensor(p).device
                 # Asked of the device alone: a process without rows is to find the rate as the others do.
@@ -455,7 +319,7 @@ class FusedStep:
                     kernels_on.add(device.type)
             else:
                 options = optimizer.effective_options(group, p)
-                key = id(p) if optimizer.override_of(p) else (id(group), options is group)
+                key = optimizer.source_of(group, p)
                 if key not in own_sources:
                     own_sources[key] = len(plan.sources)
                     plan.sources.append(Source(group, None if options is group else p, signature(options)))

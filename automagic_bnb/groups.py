@@ -385,6 +385,10 @@ class ParameterGroups(bnb.Optimizer2State):
             return options
         return {**options, "mask_bits": 0, "warmup_steps": 0}
 
+    def source_of(self, group: Group, p: Tensor) -> Any:
+        """Equal for parameters whose options are the same: LoRA's of a group, its others, one with an override."""
+        return id(p) if self.override_of(p) else (id(group), self.facts_of(p).counts_as_lora(group))
+
     def override_of(self, p: Tensor) -> dict[str, Any]:
         """What `GlobalOptimManager` and `requantize` say of this very parameter."""
         override = bnb.overrides_of(p)
@@ -503,6 +507,9 @@ class ParameterGroups(bnb.Optimizer2State):
         self._unsaid = []
         if facts is None:
             return
+        for group in self.param_groups:  # in a pickle of an earlier version there may be an option less
+            for name in config.GROUP_OPTIONS:
+                group.setdefault(name, getattr(self.config, name))
         self.non_castable_tensor_keys = set(st.KEYS)
         self.name2qmap, self.initialized, self._owners = {}, False, (0, {})
         bnb.restore_managers(self)

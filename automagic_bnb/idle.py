@@ -81,7 +81,7 @@ NO_MATRIX = Reason(
     of_parameter=lambda o, s: s.storage(o) not in st.FACTORED,
 )
 LORA_WITHOUT_MASK = Reason(
-    ", as LoRA's matrices keep no rates of single weights", "pass lora_mask=True",
+    ", as LoRA's matrices keep no rates of single weights", "set lora_mask=True in the constructor or the group",
     of_parameter=lambda o, s: s.is_lora and not o["lora_mask"],
 )  # fmt: skip
 NO_MASK = Reason(
@@ -294,7 +294,7 @@ def wished(given: Options, defaults: Options) -> Options:
     """What of the given options, checked, somebody must have set on purpose, and expects something from.
 
     A number at its default is what forms and trainers pass along. Where every option is given, as by a config or by a
-    tool that reads the signature, switches at their defaults do not count either.
+    tool that reads the signature, neither do switches at their defaults count, nor a profile's storage of the mask.
     """
     is_whole = given.keys() >= set(config.GROUP_OPTIONS)
     return {
@@ -302,6 +302,7 @@ def wished(given: Options, defaults: Options) -> Options:
         for name, value in given.items()
         if value is not None and value is not False and value not in TABLE[name].idle_values
         if value != defaults[name] or (value is True and not is_whole)
+        if not (is_whole and name == "mask_bits")
     }
 
 

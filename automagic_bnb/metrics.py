@@ -254,7 +254,8 @@ def summed_rates(k: Tensor, subject: Subject) -> tuple[list[Tensor], Tensor]:
     s, mask_mean = subject.scalars, subject.state["tensor_stats"][st.MASK_MEAN]
     rates = reference.element_rates(k, mask_mean, s, subject.d)
     low, high = reference.rate_bounds(reference.mean_rate(s, subject.d, k.device), s)
-    moves = rates > 0  # where a schedule stands at 0, no bound holds anything
+    # Where a schedule stands at 0 no bound holds anything; nor where a given rate is all weights' (W is 1 then).
+    moves = (rates > 0) & ((mask_mean != 1) if subject.d is None else True)
     sums = [rates.sum(dtype=torch.float64), (moves & (rates <= low)).sum(), (moves & (rates >= high)).sum()]
     return sums, torch.stack([-rates.min(), rates.max()])
 

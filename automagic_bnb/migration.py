@@ -5,7 +5,7 @@
 | bitsandbytes' Adam, AdamW (8 or 32 bits, paged), torch's | second moment; first moment in units of its root; step |
 | Prodigy | the same |
 | Adafactor (transformers', torch's) | second moment (row and column means), step; a first moment as from Adam |
-| ai-toolkit's Automagic | the weights' own rates, last signs, second moment (row and column means), step |
+| ai-toolkit's Automagic | rates and last signs where kept, second moment (row and column means), step |
 | ai-toolkit's Automagic 2 and 3 | the same, with one rate for each parameter; 3 has no last signs |
 | Automagic_CameAMP and its variants | the same, and the direction of the momentum |
 
@@ -136,7 +136,7 @@ def fill(state: st.State, carried: Carried, p: Tensor, options: Options) -> None
         return
     if options["mask_bits"] and has_mask(state):
         _fill_mask(state, carried.rates, carried.polarity)
-    else:
+    elif carried.rates.numel() and bool((carried.rates != carried.rates.flatten()[0]).any()):
         warn_once(
             "the checkpoint's rates of single weights stay behind where none are kept, which is so for LoRA's matrices "
             "unless lora_mask=True, and with mask_bits=0"

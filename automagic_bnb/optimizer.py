@@ -11,6 +11,7 @@ from torch import Tensor
 
 from automagic_bnb import (
     auto_lr,
+    backends,
     checkpoint,
     estimate,
     fused,
@@ -38,8 +39,8 @@ from automagic_bnb.uncompiled import uncompiled
 class Automagic(ParameterGroups):
     """Automagic with CAME's confidence, torque-aware momentum and spatial penalties, 32-bit state by default.
 
-    Each element's rate adapts to how often its gradient keeps its sign; block-wise statistics on bitsandbytes' grid of
-    256 elements clip, damp and weigh the update. With no `lr` the rate is found.
+    Each element's rate, but for LoRA's, adapts to how often its gradient keeps its sign; block-wise statistics on
+    bitsandbytes' grid of 256 elements clip, damp and weigh the update. With no `lr` the rate is found.
 
     Args:
         params: parameters, named parameters, or groups, as for any torch optimizer; float32, bfloat16 or float16.
@@ -207,7 +208,7 @@ class Automagic(ParameterGroups):
         low_rank.shrink_ranks(self._step_shards([(group, p)], None) if is_shard else self._update(group, p))
 
     def _step_shards(self, shards: list[tuple[Group, Tensor]], grad_scale: Tensor | None) -> list[low_rank.RankTask]:
-        return sharded_step.step(self, shards, grad_scale, self._fused.shards, fused.takes)
+        return sharded_step.step(self, shards, grad_scale, self._fused.shards, backends.takes)
 
     def update_step(self, group: Group, p: Tensor, gindex: int, pindex: int) -> None:
         """bitsandbytes' name for `step_parameter`."""

@@ -97,8 +97,12 @@ def step(
         launches: of the kernels, for the parameters of which `takes` says that these step them.
     """
     together: dict[Any, list[Due]] = {}
+    effective: dict[Any, dict[str, Any]] = {}  # the launches have one row for each of these
     for group, p in parameters:
-        due = _prepared(optimizer, group, p, grad_scale)
+        source = optimizer.source_of(group, p)
+        if source not in effective:
+            effective[source] = optimizer.effective_options(group, p)
+        due = _prepared(optimizer, group, p, effective[source], grad_scale)
         together.setdefault(due.shard.group, []).append(due)
     tasks = []
     for dues in together.values():
@@ -110,13 +114,14 @@ def step(
     return tasks
 
 
-def _prepared(optimizer: ParameterGroups, group: Group, p: Tensor, grad_scale: Tensor | None) -> Due:
+def _prepared(
+    optimizer: ParameterGroups, group: Group, p: Tensor, options: dict[str, Any], grad_scale: Tensor | None
+) -> Due:
     shard, local, grad = sharded.shard_of(p), st.local_tensor(p), st.checked_gradient(p)
     assert shard is not None
     if grad_scale is not None:
         grad = grad.float() * grad_scale.to(grad.device).reciprocal()
-    options, facts = optimizer.effective_options(group, p), optimizer.facts_of(p)
-    state = optimizer.prepared_state(group, p, options)
+    facts, state = optimizer.facts_of(p), optimizer.prepared_state(group, p, options)
     st.check_shape(state, local, shard.window_shape)
     # The Laplacian of a matrix needs the rows on either side. With more dimensions each row holds whole slices.
     beside = int(p.dim() == 2 and reference.is_spatial(p, options))

@@ -64,8 +64,8 @@ CHUNK = 2048
 GRAM_TILES = {16: (64, 1, 1), 32: (64, 2, 1), 64: (64, 8, 2)}
 TURNED_TILES = {16: (64, 4, 3), 32: (64, 4, 3), 64: (64, 8, 2)}
 """By RANK: SPAN, warps and stages; the best that were tried (benchmarks/NOTES.md), at 64 not measured."""
-PRECISION = tl.constexpr("tf32x3")
-"""Of products with n: by tensor cores, with nearly the digits of float32."""
+PRECISION = tl.constexpr("tf32x3" if torch.version.hip is None else "ieee")
+"""Of products with n: by tensor cores, with nearly the digits of float32; AMD's have no such products."""
 M_ROW, M_OFFSET, M_ROWS, M_COLS, M_FIRST, M_CHUNKS = (tl.constexpr(int(column)) for column in Matrix)
 C_MATRIX, C_START = (tl.constexpr(int(column)) for column in Chunk)
 _MATRIX, _CHUNK, _PLACES = tl.constexpr(len(Matrix)), tl.constexpr(len(Chunk)), tl.constexpr(CHUNK)

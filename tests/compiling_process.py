@@ -64,6 +64,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "small, whole": {"M": tl.float32, "CODES": False, "WARM": True},
     "lean": {**FACTORED, "MASK": 0, "CAME": False},
+    "a LoRA's": {**FACTORED, "MEANS": tl.bfloat16, "MASK": 0},
+    "a LoRA's, directed": {**FACTORED, "MEANS": tl.bfloat16, "MASK": 0, "DIRECTED": True, "AUTO": True},
     "directed": {"DIRECTED": True, "WARM": True, "AUTO": True},
     "part": {"PART": True, "WARM": True, "AUTO": True},
     "part, factored": {**FACTORED, "PART": True, "MASK": 4, "SCALED": True, "ECC": True},

@@ -25,7 +25,7 @@ if not torch.cuda.is_available():
     # Triton reads it when it is imported, which bitsandbytes does: the kernels then run, interpreted, on CPU tensors.
     os.environ["TRITON_INTERPRET"] = "1"
 
-from automagic_bnb import Automagic8bit, bnb, fused, groups, notices
+from automagic_bnb import Automagic8bit, backends, bnb, groups, notices
 
 groups.own_seeds = itertools.repeat(0)  # tests hold two optimizers beside each other, of which both are to round alike
 
@@ -34,7 +34,7 @@ sys.path.append(str(Path(__file__).parent))  # importlib mode does not: for `imp
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Without Triton, what is marked `kernels` or has "triton" among its parameters is skipped, and says so."""
-    missing = fused.triton_missing()
+    missing = backends.triton_missing()
     for item in items if missing else ():
         given = item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
         if item.get_closest_marker("kernels") or any(isinstance(x, str) and x == "triton" for x in given):

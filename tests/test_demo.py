@@ -17,7 +17,7 @@ from automagic_bnb.command import cli, demo, demo_model, demo_pictures
 from automagic_bnb.watch import plots
 
 CPU = torch.device("cpu")
-PICTURES = ["effective_rank.png", "learning_rates.png", "loss.png", "result.png", "samples.png"]
+PICTURES = ["effective_rank.png", "loss.png", "result.png", "samples.png"]
 SHORT = ["demo", "--steps", "2", "--base-steps", "2", "--device", "cpu"]
 needs_bitsandbytes = pytest.mark.skipif(not bnb.BITSANDBYTES_AVAILABLE, reason="bitsandbytes is not installed")
 
@@ -310,14 +310,6 @@ def test_the_picture_of_ranks_shows_what_is_added(runs, tmp_path, monkeypatch):
     assert_picture(tmp_path / "ranks.png")
 
 
-def test_the_picture_of_rates_says_which_rate_it_shows(runs, tmp_path, monkeypatch):
-    """The one before the bounds, and not the mean that the table gives."""
-    figures = []
-    monkeypatch.setattr(demo_pictures, "saved", lambda figure, path: figures.append(figure))
-    demo_pictures.save_curves(tmp_path / "loss.png", {run.label: run.history for run in runs})
-    assert figures[0].axes[1].get_ylabel() == "mean learning rate,\nbefore bounds"
-
-
 def test_a_shared_storage_counts_once():
     first, second = torch.nn.Parameter(torch.zeros(6)), torch.nn.Parameter(torch.zeros(4))
     optimizer = torch.optim.SGD([first, second], lr=1.0)
@@ -349,10 +341,10 @@ def test_table_shows_what_the_runs_hold(runs):
 def test_bar_table_and_pictures_show_one_rate(runs, tmp_path, monkeypatch):
     """The optimizer's mean rate."""
     shown = {}
-    monkeypatch.setattr(demo_pictures, "save_learning_rates", lambda path, learned, marks: shown.update(marks))
+    monkeypatch.setattr(demo_pictures, "save_curves", lambda path, histories: shown.update(histories))
     demo.save_pictures(tmp_path, demo.make_base(0, CPU), runs, 0)
     mean = float(runs[0].optimizer.get_avg_learning_rate())
-    assert shown["mean"] == demo.learning_rate(runs[0].optimizer) == mean == runs[0].history.learning_rate[-1]
+    assert shown[runs[0].label].learning_rate[-1] == demo.learning_rate(runs[0].optimizer) == mean
     assert f"{mean:.1e}" in demo.rate_words(runs[0])
 
 

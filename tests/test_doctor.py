@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from automagic_bnb import bnb, fused, reference
+from automagic_bnb import backends, bnb, reference
 from automagic_bnb.command import cli, doctor
 
 HERE = Path(__file__).parent
-TRITON_MISSING = fused.triton_missing
+TRITON_MISSING = backends.triton_missing
 
 
 def doctor_process(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -50,8 +50,8 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch, no_self_test: None) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
-    monkeypatch.setattr(fused, "triton_missing", lambda: "")
-    monkeypatch.setattr(fused, "interpreting", lambda: False)
+    monkeypatch.setattr(backends, "triton_missing", lambda: "")
+    monkeypatch.setattr(backends, "interpreting", lambda: False)
 
 
 # ------------------------------------------------------------------------------------------------------ whole processes
@@ -174,7 +174,7 @@ def test_a_gpu_with_triton(a_gpu: None, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_a_gpu_without_triton(a_gpu: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A fault on CUDA, with the command that mends it."""
-    monkeypatch.setattr(fused, "triton_missing", lambda: "Triton could not be imported (No module named 'triton')")
+    monkeypatch.setattr(backends, "triton_missing", lambda: "Triton could not be imported (No module named 'triton')")
     assert cli.main(["doctor", "--json"]) == 1
     finding = findings(capsys.readouterr().out)["fused step"]
     assert (finding["status"], finding["remedy"]) == ("problem", "pip install triton")
@@ -185,7 +185,7 @@ def test_a_gpu_without_triton(a_gpu: None, monkeypatch: pytest.MonkeyPatch, caps
 
 def test_a_gpu_with_a_triton_too_old(a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its version, and the torch that brings a newer one: another Triton beside that torch would exchange it."""
-    monkeypatch.setattr(fused, "triton_missing", TRITON_MISSING)
+    monkeypatch.setattr(backends, "triton_missing", TRITON_MISSING)
     monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.0.0"))
     finding = doctor.check_fused()
     assert finding.status == "problem"
@@ -195,7 +195,7 @@ def test_a_gpu_with_a_triton_too_old(a_gpu: None, monkeypatch: pytest.MonkeyPatc
 
 def test_a_gpu_in_the_interpreter(a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A variable left over from debugging makes every step crawl."""
-    monkeypatch.setattr(fused, "interpreting", lambda: True)
+    monkeypatch.setattr(backends, "interpreting", lambda: True)
     finding = doctor.check_fused()
     assert (finding.status, finding.remedy) == ("problem", "unset TRITON_INTERPRET")
 
@@ -313,7 +313,7 @@ def test_a_broken_step_is_found(
     how: str, complaint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Each kind of fault, with status 1 and a remedy."""
-    monkeypatch.setattr(fused, "triton_missing", lambda: "Triton is left out here")
+    monkeypatch.setattr(backends, "triton_missing", lambda: "Triton is left out here")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(reference, "update_parameter", breaking(how))
     assert cli.main(["doctor", "--json"]) == 1

@@ -48,6 +48,7 @@ OPTIONS = some.fixed_dictionaries(
         "detail_preservation": some.sampled_from([0.0, 1e6]),
         "low_rank_emphasis": some.sampled_from([0.0, 1e6]),
         "lora": some.booleans(),
+        "lora_mask": some.booleans(),
         "master": some.sampled_from(["none", "ecc8"]),
         "mask_bits": some.sampled_from([0, 4, 8]),
         "mean_bits": some.sampled_from([16, 32]),

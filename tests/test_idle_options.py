@@ -214,7 +214,6 @@ def test_profiles_are_silent_where_they_have_an_effect(profile: str) -> None:
     assert not told(Automagic8bit, PARAMETERS["matrix"](), profile=profile)
     assert not told(Automagic8bit, PARAMETERS["LoRA"](), profile=profile)
     whole = vars(getattr(OptimizationProfiles, profile)())
-    whole["lora_mask"] = whole["mask_bits"] == 8  # else it is told that LoRA has no use for them
     assert not told(Automagic8bit, PARAMETERS["LoRA"](), **whole)
 
 

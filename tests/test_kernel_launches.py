@@ -22,7 +22,7 @@ from kernel_cases import (
     waiting_is_an_error,
 )
 
-from automagic_bnb import fused
+from automagic_bnb import backends
 from automagic_bnb.optimizer import Automagic8bit
 
 step = pytest.importorskip("automagic_bnb.kernels.step", reason="the kernels need Triton")
@@ -188,7 +188,7 @@ def test_plain_pytorch_launches_nothing(
         raise AssertionError("Triton was looked for")
 
     if backend == "torch":
-        monkeypatch.setattr(fused, "triton_missing", look)
+        monkeypatch.setattr(backends, "triton_missing", look)
     p = torch.nn.Parameter(torch.ones(4))
     opt = Automagic8bit([p], lr=1e-3, backend=backend)
     p.grad = torch.ones(4)

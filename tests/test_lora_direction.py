@@ -120,7 +120,7 @@ def alike(shapes: tuple[Shape, ...], backend: str, dtype: torch.dtype = torch.fl
 @pytest.mark.kernels
 @pytest.mark.parametrize("form", FORMS)
 def test_the_kernels_turn_in_every_storage(form: str) -> None:
-    alike(((16, 40), (300, 5), (20, 264)), "triton", **{"min_8bit_size": 0, **FORMS[form]})
+    alike(((16, 40), (300, 5), (20, 264)), "triton", **{"min_8bit_size": 0, "lora_mask": True, **FORMS[form]})
 
 
 @pytest.mark.kernels
@@ -134,8 +134,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "found": {"lr": None},
     "not finite": {"poison": 2},
     "not cautious, not confident": {"cautious": False, "came": False, "torque": False},
-    "mask at rest": {"warmup_steps": 1},
-    "bounded": {"min_lr": 9e-4, "max_lr": 1.1e-3},
+    "mask at rest": {"lora_mask": True, "warmup_steps": 1},
+    "bounded": {"lora_mask": True, "min_lr": 9e-4, "max_lr": 1.1e-3},
     "clipped": {"percentile_clipping": 30},
     "counted there": {"capturable": True},
 }
@@ -158,7 +158,7 @@ def test_the_kernels_turn_narrow_weights(dtype: str, master: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_the_compiled_step_turns(form: str) -> None:
     pytest.importorskip("numba")
-    alike(((16, 40), (300, 5), (20, 264)), "numba", **{"min_8bit_size": 0, **FORMS[form]})
+    alike(((16, 40), (300, 5), (20, 264)), "numba", **{"min_8bit_size": 0, "lora_mask": True, **FORMS[form]})
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())

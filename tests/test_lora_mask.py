@@ -104,7 +104,7 @@ def test_an_override_of_one_matrix() -> None:
 
 @pytest.mark.parametrize("lora_mask", [False, True])
 def test_a_checkpoint_from_before_goes_on_with_the_rates_it_has(lora_mask: bool) -> None:
-    """They stay as they are, or adapt further with lora_mask=True; a conversion drops them."""
+    """They stay as they are, or adapt further with lora_mask=True; a conversion in 8 bits drops them."""
     pairs = named()
     opt = build(pairs, lora_mask=True)
     train(opt, pairs)
@@ -123,3 +123,29 @@ def test_a_checkpoint_from_before_goes_on_with_the_rates_it_has(lora_mask: bool)
     assert spread(resumed, p) > 0.05
     resumed.requantize()
     assert bool(MASK & resumed.state[p].keys()) == lora_mask
+
+
+def test_a_pickle_from_before_the_option_goes_on() -> None:
+    pairs = named()
+    opt = build(pairs)
+    train(opt, pairs)
+    for group in opt.param_groups:
+        del group["lora_mask"]
+    older = copy.deepcopy(opt)
+    copies = [(name, p) for (name, _), p in zip(pairs, older.param_groups[0]["params"], strict=True)]
+    train(older, copies, range(6, 8))
+    assert older.param_groups[0]["lora_mask"] is False
+
+
+def test_options_that_change_count_for_others_of_the_group() -> None:
+    """In kernels, too, where parameters that share their options are asked together."""
+    spreads = []
+    for backend in ("torch", "triton"):
+        pairs = named()
+        opt = build(pairs, Automagic, optim_bits=32, mask_bits=0, backend=backend)
+        train(opt, pairs, range(3))
+        opt.param_groups[0]["mask_bits"] = 4
+        train(opt, pairs, range(3, 8))
+        spreads.append([round(spread(opt, p), 3) for _, p in pairs])
+    assert spreads[0] == spreads[1]
+    assert [x > 0.02 for x in spreads[0]] == [name not in LORA for name in SHAPES]

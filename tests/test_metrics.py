@@ -91,6 +91,8 @@ def expected(opt: Any, parameters: list[Any]) -> dict[str, float]:
     mean = d * scale if o["auto_lr"] else o["lr"]
     low, high = o["min_lr"] * scale, 10 * mean if o["max_lr"] is None else o["max_lr"] * scale
     low, high = low if low <= mean else 0.0, high if high >= mean else math.inf
+    vary = [o["auto_lr"] or s["tensor_stats"][st.MASK_MEAN].item() != 1 for s in states]
+    own = np.repeat(vary, [p.numel() for p in parameters])
     torque = np.concatenate([s["torque"].numpy(force=True) for s in states])
     spatial = [p for p in parameters if p.dim() >= 2 and min(p.shape[-2:]) > 2]
     edges = np.concatenate([np.zeros(0)] + [opt.state[p]["edge_history"].numpy(force=True) for p in spatial])
@@ -103,8 +105,8 @@ def expected(opt: Any, parameters: list[Any]) -> dict[str, float]:
         "lr/max": rates.max(),
         "lr/p10": np.quantile(rates, 0.1, method="inverted_cdf"),
         "lr/p90": np.quantile(rates, 0.9, method="inverted_cdf"),
-        "lr/share_at_min": (rates <= np.float32(low) * (1 + FLOAT32)).mean(),
-        "lr/share_at_max": (rates >= np.float32(high) * (1 - FLOAT32)).mean(),
+        "lr/share_at_min": (own & (rates <= np.float32(low) * (1 + FLOAT32))).mean(),
+        "lr/share_at_max": (own & (rates >= np.float32(high) * (1 - FLOAT32))).mean(),
         "auto_lr/d": d,
         "torque": torque.astype(np.float64).mean(),
         "share_damped": (torque < 0).mean(),

@@ -126,6 +126,7 @@ def test_after_a_rollback_what_is_skipped_counts_at_once(tools: Any) -> None:
         ({"auto_lr": True, "lr": 1e-5, "max_lr": 1e-5}, None, None),  # where a rate that is found may well end
         ({"lr": 1e-3}, None, None),
         ({"lr": 0.0}, None, None),
+        ({"lr": 1e-3, "max_lr": 1e-3, "lora": True}, None, None),  # of all weights alike, it holds none
         ({"auto_lr": True, "lr": 1e-5, "warmup_steps": 0}, None, None),
     ],
 )
@@ -169,7 +170,7 @@ def test_the_default_optimizer_at_its_bound_is_healthy(tools: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     goal = torch.randn(128, 4, generator=generator) @ torch.randn(4, 128, generator=generator) / 16
     a, b = tools.parameters((32, 128))[0], torch.nn.Parameter(torch.zeros(128, 32))
-    opt = Automagic8bit([a, b], lora=True, warmup_steps=20, max_lr=1e-4)
+    opt = Automagic8bit([a, b], lora=True, max_lr=1e-4)
     monitor, losses, held = AdaptiveTrainingMonitor(opt), [], 0
     for step in range(400):
         x = torch.randn(32, 128, generator=generator)

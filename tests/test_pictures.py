@@ -67,11 +67,7 @@ def test_pictures_of_the_demo(drawn: dict[str, Figure], tmp_path: Path) -> None:
     demo_pictures.save_result(tmp_path / "result.png", list(images.values())[:3], words, digits)
     demo_pictures.save_samples(tmp_path / "samples.png", images, digits)
     demo_pictures.save_curves(tmp_path / "loss.png", dict.fromkeys(labels, history))
-    rates = {f"Automagic8bit, lora_{x}": np.geomspace(3e-4, 5e-3, 500) for x in "AB"}
-    names = ("mean", "upper bound (max_lr)", *labels[1:])
-    marks = dict(zip(names, (2e-3, 2e-2, 2.5e-3, 2e-3, 1e-4, 1e-3), strict=True))
-    demo_pictures.save_learning_rates(tmp_path / "learning_rates.png", rates, marks)
-    assert sorted(drawn) == sorted(["result.png", "samples.png", "loss.png", "learning_rates.png"])
+    assert sorted(drawn) == sorted(["result.png", "samples.png", "loss.png"])
     assert all_complaints(drawn) == []
 
 

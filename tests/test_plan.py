@@ -15,7 +15,7 @@ import torch
 from bitsandbytes.optim import GlobalOptimManager
 from plan_cases import BACKENDS, build, give, parameter
 
-from automagic_bnb import fused
+from automagic_bnb import backends, fused
 from automagic_bnb.fused import FusedStep
 from automagic_bnb.optimizer import Automagic
 from automagic_bnb.state import KEYS, STORAGES, Key
@@ -214,24 +214,24 @@ def test_a_launch_that_fails_is_no_step(alike: int, monkeypatch: pytest.MonkeyPa
 
 def test_a_gpu_without_triton_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its parameters are left to plain PyTorch; who asked for the kernels gets an error."""
-    monkeypatch.setattr(fused, "triton_missing", lambda: "Triton could not be imported (No module named 'triton')")
+    monkeypatch.setattr(backends, "triton_missing", lambda: "Triton could not be imported (No module named 'triton')")
     p: Any = types.SimpleNamespace(device=torch.device("cuda"), is_contiguous=lambda: True, numel=lambda: 1)
     with pytest.warns(UserWarning, match="could not be imported .*; the optimizer runs in plain PyTorch") as told:
-        assert [fused.takes(p, None) for _ in range(2)] == [False, False]
+        assert [backends.takes(p, None) for _ in range(2)] == [False, False]
     assert len(told) == 1
-    assert not fused.takes(p, "torch")
+    assert not backends.takes(p, "torch")
     with pytest.raises(RuntimeError, match="backend='triton': Triton could not be imported"):
-        fused.takes(p, "triton")
-    monkeypatch.setattr(fused, "triton_missing", lambda: "")
-    assert fused.takes(p, None)
+        backends.takes(p, "triton")
+    monkeypatch.setattr(backends, "triton_missing", lambda: "")
+    assert backends.takes(p, None)
 
 
 @pytest.mark.parametrize(("version", "old"), [("3.2.0", True), ("2.3.1", True), ("3.3.0", False), ("4.0.0", False)])
 def test_a_triton_too_old_for_the_kernels(version: str, old: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch 2.6 brings 3.2: plain PyTorch works, and the reason names the version."""
     monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__=version))
-    assert ("too old for the kernels (3.3" in fused.triton_missing()) == old
-    assert (version in fused.triton_missing()) == old
+    assert ("too old for the kernels (3.3" in backends.triton_missing()) == old
+    assert (version in backends.triton_missing()) == old
 
 
 # --- paged states, with a stand-in for managed memory -----------------------------------------------------------------

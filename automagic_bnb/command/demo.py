@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 from torch.optim.optimizer import Optimizer
 
-from automagic_bnb import auto_lr, files
+from automagic_bnb import files
 from automagic_bnb.command.demo_model import (
     PIXELS,
     FlowBatch,
@@ -281,17 +281,6 @@ def state_bytes_per_parameter(optimizer: Optimizer) -> float:
     return sum(storages.values()) / elements
 
 
-def learned_rates(run: Run) -> dict[str, Tensor]:
-    """The rate of every single weight, float32 [n] on the CPU, by kind of LoRA matrix: empty for AdamW."""
-    optimizer: Any = run.optimizer
-    if not hasattr(optimizer, "element_learning_rates"):
-        return {}
-    return {
-        kind: torch.cat([optimizer.element_learning_rates(p).flatten().cpu() for p in matrices])
-        for kind, matrices in lora_matrices(run.model).items()
-    }
-
-
 def result_table(runs: list[Run]) -> Any:
     """The figures as a `rich.table.Table`: a row for each optimizer, every column for every row."""
     from automagic_bnb.cpu import step as cpu
@@ -351,7 +340,7 @@ def choose_device(name: str | None) -> torch.device:
         raise DemoError(f"cannot use the device {name!r}: {reason}; leave --device out to use what is there") from e
 
 
-PICTURES = ("result.png", "samples.png", "loss.png", "learning_rates.png", "effective_rank.png")
+PICTURES = ("result.png", "samples.png", "loss.png", "effective_rank.png")
 
 
 def prepare_folder(folder: Path) -> Path:
@@ -389,11 +378,6 @@ def save_pictures(folder: Path, base: VelocityModel, runs: list[Run], seed: int)
 
     demo_pictures.save_curves(folder / "loss.png", {run.label: run.history for run in runs})
 
-    learned = {f"{runs[0].label}, {kind}": rates.numpy() for kind, rates in learned_rates(runs[0]).items()}
-    ours = runs[0].optimizer
-    marks = {"mean": learning_rate(ours), "upper bound (max_lr)": auto_lr.upper_bound(ours.param_groups[0])}
-    marks |= {f"{run.label}, all weights": learning_rate(run.optimizer) for run in runs[1:]}
-    demo_pictures.save_learning_rates(folder / "learning_rates.png", learned, marks)
     save_ranks(folder / "effective_rank.png", runs)
 
 

@@ -8,19 +8,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from automagic_bnb.watch.style import COLOURS, legend_below, new_figure, point_style, saved, scale_of_rates
+from automagic_bnb.watch.style import legend_below, new_figure, point_style, saved
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from automagic_bnb.command.demo import History
 
-SHADES = (COLOURS[5], COLOURS[0])
-MARK_STYLES = (("black", "-"), ("black", ":"), *zip(COLOURS[1:5], ("--", "-.", ":", (0, (1, 3))), strict=True))
 SMOOTHING = 25
 """Steps of the trailing mean over the training loss, whose batches are far noisier than the differences shown."""
-BINS_PER_OCTAVE = 8
-"""Histogram bins per factor of two in the learning rate."""
 CELL = 10
 """Side of a picture with its rim, in pixels."""
 
@@ -88,10 +84,7 @@ def tile(pictures: np.ndarray, rows: int) -> np.ndarray:
 
 
 def save_curves(path: Path, histories: Mapping[str, History]) -> None:
-    """Losses over steps, and below them the mean learning rate, by label of the optimizer.
-
-    That is the rate before the bounds hold single weights back, so it may lie above the mean of `learned_rates`.
-    """
+    """Losses over steps, and below them the mean learning rate, by label of the optimizer."""
     figure = new_figure("A LoRA learns the digits 5-9", height=7)
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(5, 3))
     for place, (label, history) in enumerate(histories.items()):
@@ -102,7 +95,7 @@ def save_curves(path: Path, histories: Mapping[str, History]) -> None:
         rates.plot(steps, history.learning_rate, lw=2, ms=4, markevery=0.1, **style)
     losses.set_ylabel("flow-matching loss\n(mean squared error per pixel)")
     rates.set_yscale("log")
-    rates.set_ylabel("mean learning rate,\nbefore bounds")
+    rates.set_ylabel("mean learning rate")
     rates.set_xlabel("step")
     for axes in (losses, rates):
         axes.grid(alpha=0.3)
@@ -117,30 +110,3 @@ def trailing_mean(values: Sequence[float], window: int) -> np.ndarray:
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - window, 0)
     return (sums[ends] - sums[starts]) / (ends - starts)
-
-
-def save_learning_rates(path: Path, learned: Mapping[str, np.ndarray], marks: Mapping[str, float]) -> None:
-    """Histogram of the learning rates that single weights ended up with.
-
-    Args:
-        path: the PNG to write.
-        learned: by kind of matrix, the rates of its weights, float [n], above 0.
-        marks: rates to draw as vertical lines, by label.
-    """
-    figure = new_figure("Learning rates of single weights, at the end", height=5.2)
-    axes = figure.subplots()
-    octaves = np.log2(np.concatenate(list(learned.values())))
-    # The top bin ends where the rates do, so that rates held at their bound share one bin.
-    count = int((octaves.max() - octaves.min()) * BINS_PER_OCTAVE) + 1
-    edges = 2 ** (octaves.max() - np.arange(count, -1, -1) / BINS_PER_OCTAVE)
-    edges[-1] *= 1 + 1e-6  # float32 rates against float64 edges
-    colours = SHADES[: len(learned)]
-    axes.hist(list(learned.values()), bins=edges, stacked=True, label=list(learned), color=colours)
-    for (label, rate), (colour, style) in zip(marks.items(), MARK_STYLES, strict=False):
-        axes.axvline(rate, color=colour, ls=style, lw=2, label=f"{label}, {rate:.2e}")
-    scale_of_rates(axes)
-    axes.set_xlabel("learning rate")
-    axes.set_ylabel("weights per bin of 1/8 octave")
-    axes.grid(alpha=0.3)
-    legend_below(figure, axes)
-    saved(figure, path)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import automagic_bnb
-from automagic_bnb import bnb, fused
+from automagic_bnb import backends, bnb
 from automagic_bnb.command import quiet
 from automagic_bnb.command.progress import progress
 from automagic_bnb.cpu import step as cpu
@@ -215,7 +215,7 @@ def check_fused() -> Finding:
     name = "fused step"
     if not torch.cuda.is_available():
         return Finding(name, "note", "not in use: torch sees no CUDA device")
-    missing = fused.triton_missing()
+    missing = backends.triton_missing()
     if missing:
         windows = platform.system() == "Windows"
         remedy = "pip install triton-windows (a community build, not tried here)" if windows else "pip install triton"
@@ -224,7 +224,7 @@ def check_fused() -> Finding:
         return Finding(
             name, "problem", f"not in use: {missing}; plain PyTorch does the work, many times slower", remedy
         )
-    if fused.interpreting():
+    if backends.interpreting():
         detail = "TRITON_INTERPRET=1 is set, so the kernels are interpreted: very slow, for debugging only"
         return Finding(name, "problem", detail, "unset TRITON_INTERPRET")
     return Finding(name, "ok", "in use on CUDA: the Triton kernels update contiguous parameters")
@@ -293,7 +293,7 @@ def self_test(device: torch.device, bits: int) -> Finding:
     name = f"self-test on {device}, {bits} bits"
     if bits == 8 and not bnb.BITSANDBYTES_AVAILABLE:
         return Finding(name, "note", "left out: needs bitsandbytes")
-    kernels = not fused.triton_missing() and (device.type == "cuda" or fused.interpreting())
+    kernels = not backends.triton_missing() and (device.type == "cuda" or backends.interpreting())
     remedy = "report it with the output of `automagic-bnb doctor --json`"
     if kernels:
         remedy = f'use backend="torch" for now, and {remedy}'

@@ -28,8 +28,9 @@ FREE_MEMORY_SHARE = 0.05
 """Share of a GPU's memory that should be left beyond the run's highest need so far. On 8 GB these are 400 MB: a longer
 caption or a larger picture in a batch takes as much."""
 AT_BOUND_SHARE = 0.25
-"""Of a group's elements: when a bound holds so many rates, it decides their mean. At lr = max_lr it holds about 0.4.
-A rate that is found may grow up to a max_lr that was set: of those only a run that stalls is at its bound."""
+"""Of a group's elements: when a bound holds so many rates, it decides their mean. At lr = max_lr it holds about 0.4,
+where weights have rates of their own. A rate that is found may grow up to a max_lr that was set: of those only a run
+that stalls is at its bound."""
 SKIPPED_SHARE = 0.01
 """Of all elements' updates since the last look: one whole step in a hundred. Loss scaling that seeks its scale skips
 steps without the optimizer's seeing them; a weight or two with NaN gradients stays far below."""
