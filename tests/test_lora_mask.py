@@ -137,6 +137,7 @@ def test_a_pickle_from_before_the_option_goes_on() -> None:
     assert older.param_groups[0]["lora_mask"] is False
 
 
+@pytest.mark.kernels
 def test_options_that_change_count_for_others_of_the_group() -> None:
     """In kernels, too, where parameters that share their options are asked together."""
     spreads = []
