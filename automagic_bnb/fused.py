@@ -197,7 +197,8 @@ class FusedStep:
             found_inf = None if left else scaler.found_inf
             groups, held = self.optimizer.param_groups, self.optimizer.state
             self._rates.begin(groups, held, one, plan.kernels_on, found_inf=found_inf)
-            options = self._options(plan)  # with what that has written into the groups
+            if any([own["auto_lr"] for own in options]):  # noqa: C419 (as in `Plan.is_current`)
+                options = self._options(plan)  # with what that has written into the groups
         stepped: set[int] = set()
         while plan.buckets and not self._launch(plan, options, grads, scaler, stepped):
             plan, options, grads = self._made_anew(plan, one)
